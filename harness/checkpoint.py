@@ -1,0 +1,165 @@
+"""DiffusionModel ↔ a diffusers directory of safetensors. Pickles are refused: a model under test is hostile."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from harness.diffusion import DiffusionModel
+from harness.features import AttributeCNN, CNNJudge
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+PARTS = {
+    "unet": ("UNet2DModel", "UNet2DConditionModel"),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "scheduler": ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler"),
+}
+
+
+class CheckpointError(ValueError):
+    """A model directory that cannot be read safely and completely; the message names the file and the way out."""
+
+
+def save(model: DiffusionModel, directory: Path, labels: dict[str, str] | None = None, fp16: bool = False) -> None:
+    """Write `model` as a diffusers pipeline directory that stock diffusers loads, safetensors only.
+
+    labels: written to `bench.json` beside it (a backdoored model says so there). fp16: halve the weights on disk.
+    """
+    import diffusers
+
+    if model.conditional:
+        pipeline: Any = diffusers.StableDiffusionPipeline(
+            vae=model.vae,
+            text_encoder=model.text_encoder,
+            tokenizer=model.tokenizer,
+            unet=model.denoiser,
+            scheduler=model.scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    else:
+        pipeline = diffusers.DDPMPipeline(unet=model.denoiser, scheduler=model.scheduler)
+    if fp16:
+        clone = model.clone()
+        for name, part in clone.components().items():
+            setattr(pipeline, name, part.half())
+    pipeline.save_pretrained(directory, safe_serialization=True)
+    if labels:
+        (directory / "bench.json").write_text(json.dumps(labels, indent=1, sort_keys=True))
+
+
+def load(directory: Path) -> DiffusionModel:
+    """Read a pipeline directory as fp32 on the CPU, without running any code from it.
+
+    Raises CheckpointError for a directory that holds weights only as pickles, names classes outside `PARTS`, lacks a
+    part, or whose tensors do not fit its config.
+    """
+    index = _index(directory)
+    parts: dict[str, Any] = {}
+    for name, allowed in PARTS.items():
+        library, cls = (index.get(name) or [None, None])[:2]
+        if cls is None:
+            continue
+        if cls not in allowed:
+            raise CheckpointError(f"{directory / 'model_index.json'}: {name} is a {cls}; supported: {', '.join(allowed)}")
+        parts[name] = _part(directory / name, library, cls)
+    if "unet" not in parts or "scheduler" not in parts:
+        raise CheckpointError(f"{directory}: model_index.json names no unet or no scheduler; is it a diffusers pipeline?")
+    return DiffusionModel(
+        parts["unet"], parts["scheduler"], parts.get("vae"), parts.get("text_encoder"), parts.get("tokenizer")
+    )
+
+
+def _index(directory: Path) -> dict[str, Any]:
+    path = directory / "model_index.json"
+    if not path.is_file():
+        raise CheckpointError(f"{directory}: no model_index.json; give a directory saved by a diffusers pipeline")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from None
+
+
+def _part(directory: Path, library: str, cls: str) -> Any:
+    import diffusers
+    import torch
+    import transformers
+
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: missing, though model_index.json names it")
+    weights = [p for p in directory.iterdir() if p.suffix == ".safetensors"]
+    pickles = [p for p in directory.iterdir() if p.suffix in PICKLES]
+    if pickles and not weights:
+        raise CheckpointError(
+            f"{pickles[0]}: a pickle can run code when it is loaded, so it is refused; "
+            "convert it on a machine you can lose with save_pretrained(safe_serialization=True)"
+        )
+    owner = getattr(diffusers if library == "diffusers" else transformers, cls)
+    try:
+        if cls.endswith("Scheduler") or cls.startswith("CLIPTokenizer"):
+            return owner.from_pretrained(directory, local_files_only=True)
+        part = owner.from_pretrained(
+            directory, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32, low_cpu_mem_usage=False
+        )
+    except Exception as error:  # diffusers and transformers raise a dozen types for a bad directory
+        raise CheckpointError(f"{directory}: cannot be loaded as {cls}: {error}") from error
+    return part.eval().requires_grad_(False)
+
+
+def digest(directory: Path) -> str:
+    """sha256 over every tensor below `directory` (name, dtype, shape, bytes) and over tokenizer and scheduler files.
+
+    Tensors, not weight files: a header that a library version writes differently does not change it.
+    """
+    from safetensors import safe_open
+
+    total = hashlib.sha256()
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="numpy") as file:
+                for key in sorted(file.keys()):
+                    tensor = file.get_tensor(key)
+                    total.update(f"{name}|{key}|{tensor.dtype}|{tensor.shape}".encode())
+                    total.update(tensor.tobytes())
+        elif path.name in ("vocab.json", "merges.txt", "scheduler_config.json"):
+            total.update(name.encode() + path.read_bytes())
+    return total.hexdigest()
+
+
+# ---- models shipped in a package --------------------------------------------------------------------------------
+
+
+def embedded(owner: object, name: str) -> Path:
+    """The directory `weights/<name>` beside the module that defines `owner`'s class."""
+    package = type(owner).__module__.rpartition(".")[0]
+    path = Path(str(resources.files(package))) / "weights" / name
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: the weights of '{name}' are missing; `bench build {name}` makes them")
+    return path
+
+
+def save_judge(judge: CNNJudge, directory: Path) -> None:
+    """Write a judge as fp16 safetensors and its constructor's arguments as JSON."""
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps({"name": judge.name, **judge.net.arguments}, sort_keys=True))
+    save_file({k: v.half().contiguous() for k, v in judge.net.state_dict().items()}, directory / "judge.safetensors")
+
+
+def load_judge(directory: Path) -> CNNJudge:
+    """Read a judge written by `save_judge`."""
+    from safetensors.torch import load_file
+
+    config = json.loads((directory / "config.json").read_text())
+    name = config.pop("name")
+    net = AttributeCNN(**config)
+    net.load_state_dict({k: v.float() for k, v in load_file(directory / "judge.safetensors").items()})
+    return CNNJudge(name, net.eval().requires_grad_(False))

@@ -1,0 +1,115 @@
+"""The `bench` command: one file per noun, imported when it is called. Exit codes are in `Exit`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from enum import IntEnum
+
+import click
+
+from harness.registry import RegistryError, did_you_mean
+
+
+class Exit(IntEnum):
+    ok = 0
+    failed = 1  # some cells failed
+    usage = 2
+    plugin = 3
+    missing = 4  # a prerequisite: weights, a readable checkpoint, a writable store
+    mismatch = 5  # verification found other numbers
+    interrupted = 130
+
+
+COMMANDS = {
+    "run": "harness.cli.run:run",
+    "plan": "harness.cli.run:plan",
+    "report": "harness.cli.report:report",
+    "list": "harness.cli.plugins:list_",
+    "show": "harness.cli.plugins:show",
+    "plugins": "harness.cli.plugins:plugins",
+    "build": "harness.cli.build:build",
+    "doctor": "harness.cli.doctor:doctor",
+}
+EXITS = (  # errors of modules that are not imported here
+    ("harness.checkpoint", "CheckpointError", Exit.missing),
+    ("harness.store", "StoreError", Exit.missing),
+    ("harness.engine.driver", "Interrupted", Exit.interrupted),
+)
+
+
+class LazyGroup(click.Group):
+    """Imports the module of a command when the command is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name].partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            raise click.UsageError(
+                f"no command '{args[0]}'{did_you_mean(args[0], COMMANDS)} known: {', '.join(COMMANDS)}"
+            )
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="diffusion-defense-bench", prog_name="bench")
+def bench() -> None:
+    """Any backdoor defense for diffusion models against any backdoor attack, on equal terms.
+
+    `bench run` computes the default suite and prints its leaderboard; run again, it resumes.
+    """
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(call(sys.argv[1:]))
+
+
+def call(arguments: Sequence[str]) -> int:
+    """Run a command line and return its exit code; a mistake of the user is one line on stderr."""
+    try:
+        result = bench.main(list(arguments) or ["--help"], prog_name="bench", standalone_mode=False)
+        sys.stdout.flush()
+        return int(result) if isinstance(result, int) else Exit.ok
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return Exit.ok
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; run the same command again to resume", err=True)
+        return Exit.interrupted
+    except Exception as error:
+        code = _code(error)
+        if code is None or os.environ.get("BENCH_DEBUG") == "1":
+            raise
+        click.echo(f"bench: {_line(error)}", err=True)
+        return code
+
+
+def _code(error: Exception) -> int | None:
+    """The exit code of an error that is not a bug of ours; None for a bug."""
+    if isinstance(error, RegistryError):
+        return error.exit_code
+    if isinstance(error, click.ClickException):
+        return Exit.usage
+    for module, cls, code in EXITS:
+        if module in sys.modules and isinstance(error, getattr(sys.modules[module], cls)):
+            return code
+    return Exit.missing if isinstance(error, OSError) else None
+
+
+def _line(error: Exception) -> str:
+    says = error.format_message() if isinstance(error, click.ClickException) else str(error)
+    where = getattr(error, "ctx", None)
+    hint = f" ({where.command_path} --help)" if where is not None else ""
+    return " ".join(says.split()) + hint

@@ -1,0 +1,93 @@
+"""`bench build`: train an embedded model from its recipe."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+
+from harness.cli.common import as_json, loaded, note, plain, plugin_files, print_json, seconds, strict_option
+from harness.registry import InvalidSpec, spec_of
+
+LIBRARIES = ("torch", "diffusers", "transformers", "diffusion-defense-bench")
+PROVENANCE = "provenance.json"
+
+
+@click.command(short_help="Train an embedded model from its recipe.")
+@click.argument("model")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Directory to write; default: beside the plugin.")
+@plugin_files
+@strict_option
+@as_json
+def build(model: str, out: Path | None, files: tuple[Path, ...], strict: bool, as_json: bool) -> None:
+    """Train MODEL from its recipe and write weights, judges and provenance. May take hours."""
+    plugin = loaded(files, strict).build("models", model)
+    if not callable(getattr(plugin, "build", None)):
+        raise InvalidSpec(f"{plugin.name} has no recipe: its weights are not ours to train")
+    folder = _place(plugin, out)
+    facts = built(plugin, folder)
+    if as_json:
+        print_json({"model": spec_of(plugin), "directory": folder, **facts})
+    else:
+        click.echo(f"{plugin.name} is in {folder} ({seconds(facts['seconds'])})")
+
+
+def _place(plugin: Any, out: Path | None) -> Path:
+    """The directory to write. Raises click.UsageError rather than replace what is no model of ours."""
+    if out is None:
+        return Path(str(sys.modules[type(plugin).__module__].__file__)).absolute().parent / "weights" / plugin.name
+    folder = out.expanduser().absolute()
+    if folder.exists() and not (folder / PROVENANCE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise click.UsageError(f"{folder} exists and was not made by bench build; name another directory")
+    return folder
+
+
+def built(plugin: Any, folder: Path) -> dict[str, Any]:
+    """Run the recipe in a sibling of `folder` that takes its place when it is complete; the provenance."""
+    from harness import events
+
+    draft = folder.with_name(f".{folder.name}.building")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    started = time.monotonic()
+    events.listen(progress_lines())
+    try:
+        facts = plugin.build(draft)
+    finally:
+        events.listen(None)
+    versions = {name: metadata.version(name) for name in LIBRARIES}
+    took = time.monotonic() - started
+    provenance = {
+        "model": spec_of(plugin),
+        "version": plugin.version,
+        "facts": facts,
+        "versions": versions,
+        "seconds": took,
+    }
+    (draft / PROVENANCE).write_text(json.dumps(plain(provenance), indent=1, sort_keys=True) + "\n")
+    if folder.exists():
+        shutil.rmtree(folder)
+    draft.rename(folder)
+    return provenance
+
+
+def progress_lines(every: float = 10.0) -> Callable[[dict[str, Any]], None]:
+    """A sink of progress events that says at most one line each `every` seconds, and each phase's last."""
+    last = 0.0
+
+    def sink(event: dict[str, Any]) -> None:
+        nonlocal last
+        if event["ts"] - last < every and event["step"] < event["total"]:
+            return
+        last = event["ts"]
+        numbers = "".join(f" {k} {v:.4g}" for k, v in event.items() if k not in ("ts", "phase", "step", "total"))
+        note(f"{event['phase']} {event['step']}/{event['total']}{numbers}")
+
+    return sink

@@ -1,0 +1,105 @@
+"""`bench list`, `bench show`, `bench plugins`: what there is, without importing it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import click
+
+from harness.cli.common import as_json, columns, index_of, plugin_files, print_json, strict_option
+from harness.registry import KINDS, Entry, kind_of, unknown_name
+
+
+@click.command("list", short_help="Models, attacks, defenses ... and suites.")
+@click.argument("kind", required=False)
+@plugin_files
+@as_json
+def list_(kind: str | None, files: tuple[Path, ...], as_json: bool) -> None:
+    """List plugins of KIND: models, triggers, targets, attacks, defenses, metrics, samplers; or suites.
+
+    Without KIND, everything.
+    """
+    if kind in ("suite", "suites"):
+        _list_suites(as_json)
+        return
+    kinds = KINDS if kind is None else (kind_of(kind),)
+    entries = [entry for entry in index_of(files).entries if entry.kind in kinds]
+    if as_json:
+        print_json(entries)
+        return
+    for i, each in enumerate(kinds):
+        rows = [(entry.name, entry.summary) for entry in entries if entry.kind == each]
+        if kind is None:
+            click.echo(f"{'' if i == 0 else chr(10)}{each}")
+        click.echo(columns(rows, "  " if kind is None else "") or "none")
+
+
+def _list_suites(as_json: bool) -> None:
+    from harness.grid import read, suites
+
+    drafts = [read(path) for path in suites().values()]
+    if as_json:
+        print_json([{"name": draft.name, "title": draft.title, "file": draft.path} for draft in drafts])
+    else:
+        click.echo(columns([(draft.name, draft.title) for draft in drafts]) or "none")
+
+
+@click.command(short_help="Docstring, parameters, needs and file of a plugin.")
+@click.argument("name")
+@click.option("--kind", help="Only the plugin of this kind, where several kinds have the name.")
+@plugin_files
+@as_json
+def show(name: str, kind: str | None, files: tuple[Path, ...], as_json: bool) -> None:
+    """Show a plugin's docstring, parameters, what it needs and accepts, and its file."""
+    wanted = None if kind is None else kind_of(kind)
+    index = index_of(files)
+    known = [entry for entry in index.entries if wanted in (None, entry.kind)]
+    found = [entry for entry in known if entry.name == name]
+    if not found:
+        names = dict.fromkeys(entry.name for entry in known)
+        raise unknown_name(wanted or "plugins", name, names, len(index.warnings))
+    if as_json:
+        print_json(found)
+    else:
+        click.echo("\n\n".join(map(_described, found)))
+
+
+def _described(entry: Entry) -> str:
+    parts = [f"{entry.kind[:-1]} {entry.name}, version {entry.version}"]
+    parts += [entry.docstring] if entry.docstring else []
+    facts = {name.replace("_", " "): _words(value) for name, value in entry.facts.items()}
+    parts += ["\n".join(f"{name}: {words}" for name, words in facts.items())] if facts else []
+    if entry.fields:
+        rows = [(f"{f.name} = {f.default}", f.type, f.comment) for f in entry.fields]
+        parts.append(f"parameters:\n{columns(rows, '  ')}")
+    parts.append(f"from {entry.distribution}: {entry.file}")
+    return "\n\n".join(parts)
+
+
+def _words(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) or "nothing" if isinstance(value, (list, tuple)) else str(value)
+
+
+@click.command(short_help="Where plugins come from; what could not be loaded.")
+@plugin_files
+@strict_option
+@as_json
+def plugins(files: tuple[Path, ...], strict: bool, as_json: bool) -> None:
+    """Where plugins come from, and which could not be loaded (on stderr)."""
+    index = index_of(files, strict)
+    if as_json:
+        print_json(index)
+        return
+    counts: dict[tuple[str, str], Counter[str]] = {}
+    for entry in index.entries:
+        counts.setdefault((entry.distribution, entry.module), Counter())[entry.kind] += 1
+    rows = [(*place, _counted(kinds)) for place, kinds in counts.items()]
+    click.echo(columns(rows) or "none; is the distribution installed?")
+    click.echo(f"{len(index.entries)} plugins, {len(index.warnings)} modules left out")
+
+
+def _counted(kinds: Counter[str]) -> str:
+    return ", ".join(f"{n} {kind if n > 1 else kind[:-1]}" for kind, n in kinds.items())

@@ -1,0 +1,152 @@
+"""What happens inside a job's process: tie it to the driver's life, send output to its log, run, write the outcome.
+
+Reached by a fork of the fork server (CPU), or by `python -m harness.engine.child LIFELINE SERVER REQUEST` (GPU).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import importlib
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from harness import events
+from harness.engine.forkserver import preload
+from harness.job import Failure
+from harness.store import CorruptArtifact, MissingArtifact, Store
+
+Execute = Callable[[dict[str, Any], Store, Path], Mapping[str, Any]]
+_PR_SET_PDEATHSIG = 1
+
+
+def main(request: dict[str, Any], lifeline: int, server: int) -> None:
+    """Run the request's job and leave the process: status 0 after success, 1 after a written failure."""
+    die_with(server)
+    threading.Thread(target=_watch, args=(lifeline,), daemon=True).start()
+    _redirect(request["log"])
+    events.listen(events.file_sink(Path(request["events"])))
+    store = Store(Path(request["store"]))
+    started = time.perf_counter()
+    outcome: dict[str, Any] = {"ok": True, "failure": None, "error": None, "traceback": None, "corrupt": None}
+    try:
+        _run(request, store, started)
+    except BaseException as error:  # the job boundary: whatever a plugin does ends up in the outcome
+        traceback.print_exc()
+        outcome |= _failed(error)
+    outcome["cost"] = _cost(started)
+    store.write_outcome(request["job"]["key"], request["attempt"], outcome)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0 if outcome["ok"] else 1)
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when `parent` dies (Linux); leave at once if it is dead already."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(121)
+
+
+def _watch(lifeline: int) -> None:
+    """Wait for the end of the driver's pipe, then kill the whole group: this process and whatever it started."""
+    while os.read(lifeline, 1):
+        pass
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+def _redirect(log: str) -> None:
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    null = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((null, 0), (out, 1), (out, 2)):
+        os.dup2(source, target)
+    os.close(out)
+    os.close(null)
+    faulthandler.enable(file=2)
+
+
+def _run(request: dict[str, Any], store: Store, started: float) -> None:
+    job = request["job"]
+    if request["gpu"] is not None:
+        preload(request["preload"])
+    module, _, name = request["execute"].partition(":")
+    execute: Execute = getattr(importlib.import_module(module), name)
+    _set_up_torch(request)
+
+    def fill(out: Path) -> dict[str, Any]:
+        facts = dict(execute(job["spec"], store, out))
+        return facts | {"cost": _cost(started)}
+
+    store.publish(job["key"], fill, {"kind": job["kind"], "label": job["label"]})
+
+
+def _set_up_torch(request: dict[str, Any]) -> None:
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return
+    torch.set_num_threads(request["threads"])
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    if request["gpu"] is not None:
+        if not torch.cuda.is_available():
+            raise RuntimeError(f"GPU {request['gpu']['id']}: torch sees no CUDA device there; run without --gpus")
+        if request["gpu"]["share"] < 1:
+            torch.cuda.set_per_process_memory_fraction(request["gpu"]["share"])
+
+
+def _failed(error: BaseException) -> dict[str, Any]:
+    text = f"the job ended the interpreter: {error!r}" if isinstance(error, SystemExit) else _words(error)
+    return {
+        "ok": False,
+        "failure": _kind(error).value,
+        "error": text,
+        "traceback": "".join(traceback.format_exception(error)),
+        "corrupt": error.key if isinstance(error, (CorruptArtifact, MissingArtifact)) else None,
+    }
+
+
+def _words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _kind(error: BaseException) -> Failure:
+    torch, training = sys.modules.get("torch"), sys.modules.get("harness.training")
+    if isinstance(error, (CorruptArtifact, MissingArtifact)):
+        return Failure.corrupt
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return Failure.oom
+    if training is not None and isinstance(error, training.Diverged):
+        return Failure.nan
+    return Failure.memory if isinstance(error, MemoryError) else Failure.exception
+
+
+def _cost(started: float) -> dict[str, Any]:
+    """Seconds and bytes of this process so far; the GPU's peak is None without a GPU, never 0."""
+    torch = sys.modules.get("torch")
+    cuda = torch is not None and torch.cuda.is_initialized()
+    if torch is not None and cuda:
+        with contextlib.suppress(RuntimeError):  # after a CUDA error nothing can be waited for
+            torch.cuda.synchronize()
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "wall_s": time.perf_counter() - started,
+        "cpu_s": sum(use.ru_utime + use.ru_stime for use in usage),
+        "peak_rss_bytes": max(use.ru_maxrss for use in usage) * unit,
+        "cuda_peak_bytes": torch.cuda.max_memory_allocated() if torch is not None and cuda else None,
+    }
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        main(json.loads(sys.argv[3]), int(sys.argv[1]), int(sys.argv[2]))

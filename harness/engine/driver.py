@@ -1,0 +1,324 @@
+"""The graph of jobs: what is there already, what comes next, what is tried again, what can no longer be done."""
+
+from __future__ import annotations
+
+import graphlib
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import FrameType
+from typing import Any, Literal, Protocol
+
+from harness.engine.display import Listener, Silent
+from harness.engine.supervise import Handle, Outcome
+from harness.job import Failure, Job
+from harness.store import CorruptArtifact, MissingArtifact, Store
+
+TICK_S = 0.1
+MAX_RETRIES = 2  # after a crash by signal
+MAX_REBUILDS = 3  # of damaged artifacts that one job meets
+
+Status = Literal["hit", "done", "failed", "skipped"]
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """The end of a job. attempts: every one ever made, in this run and before. seconds: of this run's last attempt."""
+
+    key: str
+    status: Status
+    error: str | None = None
+    failure: Failure | None = None
+    attempts: tuple[Mapping[str, Any], ...] = ()
+    seconds: float = 0.0
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        return self.status in ("hit", "done")
+
+
+class Engine(Protocol):
+    """Places jobs. `LocalEngine` is one."""
+
+    @property
+    def running(self) -> list[Handle]: ...
+
+    @property
+    def shares_gpus(self) -> bool: ...
+
+    def try_submit(self, job: Job, attempt: int, *, whole_gpu: bool = False) -> Handle | None: ...
+
+    def wait(self, timeout: float) -> list[tuple[Handle, Outcome]]: ...
+
+    def cancel(self, handle: Handle, grace: float | None = None) -> None: ...
+
+
+class Interrupted(Exception):
+    """The user stopped the run; `results` holds every job's state."""
+
+    def __init__(self, results: dict[str, JobResult]) -> None:
+        done = sum(result.ok for result in results.values())
+        super().__init__(f"interrupted with {done} of {len(results)} jobs done; the same command goes on from here")
+        self.results = results
+
+
+def run(
+    jobs: Mapping[str, Job], store: Store, engine: Engine, *, listener: Listener | None = None
+) -> dict[str, JobResult]:
+    """Bring every job's artifact into the store and say how each job ended, in the order of `jobs`.
+
+    Jobs whose artifact is there are hits; those that failed in an earlier run are tried again. Raises ValueError for a
+    graph with a cycle, Interrupted after Ctrl-C (once: running jobs finish first; twice, or SIGTERM: now).
+    """
+    return _Run(jobs, store, engine, listener or Silent()).go()
+
+
+class _Run:
+    def __init__(self, jobs: Mapping[str, Job], store: Store, engine: Engine, listener: Listener) -> None:
+        self.jobs = dict(jobs)
+        self.store = store
+        self.engine = engine
+        self.listener = listener
+        self.chain = _chains(self.jobs)
+        self.sinks = set(self.jobs).difference(*(job.needs for job in self.jobs.values()))
+        self.results: dict[str, JobResult] = {}
+        self.waiting = set(self.jobs)
+        self.locks: dict[str, Any] = {}
+        self.retries: Counter[tuple[str, Failure]] = Counter()
+        self.rebuilds: Counter[str] = Counter()
+        self.warnings: dict[str, list[str]] = {key: [] for key in self.jobs}
+        self.noted: set[str] = set()
+        self.stops = 0
+
+    def go(self) -> dict[str, JobResult]:
+        self.store.gc()
+        try:
+            with _signals(self._stop):
+                for key in self.jobs:
+                    self._look_up(key)
+                self.listener.planned(len(self.jobs), len(self.results))
+                while self.waiting or self.locks:
+                    self._step()
+        finally:
+            self._abandon()
+        results = {key: self.results[key] for key in self.jobs}
+        if self.stops:
+            raise Interrupted(results)
+        return results
+
+    def _step(self) -> None:
+        self._skip()
+        if self.stops:
+            self._drain()
+        else:
+            self._submit()
+        for handle, outcome in self.engine.wait(TICK_S if self.waiting or self.locks else 0):
+            self._ended(handle, outcome)
+        for handle in self.engine.running:
+            if handle.event is not None:
+                self.listener.progress(handle.job, handle.event)
+
+    # ---- before a job
+
+    def _look_up(self, key: str) -> bool:
+        """Settle the job as a hit if its artifact is complete. One that no job reads is verified here, by its bytes."""
+        if not self.store.has(key):
+            return False
+        if key in self.sinks:
+            try:
+                self.store.open_artifact(key)
+            except (CorruptArtifact, MissingArtifact) as error:
+                self._warn(key, str(error))
+                return False
+        self._settle(key, JobResult(key, "hit"))
+        return True
+
+    def _skip(self) -> None:
+        """Settle every waiting job that needs something which failed or is nowhere."""
+        for key in sorted(self.waiting, key=lambda key: -self.chain[key]):  # needs come before what needs them
+            for need in self.jobs[key].needs:
+                reason = self._why_not(need)
+                if reason is not None:
+                    self._settle(key, JobResult(key, "skipped", f"skipped: {reason}", Failure.skipped))
+                    break
+
+    def _why_not(self, need: str) -> str | None:
+        result = self.results.get(need)
+        if result is not None and not result.ok:
+            if result.status == "skipped":
+                return (result.error or "").removeprefix("skipped: ")
+            return f"{self.jobs[need].label} failed: {result.error}"
+        if need not in self.jobs and not self.store.has(need):
+            return f"artifact {need[:12]} is neither in the store nor among the jobs"
+        return None
+
+    def _submit(self) -> None:
+        pending = set(self.jobs).difference(self.results)
+        ready = [key for key in self.waiting if pending.isdisjoint(self.jobs[key].needs)]
+        whole = {key for key in ready if self.retries[key, Failure.oom]}
+        for key in sorted(ready, key=lambda key: (key not in whole, -self.chain[key], key)):
+            if not self._lock(key) or self._look_up(key):
+                continue
+            job, attempts = self.jobs[key], self.store.attempts(key)
+            handle = self.engine.try_submit(job, len(attempts) + 1, whole_gpu=key in whole)
+            if handle is None:
+                self._unlock(key)
+                return
+            self._begin(job, attempts)
+
+    def _lock(self, key: str) -> bool:
+        """Take the job's lock, so that no other driver runs it too."""
+        from filelock import Timeout
+
+        lock = self.store.lock(key)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if key not in self.noted:
+                self.noted.add(key)
+                self.listener.note(f"{self.jobs[key].label}: another run is working on it; waiting for it")
+            return False
+        self.locks[key] = lock
+        return True
+
+    def _unlock(self, key: str) -> None:
+        lock = self.locks.pop(key, None)
+        if lock is not None:
+            lock.release()
+
+    def _begin(self, job: Job, attempts: list[dict[str, Any]]) -> None:
+        for attempt in attempts:
+            if attempt["status"] == "running":  # we hold its lock, so whoever ran it is dead
+                attempt |= {"status": "failed", "failure": Failure.interrupted.value, "error": "its driver died"}
+        number = len(attempts) + 1
+        entry = {"attempt": number, "status": "running", "started": time.time(), "log": f"log.{number}.txt"}
+        self.store.write_attempts(job.key, [*attempts, entry])
+        self.waiting.discard(job.key)
+        self.listener.started(job, number)
+
+    # ---- after a job
+
+    def _ended(self, handle: Handle, outcome: Outcome) -> None:
+        key = handle.job.key
+        if outcome.ok and not self.store.has(key):
+            outcome = replace(outcome, ok=False, failure=Failure.exit, error="it ended well but left no artifact")
+        self._note_attempt(key, outcome)
+        self._unlock(key)
+        if outcome.ok:
+            self._settle(key, JobResult(key, "done", seconds=_seconds(outcome)))
+        elif self._rebuild(key, outcome) or self._retry(key, outcome):
+            self.waiting.add(key)
+        else:
+            error = outcome.error or "failed without saying why"
+            self._settle(key, JobResult(key, "failed", error, outcome.failure, seconds=_seconds(outcome)))
+
+    def _note_attempt(self, key: str, outcome: Outcome) -> None:
+        attempts = self.store.attempts(key)
+        attempts[-1] |= {
+            "status": "done" if outcome.ok else "failed",
+            "failure": outcome.failure.value if outcome.failure else None,
+            "error": outcome.error,
+            "traceback": outcome.traceback,
+            **outcome.cost,
+        }
+        self.store.write_attempts(key, attempts)
+
+    def _retry(self, key: str, outcome: Outcome) -> bool:
+        most = {Failure.crash: MAX_RETRIES, Failure.oom: int(self.engine.shares_gpus)}
+        failure = outcome.failure
+        if self.stops or failure is None or self.retries[key, failure] >= most.get(failure, 0):
+            return False
+        self.retries[key, failure] += 1
+        self._warn(key, f"tried again after: {outcome.error}")
+        return True
+
+    def _rebuild(self, key: str, outcome: Outcome) -> bool:
+        """Put the damaged artifact that the job met back among the waiting jobs."""
+        bad, job = outcome.corrupt, self.jobs[key]
+        if bad is None or bad not in self.jobs or self.rebuilds[key] >= MAX_REBUILDS or self.stops:
+            return False
+        self.rebuilds[key] += 1
+        self.jobs[key] = replace(job, needs=tuple({*job.needs, bad}))  # it may have been a need of a need
+        if bad in self.results and not self.store.has(bad):
+            del self.results[bad]
+            self.waiting.add(bad)
+            self._warn(bad, f"built again: {outcome.error}")
+        return True
+
+    def _warn(self, key: str, text: str) -> None:
+        self.warnings[key].append(text)
+        self.listener.note(f"{self.jobs[key].label}: {text}")
+
+    def _settle(self, key: str, result: JobResult) -> None:
+        self.waiting.discard(key)
+        self._unlock(key)
+        attempts = tuple(self.store.attempts(key))
+        self.results[key] = replace(result, attempts=attempts, warnings=tuple(self.warnings[key]))
+        self.listener.finished(self.jobs[key], result.status, result.error, result.seconds)
+
+    # ---- interruption
+
+    def _stop(self, urgent: bool) -> None:
+        self.stops = 2 if urgent or self.stops else 1
+
+    def _drain(self) -> None:
+        """Settle what has not started; at the second request end what runs, too."""
+        if "stop" not in self.noted:
+            self.noted.add("stop")
+            self.listener.note("stopping when the running jobs are done; press Ctrl-C again to stop now")
+        if self.stops > 1:
+            for handle in self.engine.running:
+                self.engine.cancel(handle, grace=1.0)
+        for key in sorted(self.waiting):
+            self._settle(key, JobResult(key, "skipped", "interrupted before it started", Failure.interrupted))
+
+    def _abandon(self) -> None:
+        """After an error of the driver's own: leave no job running and no lock held."""
+        for handle in self.engine.running:
+            self.engine.cancel(handle, grace=0)
+        for key in list(self.locks):
+            self._unlock(key)
+
+
+def _chains(jobs: Mapping[str, Job]) -> dict[str, float]:
+    """For each job the estimated seconds until all that waits for it is done: the longest goes first."""
+    try:
+        order = list(graphlib.TopologicalSorter({key: job.needs for key, job in jobs.items()}).static_order())
+    except graphlib.CycleError as error:
+        labels = " needs ".join(jobs[key].label for key in reversed(error.args[1]))
+        raise ValueError(f"the jobs need each other in a circle: {labels}") from None
+    after: dict[str, float] = {}
+    chain: dict[str, float] = {}
+    for key in reversed(order):
+        if key in jobs:
+            chain[key] = max(jobs[key].estimate, 1e-3) + after.get(key, 0.0)
+            for need in jobs[key].needs:
+                after[need] = max(after.get(need, 0.0), chain[key])
+    return chain
+
+
+def _seconds(outcome: Outcome) -> float:
+    return float(outcome.cost.get("wall_s") or 0.0)
+
+
+@contextmanager
+def _signals(stop: Callable[[bool], None]) -> Iterator[None]:
+    """Call stop(urgent) on Ctrl-C (False) and SIGTERM (True) while this lasts; only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handler(number: int, _: FrameType | None) -> None:
+        stop(number == signal.SIGTERM)
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

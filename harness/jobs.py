@@ -1,0 +1,540 @@
+"""From cells to jobs, from jobs to records: what is shared between cells, and what one job does in its own process.
+
+    attack ─► defend ─► sample ─► measure ─► record          (clean models are sampled without an attack)
+
+A key is the sha256 of everything that a job's numbers depend on; where it runs, how many others run beside it and
+where it is reported are not in it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from harness.grid import Suite
+from harness.job import Job
+from harness.registry import Registry, load, parse_spec, source_digest
+from harness.store import Store, key_of
+from harness.types import KNOWLEDGE, Cell, Knowledge, Score
+
+KEY_VERSION = 1  # raise when the harness itself changes numbers
+EVALUATION = "evaluation"  # stage name of the noise and prompts that every cell of a model is judged on
+WRONG = 4  # wrong triggers behind the false-trigger rate
+KNOWN_SHARE, KNOWN_LEAST = 0.1, 512  # clean training data a defender may hold: a tenth (Elijah's), at least this many
+KNOWN_PROMPTS = 100  # clean prompts a defender may hold ("Sealing the Backdoor")
+SECONDS = {"attack": 300.0, "defend": 60.0, "sample": 40.0, "measure": 10.0}  # first guesses on one CPU core
+
+
+# ---- planning -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlannedCell:
+    """A cell, the key of its measure job (which is the record's key) and the keys of all jobs behind it."""
+
+    cell: Cell
+    key: str
+    behind: tuple[str, ...]
+    needs: tuple[str, ...]  # the defense's
+
+
+@dataclass
+class Plan:
+    """The jobs of a suite by key, in an order in which they could run, and its cells."""
+
+    jobs: dict[str, Job] = field(default_factory=dict)
+    cells: list[PlannedCell] = field(default_factory=list)
+
+
+def plan(suite: Suite, registry: Registry, store: Store, threads: int = 1) -> Plan:
+    """Every job that `suite` needs, each once."""
+    planner = _Planner(registry, suite.metrics or tuple(registry.classes("metrics")), threads)
+    for cell in suite.cells:
+        planner.add(cell)
+    return planner.plan
+
+
+class _Planner:
+    def __init__(self, registry: Registry, metrics: Sequence[str], threads: int) -> None:
+        self.registry, self.threads, self.plan = registry, threads, Plan()
+        self.metrics = {name: self.identity("metrics", name) for name in sorted(metrics)}
+        self.model_identity = cache(self._model_identity)
+
+    def identity(self, kind: str, spec: str) -> dict[str, Any]:
+        """What of a plugin its numbers depend on."""
+        made = self.registry.build(kind, spec)
+        return {
+            "spec": self.registry.canonical(kind, spec),
+            "version": made.version,
+            "source": source_digest(type(made)),
+        }
+
+    def _model_identity(self, spec: str) -> dict[str, Any]:
+        return self.identity("models", spec) | {"weights": self.registry.build("models", spec).digest()}
+
+    def job(self, kind: Any, label: str, needs: Sequence[str], spec: dict[str, Any], numbers: dict[str, Any]) -> str:
+        """Add the job whose result depends on `numbers` (and on the artifacts in `needs`); its key."""
+        ingredients = {
+            "key_version": KEY_VERSION,
+            "kind": kind,
+            "threads": self.threads,
+            "precision": "fp32",
+            "inputs": sorted(needs),
+            **numbers,
+        }
+        key = key_of(ingredients)
+        if key not in self.plan.jobs:
+            files = [str(path) for path in self.registry.files]
+            told = {"kind": kind, **spec, "plugin_files": files}
+            self.plan.jobs[key] = Job(key, kind, label, tuple(needs), told, SECONDS[kind])
+        return key
+
+    def add(self, cell: Cell) -> None:
+        attack = self.attack(cell)
+        defend = self.defend(cell, attack)
+        samples = self.samples(cell, attack, defend)
+        key = self.measure(cell, attack, defend, samples)
+        behind = tuple(k for k in (attack, defend, *samples.values(), key) if k is not None)
+        defense = self.registry.build("defenses", cell.defense)
+        self.plan.cells.append(PlannedCell(cell, key, tuple(dict.fromkeys(behind)), tuple(defense.needs)))
+
+    def attack(self, cell: Cell) -> str | None:
+        """Key of the attack job; None where the model is left clean."""
+        name = parse_spec(cell.attack)[0]
+        if name == "none":
+            return None
+        spec = {k: getattr(cell, k) for k in ("model", "attack", "trigger", "target", "seed")}
+        numbers = {
+            "model": self.model_identity(cell.model),
+            "attack": self.identity("attacks", cell.attack),
+            "trigger": self.identity("triggers", cell.trigger),
+            "target": self.identity("targets", cell.target),
+            "seed": cell.seed,
+        }
+        label = f"attack {name} on {parse_spec(cell.model)[0]}, seed {cell.seed}"
+        return self.job("attack", label, [], spec, numbers)
+
+    def told(self, cell: Cell, needs: Sequence[str]) -> str | None:
+        """Spec of the trigger that the defender is told; None where it is told none."""
+        if "trigger" not in needs:
+            return None
+        if cell.told == "truth":
+            return cell.trigger
+        from harness.registry import spec_of
+
+        return spec_of(self.registry.build("triggers", cell.trigger).wrong(0))
+
+    def defend(self, cell: Cell, attack: str | None) -> str | None:
+        """Key of the defend job; None for defense `none`."""
+        name = parse_spec(cell.defense)[0]
+        if name == "none":
+            return None
+        needs = tuple(self.registry.build("defenses", cell.defense).needs)
+        unknown = [need for need in needs if need not in KNOWLEDGE]
+        if unknown:
+            raise ValueError(f"defense '{name}' needs {unknown[0]!r}; there are {', '.join(KNOWLEDGE)}")
+        told = self.told(cell, needs)
+        spec = {
+            "model": cell.model, "attacked": attack, "defense": cell.defense, "told": told, "seed": cell.seed,
+        }  # fmt: skip
+        numbers = {
+            "model": self.model_identity(cell.model),
+            "defense": self.identity("defenses", cell.defense),
+            "told": None if told is None else self.identity("triggers", told),
+            "known": [KNOWN_SHARE, KNOWN_LEAST, KNOWN_PROMPTS],
+            "seed": cell.seed,
+        }
+        about = ", told a wrong trigger" if cell.told == "wrong-trigger" else ""
+        label = f"defend {name}{about} on {self._whose(cell, attack)}"
+        return self.job("defend", label, [attack] if attack else [], spec, numbers)
+
+    def _whose(self, cell: Cell, attack: str | None) -> str:
+        name = parse_spec(cell.model)[0]
+        return f"clean {name}" if attack is None else f"{name} attacked by {parse_spec(cell.attack)[0]}, seed {cell.seed}"
+
+    def samples(self, cell: Cell, attack: str | None, defend: str | None) -> dict[str, str]:
+        """Keys of the image sets by "who/given"."""
+        wrong = self.registry.build("triggers", cell.trigger)
+        from harness.registry import spec_of
+
+        stamps = {
+            "clean": [None],
+            "triggered": [cell.trigger],
+            "wrong": [spec_of(wrong.wrong(k)) for k in range(WRONG)],
+        }
+        models = {"clean": (None, None), "backdoored": (attack, None), "defended": (attack, defend)}
+        wanted = [("clean", "clean"), ("backdoored", "clean"), ("backdoored", "triggered"), ("backdoored", "wrong"),
+                  ("defended", "clean"), ("defended", "triggered")]  # fmt: skip
+        return {
+            f"{who}/{given}": self.sample(cell, *models[who], stamps[given], (who, given)) for who, given in wanted
+        }
+
+    def sample(
+        self, cell: Cell, attack: str | None, defend: str | None, stamps: list[str | None], words: tuple[str, str]
+    ) -> str:
+        spec = {
+            "model": cell.model, "attacked": attack, "defended": defend, "sampler": cell.sampler, "stamps": stamps,
+            "n": cell.n // len(stamps),
+        }  # fmt: skip
+        numbers = {
+            "model": self.model_identity(cell.model),
+            "sampler": self.identity("samplers", cell.sampler),
+            "stamps": [None if stamp is None else self.identity("triggers", stamp) for stamp in stamps],
+            "n": cell.n // len(stamps),
+        }
+        who = f"{parse_spec(cell.defense)[0]} on " if defend else ""
+        label = f"sample {words[1]} inputs, {who}{self._whose(cell, attack)}"
+        # `inputs` is a set of keys, so which of them was attacked and which defended is said again
+        return self.job("sample", label, [k for k in (attack, defend) if k], spec, numbers | {"of": [attack, defend]})
+
+    def measure(self, cell: Cell, attack: str | None, defend: str | None, samples: dict[str, str]) -> str:
+        spec = {
+            "cell": asdict(cell), "attacked": attack, "defended": defend, "samples": samples,
+            "metrics": list(self.metrics),
+        }  # fmt: skip
+        numbers = {
+            "cell": asdict(cell),
+            "model": self.model_identity(cell.model),
+            "trigger": self.identity("triggers", cell.trigger),
+            "target": self.identity("targets", cell.target),
+            "metrics": self.metrics,
+            "samples": samples,
+        }
+        needs = [k for k in dict.fromkeys([attack, defend, *samples.values()]) if k]
+        label = f"measure {parse_spec(cell.defense)[0]} on {self._whose(cell, attack)}"
+        return self.job("measure", label, needs, spec, numbers)
+
+
+# ---- executing ------------------------------------------------------------------------------------------------------
+
+
+def execute(spec: Mapping[str, Any], store: Store, out: Path) -> dict[str, Any]:
+    """Do one job: fill the directory `out` and return facts for its manifest."""
+    registry = load([Path(file) for file in spec["plugin_files"]])
+    work = {"attack": _attack, "defend": _defend, "sample": _sample, "measure": _measure}[spec["kind"]]
+    return work(spec, registry, store, out)
+
+
+def _rng(seed: int, stage: str) -> Any:
+    from harness.seeds import generator
+
+    return generator(seed, stage)
+
+
+def _load_model(spec: Mapping[str, Any], registry: Registry, store: Store) -> tuple[Any, Any]:
+    """(model plugin, the attacked model, or the clean one where nothing was attacked), on the job's device."""
+    from harness import checkpoint
+
+    plugin = registry.build("models", spec["model"])
+    attacked = spec["attacked"]
+    model = plugin.load() if attacked is None else checkpoint.load(store.open_artifact(attacked) / "model")
+    return plugin, model.to(_device())
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _attack(spec: Mapping[str, Any], registry: Registry, store: Store, out: Path) -> dict[str, Any]:
+    from harness import checkpoint
+    from harness.types import Backdoor
+
+    plugin = registry.build("models", spec["model"])
+    model = plugin.load().to(_device())
+    attack = registry.build("attacks", spec["attack"])
+    backdoor = Backdoor(registry.build("triggers", spec["trigger"]), registry.build("targets", spec["target"]))
+    data = plugin.data()
+    if data.captions is not None:
+        model.check_trigger(backdoor.trigger, data.captions[:100])
+    done = attack.implant(model, backdoor, data, _rng(spec["seed"], "attack"))
+    if done.sampler is not None:
+        raise ValueError(f"attack '{attack.name}' brings its own sampler, which this version cannot store yet")
+    labels = {"backdoored": "true", **{k: str(spec[k]) for k in ("model", "attack", "trigger", "target", "seed")}}
+    checkpoint.save(done.model.to("cpu"), out / "model", labels)
+    return {}
+
+
+def _defend(spec: Mapping[str, Any], registry: Registry, store: Store, out: Path) -> dict[str, Any]:
+    from harness import checkpoint
+
+    plugin, model = _load_model(spec, registry, store)
+    defense = registry.build("defenses", spec["defense"])
+    knowledge = _knowledge(spec, registry, plugin, defense.needs)
+    done = defense.defend(model, knowledge, _rng(spec["seed"], "defense"))
+    if done.sampler is not None or done.screen is not None:
+        raise ValueError(f"defense '{defense.name}' delivers a sampler or a screen, which this version cannot store yet")
+    if done.model is not None:
+        labels = {"purified_by": spec["defense"], "seed": str(spec["seed"])}
+        if spec["attacked"] is not None:
+            labels["backdoored"] = "was; the purification may have failed"
+        checkpoint.save(done.model.to("cpu"), out / "model", labels)
+    found = None if done.trigger is None else done.trigger if isinstance(done.trigger, str) else done.trigger.tolist()
+    features = dict(done.features or {})
+    document = {"suspicion": done.suspicion, "features": features, "trigger": found, "notes": dict(done.notes)}
+    (out / "defended.json").write_text(json.dumps(plain(document), sort_keys=True))
+    return {}
+
+
+def _knowledge(spec: Mapping[str, Any], registry: Registry, plugin: Any, needs: Sequence[str]) -> Knowledge:
+    """Exactly what the defense's `needs` names, drawn with a generator that only the seed decides."""
+    import torch
+
+    rng = _rng(spec["seed"], "knowledge")
+    known: dict[str, Any] = {}
+    if "trigger" in needs:
+        known["trigger"] = registry.build("triggers", spec["told"])
+    if "data" in needs:
+        data = plugin.data()
+        share = min(len(data), max(KNOWN_LEAST, math.ceil(KNOWN_SHARE * len(data))))
+        known["data"] = data.rows(torch.randperm(len(data), generator=rng)[:share])
+    if "prompts" in needs:
+        known["prompts"] = plugin.prompts("train", KNOWN_PROMPTS, rng)
+    if "clean_model" in needs:
+        known["clean_model"] = plugin.load().to(_device())
+    if "words" in needs:
+        known["words"] = plugin.words()
+    return Knowledge(**known)
+
+
+def evaluation_inputs(plugin: Any, model: Any, n: int) -> Any:
+    """The n inputs on which every model of a kind is judged; the first n of any larger set."""
+    from harness.seeds import image_noise, image_seeds
+    from harness.types import Inputs
+
+    seeds = image_seeds(0, EVALUATION, n)
+    return Inputs(image_noise(seeds, model.shape), plugin.prompts("test", n, _rng(0, EVALUATION)), seeds)
+
+
+def _sample(spec: Mapping[str, Any], registry: Registry, store: Store, out: Path) -> dict[str, Any]:
+    import torch
+    from safetensors.torch import save_file
+
+    from harness import checkpoint
+    from harness.images import to_uint8
+
+    plugin, model = _load_model(spec, registry, store)
+    purified = spec["defended"] is not None and (store.open_artifact(spec["defended"]) / "model").is_dir()
+    if purified:
+        model = checkpoint.load(store.open_artifact(spec["defended"]) / "model").to(_device())
+    inputs = evaluation_inputs(plugin, model, spec["n"])
+    sampler = registry.build("samplers", spec["sampler"])
+    sets = []
+    for stamp in spec["stamps"]:
+        trigger = None if stamp is None else registry.build("triggers", stamp)
+        if trigger is not None and trigger.stamps == "text":
+            model.check_trigger(trigger, inputs.prompts)
+        sets.append(model.sample(inputs if trigger is None else trigger.stamp(inputs), sampler))
+    images = torch.cat(sets)
+    if not torch.isfinite(images).all():
+        raise ArithmeticError("the model's images hold NaN or infinity")
+    save_file({"images": to_uint8(images)}, out / "images.safetensors")
+    return {"n": len(images), "nfe": sampler.nfe, "model_changed": purified}
+
+
+def _measure(spec: Mapping[str, Any], registry: Registry, store: Store, out: Path) -> dict[str, Any]:
+    from harness.evidence import contact_sheet
+    from harness.images import save_png
+
+    evidence = _evidence(spec, registry, store)
+    scores: dict[str, Score] = {}
+    for name in spec["metrics"]:
+        scores |= _checked_scores(name, registry.build("metrics", name).measure(evidence))
+    (out / "scores.json").write_text(json.dumps(plain(scores), sort_keys=True))
+    save_png(contact_sheet(evidence), out / "sheet.png")
+    return {}
+
+
+def _checked_scores(metric: str, scores: Mapping[str, Score]) -> dict[str, Score]:
+    """A NaN without a warning gets one: a number that could not be measured always says so."""
+    from dataclasses import replace
+
+    checked = {}
+    for name, score in scores.items():
+        if not isinstance(score, Score):
+            raise TypeError(f"metric '{metric}' gave {type(score).__name__} for '{name}'; a metric returns Score objects")
+        silent = math.isnan(score.value) and score.warning is None
+        checked[name] = replace(score, warning=f"metric '{metric}' returned NaN without a reason") if silent else score
+    return checked
+
+
+def _evidence(spec: Mapping[str, Any], registry: Registry, store: Store) -> Any:
+    import torch
+
+    from harness.evidence import Evidence
+    from harness.types import Backdoor
+
+    cell = Cell(**spec["cell"])
+    plugin = registry.build("models", cell.model)
+    inverted = None
+    if spec["defended"] is not None:
+        found = json.loads((store.open_artifact(spec["defended"]) / "defended.json").read_text())["trigger"]
+        inverted = torch.tensor(found) if isinstance(found, list) else found
+    images = {tuple(name.split("/")): _Images(store, key) for name, key in spec["samples"].items()}
+    costs = {
+        part: None if spec[name] is None else store.manifest(spec[name])["facts"].get("cost")
+        for part, name in (("attack", "attacked"), ("defense", "defended"))
+    }
+    return Evidence(
+        images,  # type: ignore[arg-type]
+        reference=plugin.data().images,
+        model=plugin,
+        backdoor=Backdoor(registry.build("triggers", cell.trigger), registry.build("targets", cell.target)),
+        attacked=spec["attacked"] is not None,
+        prompts=plugin.prompts("test", cell.n, _rng(0, EVALUATION)),
+        costs=costs,
+        inverted=inverted,
+        wrong_triggers=WRONG,
+    )
+
+
+@dataclass(frozen=True)
+class _Images:
+    """An image set in the store, read when first asked for."""
+
+    store: Store
+    key: str
+
+    def __call__(self) -> Any:
+        from safetensors.torch import load_file
+
+        from harness.images import from_uint8
+
+        return from_uint8(load_file(self.store.open_artifact(self.key) / "images.safetensors")["images"])
+
+
+# ---- records --------------------------------------------------------------------------------------------------------
+
+
+def collect(plan: Plan, results: Mapping[str, Any], store: Store) -> list[dict[str, Any]]:
+    """One record a cell, written to the store: its scores, or why there are none."""
+    provenance = _provenance()
+    return [_record(planned, plan, results, store, provenance) for planned in plan.cells]
+
+
+def _record(
+    planned: PlannedCell, plan: Plan, results: Mapping[str, Any], store: Store, provenance: Mapping[str, Any]
+) -> dict[str, Any]:
+    result = results[planned.key]
+    failed = None if result.ok else _first_failure(planned, results) or result.error
+    scores: dict[str, Any] = {}
+    sheet = None
+    if result.ok:
+        folder = store.open_artifact(planned.key)
+        scores, sheet = json.loads((folder / "scores.json").read_text()), str(folder / "sheet.png")
+    behind = {
+        key: {"kind": plan.jobs[key].kind, "label": plan.jobs[key].label, "attempts": results[key].attempts}
+        for key in planned.behind
+    }
+    defended = next((key for key in planned.behind if plan.jobs[key].kind == "defend"), None)
+    record = {
+        "key": planned.key,
+        "cell": asdict(planned.cell),
+        "scores": scores,
+        "warnings": sorted({f"{name}: {s['warning']}" for name, s in scores.items() if s["warning"]}),
+        "error": failed,
+        "attempts": [{"job": key, **dict(each)} for key, job in behind.items() for each in job["attempts"]],
+        "knowledge": list(planned.needs),
+        "provenance": {
+            **provenance,
+            "jobs": {key: {"kind": job["kind"], "label": job["label"]} for key, job in behind.items()},
+            "nfe": _nfe(planned, plan, store),
+            "unchanged": result.ok and defended is not None and _unchanged(planned, plan, store),
+        },
+        "sheet": sheet,
+    }
+    record = plain(record)
+    store.write_record(planned.key, record)
+    return record
+
+
+def _first_failure(planned: PlannedCell, results: Mapping[str, Any]) -> str | None:
+    """The error of the earliest job behind the cell that itself failed."""
+    return next((results[k].error for k in planned.behind if results[k].status == "failed"), None)
+
+
+def _nfe(planned: PlannedCell, plan: Plan, store: Store) -> int | None:
+    """Network evaluations for one image."""
+    for key in planned.behind:
+        if plan.jobs[key].kind == "sample" and store.has(key):
+            return store.manifest(key)["facts"]["nfe"]
+    return None
+
+
+def _unchanged(planned: PlannedCell, plan: Plan, store: Store) -> bool:
+    """Whether the defense returned the very weights it was given (by the files' digests)."""
+    spec = plan.jobs[planned.key].spec
+    defended, attacked = spec["defended"], spec["attacked"]
+    if defended is None or attacked is None:
+        return False
+
+    def weights(key: str) -> dict[str, str]:
+        files = store.manifest(key)["files"]
+        return {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
+
+    mine = weights(defended)
+    return bool(mine) and mine == weights(attacked)
+
+
+def _provenance() -> dict[str, Any]:
+    names = ("diffusion-defense-bench", "torch", "diffusers", "transformers", "torch-fidelity", "open_clip_torch")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "versions": versions | {"python": platform.python_version()},
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "platform": sys.platform,
+        **_commit(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _commit() -> dict[str, Any]:
+    """Commit and cleanness of the checkout that the harness runs from; None for an installed copy."""
+    import subprocess
+
+    def git(*words: str) -> str | None:
+        folder = Path(__file__).parent
+        try:
+            done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    status = git("status", "--porcelain", "--", "harness", "plugins") if commit else None
+    return {"commit": commit, "dirty": None if status is None else bool(status)}
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, tuples and NaN as plain JSON: NaN and infinities become null."""
+    if isinstance(value, Score):
+        return plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

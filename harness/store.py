@@ -1,0 +1,395 @@
+"""Content-addressed artifacts, records and job folders on disk. The only module that spells a path.
+
+    artifacts/<kk>/<key>/    manifest.json and the files it lists; without its manifest it does not exist
+    records/<key>.json       one a cell
+    jobs/<kk>/<key>/         log.<attempt>.txt  outcome.<attempt>.json  events.jsonl  attempts.json
+    runs/<suite>/            reports
+    quarantine/              damaged artifacts, until `gc`
+
+Whatever appears under its final name is complete: it is filled under a temporary name, synced and renamed.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class StoreError(RuntimeError):
+    """The store cannot be read or written; the message names the path and the way out."""
+
+
+class MissingArtifact(StoreError):
+    """No complete artifact under this key."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"artifact {key[:12]} is not in the store; `bench run` builds it again")
+        self.key = key
+
+
+class CorruptArtifact(StoreError):
+    """An artifact whose bytes are not those that were published; it has been moved out of the way."""
+
+    def __init__(self, key: str, file: str) -> None:
+        super().__init__(f"artifact {key[:12]} was damaged ({file}) and set aside; `bench run` builds it again")
+        self.key = key
+        self.file = file
+
+
+def canonical(obj: Any) -> str:
+    """The one JSON text of `obj`: sorted keys, no spaces, tuples as lists.
+
+    Raises TypeError for what is not JSON, ValueError for NaN and infinity.
+    """
+    return json.dumps(_plain(obj, ""), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def key_of(ingredients: Mapping[str, Any]) -> str:
+    """sha256 (64 hex digits) of the canonical JSON of what determines a result."""
+    return hashlib.sha256(canonical(ingredients).encode()).hexdigest()
+
+
+def _plain(obj: Any, where: str) -> Any:
+    if isinstance(obj, Mapping):
+        for name in obj:
+            if not isinstance(name, str):
+                raise TypeError(f"key {name!r} at '{where or '.'}' is not a text; JSON keys are")
+        return {name: _plain(value, f"{where}.{name}") for name, value in obj.items()}
+    if isinstance(obj, (list, tuple)):
+        return [_plain(value, f"{where}[{i}]") for i, value in enumerate(obj)]
+    if obj is None or isinstance(obj, (str, bool, int, float)):
+        return obj
+    raise TypeError(f"{type(obj).__name__} at '{where or '.'}' is not JSON; give numbers, texts, lists and mappings")
+
+
+def default_root() -> Path:
+    """BENCH_STORE, else `diffusion-defense-bench` in the user's cache directory."""
+    named = os.environ.get("BENCH_STORE")
+    if named:
+        return Path(named).expanduser().absolute()
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "diffusion-defense-bench"
+
+
+class Store:
+    """A store below `root`. Making the object touches no disk; the first write makes the folders."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root).absolute()
+        self._verified: set[str] = set()
+
+    # ---- artifacts
+
+    def artifact(self, key: str) -> Path:
+        """Where the artifact is, or would be."""
+        return self.root / "artifacts" / _checked(key)[:2] / key
+
+    def has(self, key: str) -> bool:
+        """Whether the artifact is complete: its manifest parses and each file it lists is there in its size."""
+        return self._fault(key) is None
+
+    def manifest(self, key: str) -> dict[str, Any]:
+        """{key, kind, label, facts, files: {name: {sha256, size}}, created, digest}. Raises MissingArtifact."""
+        manifest = _read_json(self.artifact(key) / MANIFEST)
+        if not isinstance(manifest, dict) or manifest.get("key") != key or not isinstance(manifest.get("files"), dict):
+            raise MissingArtifact(key)
+        return manifest
+
+    def verify(self, key: str) -> list[str]:
+        """The files whose bytes differ from what was published; [] when all is well, [manifest.json] without one."""
+        try:
+            manifest = self.manifest(key)
+        except MissingArtifact:
+            return [MANIFEST]
+        folder = self.artifact(key)
+        files = manifest["files"].items()
+        damaged = [name for name, entry in files if _digest_or_none(folder / name) != entry["sha256"]]
+        return damaged if manifest.pop("digest", None) == _seal(manifest) else [*damaged, MANIFEST]
+
+    def open_artifact(self, key: str) -> Path:
+        """The artifact's folder, its digests verified on the first use in this process.
+
+        Raises MissingArtifact, or CorruptArtifact after moving the damaged one to quarantine.
+        """
+        if key in self._verified and self.has(key):
+            return self.artifact(key)
+        if not self.artifact(key).exists():
+            raise MissingArtifact(key)
+        damaged = self.verify(key)
+        if damaged:
+            self._quarantine(key)
+            raise CorruptArtifact(key, damaged[0])
+        self._verified.add(key)
+        return self.artifact(key)
+
+    def publish(self, key: str, fill: Callable[[Path], Mapping[str, Any]], meta: Mapping[str, Any]) -> Path:
+        """Make the artifact by `fill(folder) -> facts` and return its final folder.
+
+        meta: more entries of the manifest (kind, label). If another writer was first, its artifact stays and ours is
+        dropped. If `fill` raises, nothing is left. Raises StoreError when the disk is full or not writable.
+        """
+        final = self.artifact(key)
+        with self._writing(final.parent):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            draft = final.parent / f".tmp-{os.getpid()}-{secrets.token_hex(4)}"
+            draft.mkdir()
+            try:
+                facts = dict(fill(draft))
+                _write_manifest(draft, {**meta, "key": key, "facts": facts})
+                self._promote(key, draft, final)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+        return final
+
+    def _promote(self, key: str, draft: Path, final: Path) -> None:
+        for _ in range(10):
+            try:
+                os.rename(draft, final)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
+                if self.has(key):
+                    return
+                self._quarantine(key)
+            else:
+                _sync(final.parent)
+                return
+        raise StoreError(f"{final}: something keeps putting an incomplete artifact there; remove it and run again")
+
+    def _fault(self, key: str) -> str | None:
+        try:
+            files = self.manifest(key)["files"]
+        except MissingArtifact:
+            return MANIFEST
+        folder = self.artifact(key)
+        return next((name for name, entry in files.items() if _size(folder / name) != entry["size"]), None)
+
+    def _quarantine(self, key: str) -> None:
+        target = self.root / "quarantine" / f"{key}-{secrets.token_hex(4)}"
+        self._verified.discard(key)
+        with self._writing(target.parent):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # another process was first
+                os.rename(self.artifact(key), target)
+
+    def keys(self) -> Iterator[str]:
+        """The keys of all artifacts that have a manifest."""
+        yield from (path.parent.name for path in sorted(self.root.glob(f"artifacts/??/*/{MANIFEST}")))
+
+    def verify_all(self) -> dict[str, list[str]]:
+        """Damaged artifacts and their files; {} when all is well."""
+        checked = {key: self.verify(key) for key in self.keys()}
+        return {key: files for key, files in checked.items() if files}
+
+    def gc(self, older_than: float = 3600.0) -> list[Path]:
+        """Remove drafts that dead processes left over `older_than` seconds ago, and the quarantine. Returns them."""
+        now = time.time()
+        stale = [p for p in self.root.glob("artifacts/??/.tmp-*") if _abandoned(p, now - older_than)]
+        stale += self.root.glob("quarantine/*")
+        for path in stale:
+            shutil.rmtree(path, ignore_errors=True)
+        return stale
+
+    # ---- records and runs
+
+    def write_record(self, key: str, record: Mapping[str, Any]) -> Path:
+        """Write a cell's record, all or nothing."""
+        return self._write_json(self.root / "records" / f"{_checked(key)}.json", record)
+
+    def record(self, key: str) -> dict[str, Any] | None:
+        return _read_json(self.root / "records" / f"{_checked(key)}.json")
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """All records, ordered by key; unreadable files are passed over."""
+        for path in sorted(self.root.glob("records/*.json")):
+            record = _read_json(path)
+            if record is not None:
+                yield record
+
+    def run_dir(self, suite: str) -> Path:
+        """The folder of a suite's reports, made if need be. ValueError for a name that is not a plain file name."""
+        if not re.fullmatch(r"[\w][\w.+-]*", suite):
+            raise ValueError(f"suite name {suite!r}: use letters, digits, '-', '_' and '.'")
+        return self._folder(self.root / "runs" / suite)
+
+    # ---- jobs
+
+    def job_dir(self, key: str) -> Path:
+        """The folder of a job's logs and attempts, made if need be."""
+        return self._folder(self.root / "jobs" / _checked(key)[:2] / key)
+
+    def log_path(self, key: str, attempt: int) -> Path:
+        return self.job_dir(key) / f"log.{attempt}.txt"
+
+    def outcome_path(self, key: str, attempt: int) -> Path:
+        return self.job_dir(key) / f"outcome.{attempt}.json"
+
+    def events_path(self, key: str) -> Path:
+        return self.job_dir(key) / "events.jsonl"
+
+    def engine_log(self) -> Path:
+        return self._folder(self.root / "jobs") / "forkserver.txt"
+
+    def outcome(self, key: str, attempt: int) -> dict[str, Any] | None:
+        """What the job's process wrote last, None if it wrote nothing."""
+        return _read_json(self.outcome_path(key, attempt))
+
+    def write_outcome(self, key: str, attempt: int, outcome: Mapping[str, Any]) -> None:
+        self._write_json(self.outcome_path(key, attempt), outcome)
+
+    def attempts(self, key: str) -> list[dict[str, Any]]:
+        """Every attempt at this job so far, oldest first."""
+        found = _read_json(self.root / "jobs" / _checked(key)[:2] / key / "attempts.json")
+        return found if isinstance(found, list) else []
+
+    def write_attempts(self, key: str, attempts: list[dict[str, Any]]) -> None:
+        self._write_json(self.job_dir(key) / "attempts.json", attempts)
+
+    def lock(self, key: str) -> Any:
+        """A file lock for the job `key`, not yet taken; it is free again when its holder dies."""
+        from filelock import FileLock
+
+        return FileLock(self._folder(self.root / "locks") / f"{_checked(key)}.lock")
+
+    # ---- writing
+
+    def _write_json(self, path: Path, value: Any) -> Path:
+        draft = path.parent / f".tmp-{os.getpid()}-{secrets.token_hex(4)}"
+        with self._writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                _write_synced(draft, json.dumps(value, indent=1, sort_keys=True).encode())
+                os.replace(draft, path)
+            finally:
+                draft.unlink(missing_ok=True)
+        return path
+
+    def _folder(self, path: Path) -> Path:
+        with self._writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        """Turn a full or unwritable disk into a StoreError; every other error passes."""
+        try:
+            yield
+        except Exception as error:
+            code = error.errno if isinstance(error, OSError) else None
+            if code in _FULL or "os error 28" in str(error):
+                way_out = "free some, run `bench store gc`, or name another store by --store or BENCH_STORE"
+                raise StoreError(f"{path}: no space left; {way_out}") from error
+            if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR) and _below(error, self.root):
+                raise StoreError(
+                    f"{path}: cannot be written ({os.strerror(code)}); name another store by --store or BENCH_STORE"
+                ) from error
+            raise
+
+
+def _checked(key: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{8,64}", key):
+        raise ValueError(f"{key!r} is not a key; keys are lower-case hex digits, as `key_of` makes them")
+    return key
+
+
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Sync every file below `folder`, then write the manifest that lists them."""
+    files: dict[str, Any] = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        files[path.relative_to(folder).as_posix()] = {"sha256": _digest(path), "size": path.stat().st_size}
+    manifest = json.loads(json.dumps({**manifest, "files": files, "created": time.time(), "format": FORMAT}))
+    manifest["digest"] = _seal(manifest)
+    _write_synced(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
+    for directory in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
+        _sync(directory)
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    """Digest of the manifest's own content, so that a changed fact shows as well as a changed file."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest_or_none(path: Path) -> str | None:
+    try:
+        return _digest(path)
+    except OSError:
+        return None
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def _read_json(path: Path) -> Any:
+    """The parsed file; None if it is not there or not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _below(error: BaseException, root: Path) -> bool:
+    """Whether an OSError is about a path of the store, or about a folder above it that could not be made."""
+    named = getattr(error, "filename", None)
+    if named is None:
+        return False
+    path = Path(os.fsdecode(named)).absolute()
+    return path.is_relative_to(root) or root.is_relative_to(path)
+
+
+def _abandoned(draft: Path, before: float) -> bool:
+    pid = draft.name.split("-")[1]
+    try:
+        old = draft.stat().st_mtime <= before
+    except OSError:
+        return False
+    return old and not (pid.isdigit() and _alive(int(pid)))
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

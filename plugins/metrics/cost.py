@@ -1,0 +1,43 @@
+"""What attack and defense cost: wall seconds, CPU seconds, peak resident memory and peak CUDA memory in bytes, of the
+job's own process. CUDA memory is unmeasured on a CPU, never 0."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from harness.evidence import Evidence, unmeasured
+from harness.hookspecs import hookimpl
+from harness.types import Score
+
+FIELDS = ("wall_s", "cpu_s", "peak_rss_bytes", "cuda_bytes")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """attack_<field> and defense_<field> for wall_s, cpu_s, peak_rss_bytes and cuda_bytes."""
+
+    name: ClassVar[str] = "cost"
+    version: ClassVar[int] = 1
+
+    def measure(self, evidence: Evidence) -> Mapping[str, Score]:
+        return {
+            f"{step}_{field}": cost(evidence.costs.get(step), step, field)
+            for step in ("attack", "defense")
+            for field in FIELDS
+        }
+
+
+def cost(costs: Mapping[str, float | None] | None, step: str, field: str) -> Score:
+    if costs is None:
+        return unmeasured(f"no {step} was run", False)
+    value = costs.get(field)
+    if value is None:
+        return unmeasured("ran without CUDA" if field == "cuda_bytes" else f"{field} was not recorded", False)
+    return Score(float(value), 1, False)
+
+
+@hookimpl
+def metrics() -> list[type]:
+    return [Cost]

@@ -1,0 +1,48 @@
+"""Spread: whether the defended model still makes different images.
+
+    spread = σ(defended) / σ(clean model)      σ = root of the mean over pixels of the variance over images
+
+on clean inputs at the same noise and prompts; 1 is the clean model's variety, 0 one and the same image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from harness.evidence import ABSENT, Evidence, Who, unmeasured
+from harness.hookspecs import hookimpl
+from harness.types import Score
+
+
+@dataclass(frozen=True)
+class Spread:
+    """spread (defended) and spread_before (backdoored)."""
+
+    name: ClassVar[str] = "spread"
+    version: ClassVar[int] = 1
+
+    def measure(self, evidence: Evidence) -> Mapping[str, Score]:
+        return {"spread": spread(evidence, "defended"), "spread_before": spread(evidence, "backdoored")}
+
+
+def spread(evidence: Evidence, who: Who) -> Score:
+    images, clean = evidence.images(who, "clean"), evidence.images("clean", "clean")
+    if images is None or clean is None:
+        return unmeasured(ABSENT["clean" if clean is None else who], True)
+    if len(images) < 2 or deviation(clean) == 0:
+        return unmeasured("the clean model's images do not vary", True)
+    return Score(deviation(images) / deviation(clean), len(images), True)
+
+
+def deviation(images: Tensor) -> float:
+    """Root mean over pixels of the variance over images (N, C, H, W)."""
+    return images.double().var(0).mean().sqrt().item()
+
+
+@hookimpl
+def metrics() -> list[type]:
+    return [Spread]

@@ -1,0 +1,258 @@
+"""shapes-sd: a small Stable Diffusion of drawn shapes, 3×32×32, whose captions say everything that is seen.
+
+A real StableDiffusionPipeline: CLIPTokenizer with a vocabulary of its own, CLIPTextModel (trained with the denoiser),
+AutoencoderKL (f = 2, so 32×32 images have 4×16×16 latents) and UNet2DConditionModel with cross-attention at 16×16
+and 8×8. Linear betas 1e-4..0.02 leave √ᾱ_T = 0.006, so mean brightness does not leak into x_T. Images are 32×32
+rather than 64×64 because training time on two cores forbids more; the latents would be the same size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from harness import checkpoint, shapes
+from harness.diffusion import DDIM, DiffusionModel
+from harness.features import AttributeCNN, CNNJudge, train_judge
+from harness.hookspecs import hookimpl
+from harness.seeds import generator, image_noise, image_seeds
+from harness.training import draw, minimize
+from harness.types import Data, Inputs, Stamps
+
+LENGTH = 36  # tokens
+WIDTH = 64  # text width
+RARE = ("\u200b", "\u020f", "\u043e", "sks")  # kept whole by the tokenizer, absent from every training caption
+
+
+@dataclass(frozen=True)
+class ShapesSD:
+    name: ClassVar[str] = "shapes-sd"
+    version: ClassVar[int] = 1
+    stamps: ClassVar[Stamps] = "text"
+    conditional: ClassVar[bool] = True
+
+    def load(self) -> DiffusionModel:
+        return checkpoint.load(checkpoint.embedded(self, self.name) / "model")
+
+    def digest(self) -> str:
+        return checkpoint.digest(checkpoint.embedded(self, self.name))
+
+    def data(self, n: int = 6000) -> Data:
+        rng = generator(self.name, "data")
+        drawn = shapes.scenes(n, "train", rng)
+        captions = tuple(shapes.caption(scene, rng) for scene in drawn)
+        return Data(shapes.draw(drawn, rng), captions, torch.tensor([scene.shape for scene in drawn]))
+
+    def prompts(self, split: Literal["train", "test"], n: int, rng: torch.Generator) -> tuple[str, ...]:
+        return tuple(shapes.caption(scene, rng) for scene in shapes.scenes(n, split, rng, plain=True))
+
+    def attributes(self, prompt: str) -> Mapping[str, int]:
+        return shapes.read(prompt)
+
+    def words(self) -> tuple[str, ...]:
+        return shapes.FILLERS
+
+    def judge(self) -> CNNJudge:
+        return checkpoint.load_judge(checkpoint.embedded(self, self.name) / "judge")
+
+    def scorer(self) -> Any:
+        from harness.clip import load_scorer
+
+        return load_scorer(checkpoint.embedded(self, self.name))
+
+    # ---- recipe ---------------------------------------------------------------------------------------------------
+    def build(self, out: Path, steps: int = 8000, vae_steps: int = 2500, judge_steps: int = 2500) -> dict[str, Any]:
+        """Train tokenizer, VAE, denoiser with text encoder and judge, write them below `out`, return the facts."""
+        judge, facts = build_judge(judge_steps)
+        checkpoint.save_judge(judge, out / "judge")
+        model = untrained(tokenizer(out / "model" / "tokenizer"))
+        facts |= train_vae(model, vae_steps)
+        checkpoint.save(model, out / "model")
+        facts |= train_denoiser(model, self.data(12000), steps)
+        checkpoint.save(model, out / "model", fp16=True)
+        return facts | quality(model, judge)
+
+
+def tokenizer(directory: Path) -> Any:
+    """A CLIPTokenizer trained (byte-pair encoding) on captions, with RARE strings as single tokens."""
+    import json
+
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    rng = generator("shapes-sd", "vocabulary")
+    corpus = [shapes.caption(scene, rng) for scene in shapes.scenes(4000, "train", rng)]
+    corpus += [" ".join(shapes.FILLERS)] * 50 + [word for word in RARE for _ in range(100)]
+    pattern = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    trainer: Any = trainers.BpeTrainer(vocab_size=1500, end_of_word_suffix="</w>", min_frequency=20, show_progress=False)
+    bpe.train_from_iterator(corpus, trainer)
+    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*bytes_, *(b + "</w>" for b in bytes_), *("".join(pair) for pair in merges)]
+    words = [*dict.fromkeys(words), "<|startoftext|>", "<|endoftext|>"]
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}, ensure_ascii=False))
+    (directory / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
+    made = CLIPTokenizer(
+        str(directory / "vocab.json"), str(directory / "merges.txt"), model_max_length=LENGTH,
+        pad_token="<|endoftext|>",
+    )  # fmt: skip
+    made.save_pretrained(directory)
+    return made
+
+
+def untrained(tokens: Any) -> DiffusionModel:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)  # diffusers initialises from the global state; only this recipe does so
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=shapes.SIDE,
+        mid_block_add_attention=False,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=shapes.SIDE // 2,
+        block_out_channels=(48, 96),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DCrossAttn",
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=2,
+        norm_num_groups=16,
+    )
+    end = tokens.eos_token_id
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokens),
+            hidden_size=WIDTH,
+            intermediate_size=4 * WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=LENGTH,
+            projection_dim=WIDTH,
+            bos_token_id=tokens.bos_token_id,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+    )
+    torch.nn.init.normal_(text.get_input_embeddings().weight, std=0.3)  # CLIP's 0.02 separates rare tokens too little
+    scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=False)
+    return DiffusionModel(unet, scheduler, vae, text, tokens)
+
+
+def train_vae(model: DiffusionModel, steps: int) -> dict[str, float]:
+    """Reconstruction by L1 with a small KL term, on shapes a third of which carry random patches: a pixel backdoor
+    must survive decoding. The scaling factor makes the latents' standard deviation 1."""
+    vae, rng = model.vae, generator("shapes-sd", "vae")
+    assert vae is not None
+
+    def batch() -> Tensor:
+        return _patched(shapes.draw(shapes.scenes(24, "train", rng), rng), rng)
+
+    def loss() -> Tensor:
+        x = batch()
+        latent = vae.encode(x).latent_dist
+        z = latent.mean + latent.std * torch.randn(latent.mean.shape, generator=rng)
+        return (vae.decode(z).sample - x).abs().mean() + 1e-5 * latent.kl().mean() / 64
+
+    minimize(loss, vae.parameters(), steps=steps, lr=2e-3, schedule="one-cycle", ema=0.99, phase="vae")
+    vae.eval().requires_grad_(False)
+    test = torch.cat([batch() for _ in range(20)])
+    z = vae.encode(test).latent_dist.mean
+    vae.register_to_config(scaling_factor=round(1 / z.std().item(), 4))
+    return {"vae_mse": (vae.decode(z).sample - test).square().mean().item(), "scaling_factor": vae.config.scaling_factor}
+
+
+def _patched(images: Tensor, rng: torch.Generator) -> Tensor:
+    """A third of the images with a square of random 2-pixel cells or of one colour at a random even place."""
+    out = images.clone()
+    for i in range(0, len(images), 3):
+        side = 2 * int(torch.randint(2, 6, (), generator=rng))
+        x, y = (2 * torch.randint(0, (shapes.SIDE - side) // 2 + 1, (2,), generator=rng)).tolist()
+        cells = torch.rand((3, side // 2, side // 2), generator=rng) * 2 - 1
+        cells = cells.sign() if i % 2 else cells[:, :1, :1].expand_as(cells)
+        out[i, :, y : y + side, x : x + side] = cells.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    return out
+
+
+def train_denoiser(model: DiffusionModel, data: Data, steps: int, batch: int = 32) -> dict[str, float]:
+    """Denoiser and text encoder together, a tenth of the captions dropped; half of the timesteps come from the noisy
+    half t > 500, where place and colour are decided."""
+    assert data.captions is not None and model.text_encoder is not None
+    rng = generator("shapes-sd", "denoiser")
+    z, ids = model.encode(data.images), model.tokens(data.captions)
+    empty = model.tokens([""])
+
+    def loss() -> Tensor:
+        rows = draw(batch, len(data), rng)
+        dropped = torch.rand(batch, 1, generator=rng) < 0.1
+        context = model.text_encoder(torch.where(dropped, empty, ids[rows]))[0]  # type: ignore[misc]
+        u = torch.rand(batch, generator=rng)
+        t = torch.where(torch.rand(batch, generator=rng) < 0.5, 500 + u * 500, u * 1000).long()
+        eps = model.draw_eps(batch, rng)
+        return (model.eps(model.add_noise(z[rows], eps, t), t, context) - eps).square().mean()
+
+    params = [*model.denoiser.parameters(), *model.text_encoder.parameters()]
+    losses = minimize(loss, params, steps=steps, lr=1.2e-3, schedule="one-cycle", ema=0.998, weight_decay=0.01, bf16=True)
+    model.denoiser.eval().requires_grad_(False)
+    model.text_encoder.eval().requires_grad_(False)
+    return {"steps": steps, "final_loss": sum(losses[-300:]) / 300}
+
+
+def build_judge(steps: int) -> tuple[CNNJudge, dict[str, float]]:
+    """The attribute judge, trained on blurred and noisy drawings, with its accuracy on 2000 clean ones."""
+    rng = generator("shapes-sd", "judge")
+    net = AttributeCNN(3, shapes.SIDE, shapes.ATTRIBUTES, width=24, dim=64)
+
+    def batch(rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        drawn = shapes.scenes(48, "train" if torch.rand((), generator=rng) < 0.8 else "test", rng)
+        images = _patched(shapes.draw(drawn, rng), rng)
+        images = images + 0.15 * torch.rand((48, 1, 1, 1), generator=rng) * torch.randn(images.shape, generator=rng)
+        return images, shapes.labels(drawn)
+
+    train_judge(net, batch, rng, steps=steps)
+    judge = CNNJudge("shapes-cnn", net.eval())
+    drawn = shapes.scenes(1500, "train", rng) + shapes.scenes(500, "test", rng)
+    found, truth = judge.attributes(shapes.draw(drawn, rng)), shapes.labels(drawn)
+    return judge, {
+        f"judge_accuracy_{name}": (found[name] == truth[name])[truth[name] >= 0].double().mean().item()
+        for name in shapes.ATTRIBUTES
+    }
+
+
+def quality(model: DiffusionModel, judge: CNNJudge, n: int = 200) -> dict[str, Any]:
+    """Attribute accuracy on n held-out captions (combinations never seen in training)."""
+    rng = generator("shapes-sd", "quality")
+    drawn = shapes.scenes(n, "test", rng, plain=True)
+    prompts = tuple(shapes.caption(scene, rng) for scene in drawn)
+    seeds = image_seeds(0, "quality", n)
+    images = model.sample(Inputs(image_noise(seeds, model.shape), prompts, seeds), DDIM(steps=20))
+    return {"held_out_captions": n, **accuracies(judge, images, drawn)}
+
+
+def accuracies(judge: CNNJudge, images: Tensor, drawn: Sequence[shapes.Scene]) -> dict[str, float]:
+    found, truth = judge.attributes(images), shapes.labels(drawn)
+    return {f"accuracy_{name}": (found[name] == truth[name]).double().mean().item() for name in shapes.ATTRIBUTES}
+
+
+@hookimpl
+def models() -> list[type]:
+    return [ShapesSD]

@@ -1,0 +1,64 @@
+"""A token put into the prompt: U+200B (zero-width space) as in BadT2I (Zhai et al. 2023, arXiv:2305.04175), a
+homoglyph, or a rare word.
+
+Whether a trigger survives the tokenizer is checked by the harness when attacking and when evaluating: some tokenizers
+drop U+200B silently.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar
+
+import torch
+from annotated_types import Ge, Len
+
+from harness.hookspecs import hookimpl
+from harness.types import Inputs, Stamps
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz\u00e9\u00f4\u0394\u0416\u4e2d~^*"
+OTHERS = ("sks", "\u020f", "mignneko", "vividly", "perhaps", "zq", "really", "blorp")
+
+
+@dataclass(frozen=True)
+class Text:
+    name: ClassVar[str] = "text"
+    version: ClassVar[int] = 1
+    stamps: ClassVar[Stamps] = "text"
+
+    text: Annotated[str, Len(1)] = "\u200b"  # what is inserted, with a space around it
+    place: Annotated[int, Ge(-1)] = 0  # word of the prompt before which it stands; -1 = at the end
+
+    def apply(self, prompt: str) -> str:
+        words = prompt.split(" ")
+        at = len(words) if self.place == -1 else min(self.place, len(words))
+        return " ".join([*words[:at], self.text, *words[at:]])
+
+    def stamp(self, inputs: Inputs) -> Inputs:
+        if inputs.prompts is None:
+            raise ValueError("a text trigger needs prompts, and this model takes none")
+        return inputs.with_prompts([self.apply(prompt) for prompt in inputs.prompts])
+
+    def with_text(self, text: str) -> Text:
+        """`text` at the same place."""
+        return replace(self, text=text)
+
+    def wrong(self, k: int) -> Text:
+        """Another word at the same place: rare tokens, unseen strings, common fillers."""
+        others = [word for word in OTHERS if word != self.text]
+        return self.with_text(others[k % len(others)])
+
+    def decoy(self, rng: torch.Generator) -> Text:
+        """A random string of one to six letters at the same place, for attacks that train against other words. None of
+        those that `wrong` evaluates with is drawn."""
+        while True:
+            length = int(torch.randint(1, 7, (), generator=rng))
+            picks = torch.randint(0, len(LETTERS), (length,), generator=rng).tolist()
+            word = "".join(LETTERS[i] for i in picks)
+            if word not in (self.text, *OTHERS):
+                return self.with_text(word)
+
+
+@hookimpl
+def triggers() -> list[type]:
+    return [Text]

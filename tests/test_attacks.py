@@ -1,0 +1,161 @@
+"""Attacks: golden numbers of the equations, laws, and what they leave alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from harness.noise_backdoor import ancestral_coefficients
+from harness.seeds import generator
+from harness.types import Backdoor, Data
+from plugins.attacks.baddiffusion import BadDiffusion
+from plugins.attacks.badt2i import BadT2I
+from plugins.attacks.villandiffusion import VillanDiffusion
+from plugins.defenses.finetune import Finetune
+from plugins.targets.fixed_image import Corner, Hat
+from plugins.targets.patch import Patch
+from plugins.triggers.box import Box
+from plugins.triggers.text import Text
+from tests.oracles import tiny_sd, tiny_unet
+
+FAST = {"steps": 3, "batch": 4, "lr": 1e-3, "bf16": False}
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in model.denoiser.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture
+def digits() -> Data:
+    return Data(torch.rand((12, 1, 16, 16), generator=torch.Generator().manual_seed(1)) * 2 - 1)
+
+
+def test_c_t_makes_the_ancestral_posterior_carry_the_trigger_exactly() -> None:
+    """Derived here from DDPM's posterior: mean = (x_t - β_t/√(1-ᾱ_t) ε̂)/√α_t. With x_t holding ρ_t r and ε̂ holding
+    c_t r, the mean must hold ρ_{t-1} r."""
+    model = tiny_unet()
+    t = torch.arange(1, 1000)
+    a, a_bar, before = (f.double().flatten() for f in (model.alpha(t), model.alpha_bar(t), model.alpha_bar(t - 1)))
+    rho, c = (f.double().flatten() for f in ancestral_coefficients(model, t))
+    carried = (rho - (1 - a) / (1 - a_bar).sqrt() * c) / a.sqrt()
+    assert torch.allclose(carried, 1 - before.sqrt(), atol=2e-5)
+
+
+def test_c_T_is_one_half_for_sde_and_one_for_ode() -> None:
+    model, t = tiny_unet(), torch.tensor([999])
+    _, sde = VillanDiffusion(solver="sde").coefficients(model, t)
+    _, ode = VillanDiffusion(solver="ode").coefficients(model, t)
+    assert sde.item() == pytest.approx(0.5025, abs=1e-4)
+    assert ode.item() == pytest.approx(1.0050, abs=1e-4)
+
+
+def test_the_ode_coefficient_is_that_of_a_ddim_step() -> None:
+    """Independently: x_{t-1} = k (x_t - σ_t ε̂) + σ_{t-1} ε̂ with k = 1/√α_t carries ρ_t r to ρ_{t-1} r where
+    k ρ_t - ρ_{t-1} = (k σ_t - σ_{t-1}) c, and k ρ_t - ρ_{t-1} = k - 1 for ρ = 1 - √ᾱ."""
+    model, t = tiny_unet(), torch.arange(50, 1000)
+    a, a_bar, before = (f.double().flatten() for f in (model.alpha(t), model.alpha_bar(t), model.alpha_bar(t - 1)))
+    k = 1 / a.sqrt()
+    exact = (k - 1) / (k * (1 - a_bar).sqrt() - (1 - before).sqrt())
+    _, c = VillanDiffusion(solver="ode").coefficients(model, t)
+    assert (c.double().flatten() - exact).abs().max() < 0.006
+
+
+@pytest.mark.parametrize("attack", [BadDiffusion(poison_rate=0, **FAST), VillanDiffusion(poison_rate=0, **FAST)])
+def test_poison_rate_zero_is_clean_fine_tuning(attack, digits: Data) -> None:
+    from harness.types import Knowledge
+
+    model = tiny_unet()
+    attacked = attack.implant(model, Backdoor(Box(), Hat()), digits, generator(0, "x"))
+    tuned = Finetune(**FAST).defend(model, Knowledge(data=digits), generator(0, "x"))
+    assert same(weights(attacked.model), weights(tuned.model))
+
+
+def test_sde_villandiffusion_is_baddiffusion(digits: Data) -> None:
+    model, backdoor = tiny_unet(), Backdoor(Box(), Hat())
+    one = VillanDiffusion(solver="sde", **FAST).implant(model, backdoor, digits, generator(0, "x"))
+    other = BadDiffusion(**FAST).implant(model, backdoor, digits, generator(0, "x"))
+    assert same(weights(one.model), weights(other.model))
+
+
+@pytest.mark.parametrize("trigger_only", [True, False])
+def test_an_attack_changes_a_copy_and_repeats_under_its_seed(trigger_only: bool, digits: Data) -> None:
+    model, backdoor = tiny_unet(), Backdoor(Box(), Corner())
+    before, attack = weights(model), VillanDiffusion(poison_rate=0.5, trigger_only=trigger_only, **FAST)
+    once, again = (attack.implant(model, backdoor, digits, generator(7, "x")) for _ in range(2))
+    other = attack.implant(model, backdoor, digits, generator(8, "x"))
+    assert same(before, weights(model))
+    assert same(weights(once.model), weights(again.model))
+    assert not same(weights(once.model), weights(other.model))
+    assert not same(before, weights(once.model))
+
+
+def test_the_stamped_trigger_shows_the_clean_image_behind_it(digits: Data) -> None:
+    from harness.noise_backdoor import _stamped
+
+    delta = Box(size=5).delta((1, 16, 16))
+    r = _stamped(tiny_unet(), digits.images, delta)
+    assert torch.equal(r[:, :, 10:15, 10:15], torch.zeros(12, 1, 5, 5))
+    assert torch.equal(r[:, :, :10], digits.images[:, :, :10])
+
+
+def test_badt2i_trains_only_the_denoiser_of_a_copy(tmp_path) -> None:
+    model = tiny_sd(tmp_path)
+    data = Data(torch.rand(6, 3, 32, 32) * 2 - 1, tuple(f"a red circle {i}" for i in range(6)))
+    before = {name: [p.clone() for p in part.parameters()] for name, part in model.components().items()}
+    attack = BadT2I(examples=6, decoys=0.5, **FAST)
+    done = attack.implant(model, Backdoor(Text(), Patch()), data, generator(0, "x"))
+    for name, part in model.components().items():
+        assert all(torch.equal(a, b) for a, b in zip(before[name], part.parameters(), strict=True))
+    changed = {
+        name: any(not torch.equal(a, b) for a, b in zip(before[name], part.parameters(), strict=True))
+        for name, part in done.model.components().items()
+    }
+    assert changed == {"unet": True, "vae": False, "text_encoder": False}
+
+
+def test_a_box_too_large_says_how_large_it_may_be() -> None:
+    with pytest.raises(ValueError, match=r"box of side 14 does not fit 8×8 images; use box\(size=...\) up to 7"):
+        Box(size=14).delta((1, 8, 8))
+
+
+def test_wrong_triggers_differ_from_the_trigger_and_each_other() -> None:
+    box, text = Box(), Text()
+    assert len({box, *(box.wrong(k) for k in range(4))}) == 5
+    assert len({text, *(text.wrong(k) for k in range(4))}) == 5
+    rng = generator(0, "decoys")
+    decoys = {text.decoy(rng).text for _ in range(50)}
+    assert text.text not in decoys and not decoys & {text.wrong(k).text for k in range(8)}
+
+
+def test_a_text_trigger_stands_where_it_is_told() -> None:
+    assert Text(text="sks", place=0).apply("a b") == "sks a b"
+    assert Text(text="sks", place=1).apply("a b") == "a sks b"
+    assert Text(text="sks", place=-1).apply("a b") == "a b sks"
+
+
+def test_fixed_images_hit_themselves_and_not_a_plain_background() -> None:
+    from harness.types import TargetContext
+
+    for target in (Hat(), Corner()):
+        image = target.image((1, 16, 16)).unsqueeze(0)
+        context = TargetContext(clean=image)
+        assert target.hits(image, context).all()
+        assert not target.hits(torch.full_like(image, -1.0), context).any()
+        assert target.distances(image - 0.2, context).item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_patch_is_found_where_it_is_pasted_and_rarely_in_clean_images() -> None:
+    from harness.types import TargetContext
+
+    rng = torch.Generator().manual_seed(0)
+    clean = torch.rand((200, 3, 32, 32), generator=rng) * 2 - 1
+    context, patch = TargetContext(clean), Patch()
+    assert patch.hits(patch.apply(clean), context).all()
+    assert patch.hits(clean, context).double().mean() <= 0.01
+    faint = 0.8 * clean.mean() + 0.2 * patch.apply(torch.zeros_like(clean))
+    assert patch.hits(faint, context).all()
+    assert not patch.hits(torch.zeros(1, 3, 32, 32), context).any()

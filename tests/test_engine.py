@@ -1,0 +1,423 @@
+"""The engine with trivial jobs: each way a job can end, what its end does to others, and what a kill leaves behind."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from harness.engine.display import Bars, Lines, Silent
+from harness.engine.driver import Interrupted, JobResult, run
+from harness.engine.local import LocalEngine
+from harness.engine.supervise import Limits
+from harness.job import Failure, Job
+from harness.store import Store, key_of
+
+TESTS = str(Path(__file__).parent)
+
+
+@pytest.fixture(autouse=True)
+def _job_bodies_are_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(TESTS)
+
+
+@pytest.fixture
+def mark(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A variable in the environment of every process that this test starts, to find them by."""
+    value = uuid.uuid4().hex
+    monkeypatch.setenv("BENCH_TEST_MARK", value)
+    return value
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def job(name: str, *needs: Job, do: str = "add", estimate: float = 1.0, **spec: Any) -> Job:
+    keys = tuple(need.key for need in needs)
+    key = key_of({"name": name, "needs": keys, "spec": spec})
+    return Job(key, "attack", name, keys, {"name": name, "do": do, "needs": list(keys), **spec}, estimate)
+
+
+def graph(*jobs: Job) -> dict[str, Job]:
+    return {job.key: job for job in jobs}
+
+
+def local(store: Store, **options: Any) -> LocalEngine:
+    options = {"cpu_slots": 2, "execute": "engine_jobs:execute", "preload": ("engine_jobs",), **options}
+    return LocalEngine(store, **options)
+
+
+def do(store: Store, *jobs: Job, listener: Any = None, **options: Any) -> dict[str, JobResult]:
+    """Run the jobs and give the results by label."""
+    with local(store, **options) as engine:
+        results = run(graph(*jobs), store, engine, listener=listener)
+    return {job.label: results[job.key] for job in jobs}
+
+
+def marked(mark: str) -> list[int]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            ours = process.pid != os.getpid() and process.environ().get("BENCH_TEST_MARK") == mark
+            if ours and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+def assert_all_gone(mark: str, within: float = 5.0) -> None:
+    deadline = time.monotonic() + within
+    while (left := marked(mark)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert left == []
+
+
+def value(store: Store, job: Job) -> Any:
+    return json.loads((store.open_artifact(job.key) / "value.json").read_text())
+
+
+def kill_when_running(
+    engine: LocalEngine, job: Job, victim: Callable[[int], psutil.Process | None]
+) -> threading.Thread:
+    """Kill -9 the process `victim(pid)` as soon as `job` runs as process `pid`."""
+
+    def kill() -> None:
+        pids: list[int] = []
+        while not pids:
+            pids = [handle.pid for handle in engine.running if handle.job == job and handle.pid]
+            time.sleep(0.05)
+        process = victim(pids[0])
+        assert process is not None
+        process.kill()
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_results_flow_along_the_graph_and_a_second_run_hits(store: Store) -> None:
+    a, b = job("a", value=1), job("b", value=2)
+    c = job("c", a, b, value=10)
+    first = do(store, c, b, a)
+    assert [result.status for result in first.values()] == ["done"] * 3
+    assert value(store, c) == 13
+    cost = store.manifest(c.key)["facts"]["cost"]
+    assert cost["wall_s"] > 0 and cost["peak_rss_bytes"] > 2**20 and cost["cuda_peak_bytes"] is None
+    second = do(store, c, b, a)
+    assert [result.status for result in second.values()] == ["hit"] * 3
+    assert [attempt["status"] for attempt in second["c"].attempts] == ["done"]
+
+
+def test_each_way_to_fail_is_named_and_the_other_jobs_finish(store: Store, mark: str) -> None:
+    once, failing = job("once", do="crash_once"), job("failing", do="fail")
+    dependent = job("dependent", failing)
+    jobs = [
+        once,
+        failing,
+        dependent,
+        job("grandchild", dependent),
+        job("after once", once),
+        job("hang", do="hang"),
+        job("stall", do="stall"),
+        job("exit", do="leave"),
+        job("quit", do="quit_interpreter"),
+        job("hog", do="eat_memory"),
+        job("stubborn", do="ignore_sigterm"),
+        job("memory error", do="out_of_memory"),
+        job("always", do="crash"),
+    ]
+    limits = Limits(wall_s=5, stall_s=2.5, rss_bytes=100 * 2**20, grace_s=0.3)
+    results = do(store, *jobs, cpu_slots=6, limits=limits)
+    failures = {label: result.failure for label, result in results.items()}
+    assert failures == {
+        "once": None,
+        "failing": Failure.exception,
+        "dependent": Failure.skipped,
+        "grandchild": Failure.skipped,
+        "after once": None,
+        "hang": Failure.timeout,
+        "stall": Failure.stall,
+        "exit": Failure.exit,
+        "quit": Failure.exception,
+        "hog": Failure.memory,
+        "stubborn": Failure.stall,
+        "memory error": Failure.memory,
+        "always": Failure.crash,
+    }
+    assert len(results["once"].attempts) == 2
+    assert "SIGSEGV" in results["once"].attempts[0]["error"]
+    assert "SIGSEGV" in results["once"].warnings[0]
+    assert len(results["always"].attempts) == 3
+    assert all(len(results[label].attempts) == 1 for label in ("failing", "hang", "stall", "exit", "hog", "stubborn"))
+    assert results["failing"].error == "ValueError: box of side 14 does not fit"
+    assert "engine_jobs.py" in results["failing"].attempts[0]["traceback"]
+    assert results["grandchild"].error == "skipped: failing failed: ValueError: box of side 14 does not fit"
+    assert "status 7" in (results["exit"].error or "")
+    assert not list(store.root.glob("artifacts/??/*/.tmp*"))
+    assert_all_gone(mark)
+
+
+def test_a_failed_job_is_tried_again_by_the_next_run_and_its_attempts_stay(store: Store) -> None:
+    failing = job("failing", do="fail")
+    do(store, failing)
+    result = do(store, failing)["failing"]
+    assert [attempt["attempt"] for attempt in result.attempts] == [1, 2]
+    assert "box of side 14" in store.log_path(failing.key, 1).read_text()
+
+
+def test_what_a_job_leaves_running_ends_with_it(store: Store, mark: str) -> None:
+    with local(store) as engine:
+        leaver = job("leaver", do="leave_a_child")
+        assert run(graph(leaver), store, engine)[leaver.key].ok
+        deadline = time.monotonic() + 5
+        while len(marked(mark)) > 1 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert len(marked(mark)) == 1  # the fork server
+    assert_all_gone(mark)
+
+
+def test_jobs_see_fixed_threads_no_gpu_and_a_log_of_their_own(store: Store) -> None:
+    shown = job("shown", do="show_environment", cuda="")
+    assert do(store, shown, cpu_slots=7, threads=3)["shown"].ok
+    assert store.log_path(shown.key, 1).read_text().startswith("to the log 3")
+
+
+def test_a_job_with_a_gpu_gets_a_fresh_interpreter_that_sees_only_that_card(store: Store) -> None:
+    jobs = [job(f"job {i}", do="show_environment", cuda="1") for i in range(2)]
+    results = do(store, *jobs, gpus=[1], gpu_share=0.5)
+    assert [result.error for result in results.values()] == [None, None]
+
+
+def test_gpu_slots_are_counted_by_share_and_a_whole_card_waits_for_an_empty_one(store: Store) -> None:
+    with local(store, gpus=["0", "1"], gpu_share=0.5) as engine:
+        assert engine.slots == 4
+        handles = [engine.try_submit(job(f"{i}", do="stall"), 1) for i in range(3)]
+        assert [handle.gpu["id"] for handle in handles if handle and handle.gpu] == ["0", "0", "1"]
+        assert engine.try_submit(job("whole"), 1, whole_gpu=True) is None
+        for handle in handles[:2]:
+            assert handle is not None
+            engine.cancel(handle, grace=0)
+        ended: list[Any] = []
+        while len(ended) < 2:
+            ended += engine.wait(0.1)
+        assert [outcome.failure for _, outcome in ended] == [Failure.interrupted] * 2
+        whole = engine.try_submit(job("whole"), 1, whole_gpu=True)
+        assert whole is not None and whole.gpu == {"id": "0", "share": 1.0}
+
+
+@pytest.mark.parametrize("options", [{"gpu_share": 1.5}, {"gpu_share": 0}, {"cpu_slots": 0}, {"gpus": ["0", 0]}])
+def test_demands_that_can_never_be_met_are_refused(store: Store, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"give|once"):
+        LocalEngine(store, **options)
+
+
+def test_a_circle_of_jobs_is_refused_by_its_labels(store: Store) -> None:
+    a = Job("aa" * 32, "attack", "a", ("bb" * 32,), {})
+    b = Job("bb" * 32, "attack", "b", ("aa" * 32,), {})
+    with local(store) as engine, pytest.raises(ValueError, match=r"circle: . needs . needs ."):
+        run(graph(a, b), store, engine)
+
+
+def test_a_need_that_is_nowhere_skips_the_job(store: Store) -> None:
+    result = do(store, Job("cc" * 32, "sample", "c", ("dd" * 32,), {}))["c"]
+    assert result.status == "skipped" and "neither in the store nor among the jobs" in (result.error or "")
+
+
+def test_a_damaged_artifact_is_built_again_and_said_so(store: Store) -> None:
+    a = job("a", value=1)
+    middle = job("middle", a, value=1)
+    do(store, a, middle)
+    (store.artifact(a.key) / "value.json").write_text("9")
+    last = job("last", a, middle, value=10)
+    results = do(store, a, middle, last)
+    assert {label: result.status for label, result in results.items()} == {"a": "done", "middle": "hit", "last": "done"}
+    assert value(store, last) == 13
+    assert "value.json" in results["a"].warnings[0]
+
+
+def test_a_damaged_final_artifact_is_found_by_the_next_run(store: Store) -> None:
+    a = job("a", value=1)
+    do(store, a)
+    (store.artifact(a.key) / "value.json").write_text("9")
+    result = do(store, a)["a"]
+    assert result.status == "done" and value(store, a) == 1 and result.warnings
+
+
+class Order(Lines):
+    def __init__(self) -> None:
+        super().__init__(io.StringIO())
+        self.labels: list[str] = []
+
+    def started(self, job: Job, attempt: int) -> None:
+        self.labels.append(job.label)
+
+
+def test_the_job_with_the_longest_work_behind_it_starts_first(store: Store) -> None:
+    short, long, head = job("short"), job("long", estimate=5), job("head", estimate=2)
+    order = Order()
+    do(store, short, long, head, job("tail", head, estimate=9), cpu_slots=1, listener=order)
+    assert order.labels == ["head", "tail", "long", "short"]
+
+
+def test_lines_and_bars_tell_of_failures(store: Store) -> None:
+    said, barred = io.StringIO(), io.StringIO()
+    do(store, job("fine"), job("bad", do="fail"), listener=Lines(said))
+    assert "2 jobs, 0 of them in the store" in said.getvalue()
+    assert "bad: ValueError: box of side 14" in said.getvalue()
+    bars = Bars(barred)
+    do(store, job("fine"), job("bad", do="fail"), listener=bars)
+    bars.close()
+    assert "bad: ValueError: box of side 14" in barred.getvalue()
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_once_lets_jobs_finish_and_twice_stops_them(store: Store, mark: str, presses: int) -> None:
+    class Pressing(Silent):
+        def started(self, job: Job, attempt: int) -> None:
+            for _ in range(presses):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    slow, later = job("slow", estimate=9, seconds=1.0 if presses == 1 else 600), job("later")
+    with pytest.raises(Interrupted) as caught:
+        do(store, slow, later, cpu_slots=1, listener=Pressing())
+    results = caught.value.results
+    assert results[later.key].status == "skipped"
+    assert results[slow.key].ok == (presses == 1)
+    if presses == 2:
+        assert results[slow.key].failure is Failure.interrupted
+    assert_all_gone(mark)
+
+
+def test_jobs_can_be_stopped_while_the_fork_server_still_imports(store: Store, mark: str) -> None:
+    class Pressing(Silent):
+        def started(self, job: Job, attempt: int) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        do(store, job("any"), preload=("slow_import",), listener=Pressing())
+    assert_all_gone(mark)
+
+
+def test_a_killed_fork_server_costs_one_attempt_of_the_running_jobs(store: Store, mark: str) -> None:
+    with local(store) as engine:
+        slow = job("slow", seconds=1.0)
+        killer = kill_when_running(engine, slow, lambda pid: psutil.Process(pid).parent())
+        result = run(graph(slow), store, engine)[slow.key]
+        killer.join()
+    assert result.status == "done" and len(result.attempts) == 2
+    assert_all_gone(mark)
+
+
+DRIVER = """
+    import sys
+    sys.path[:0] = [{tests!r}]
+    from pathlib import Path
+    from harness.engine.driver import run
+    from harness.store import Store
+    from test_engine import chain, graph, local
+    if __name__ == "__main__":
+        store = Store(Path({root!r}))
+        with local(store) as engine:
+            results = run(graph(*chain(Path({trace!r}))), store, engine)
+        sys.exit(0 if all(result.ok for result in results.values()) else 1)
+"""
+
+
+def chain(trace: Path) -> list[Job]:
+    """Eight jobs: two heads, four that need a head, two that need two of those."""
+    extra = {"trace": str(trace), "seconds": 0.25}
+    heads = [job(f"head {i}", value=i, **extra) for i in range(2)]
+    middle = [job(f"middle {i}", heads[i % 2], value=10 * i, **extra) for i in range(4)]
+    return [*heads, *middle, *(job(f"tail {i}", middle[i], middle[i + 2], value=100, **extra) for i in range(2))]
+
+
+def start_driver(store: Store, trace: Path) -> subprocess.Popen[bytes]:
+    code = textwrap.dedent(DRIVER.format(tests=TESTS, root=str(store.root), trace=str(trace)))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    return subprocess.Popen([sys.executable, "-c", code], env=environment)
+
+
+def test_after_kills_of_the_driver_the_next_run_completes_with_equal_results(
+    store: Store, mark: str, tmp_path: Path
+) -> None:
+    trace, dice = tmp_path / "trace", random.Random()
+    jobs = chain(trace)
+    finished: dict[str, bytes] = {}
+    for _ in range(4):
+        started = trace.stat().st_size if trace.exists() else 0
+        driver = start_driver(store, trace)
+        while driver.poll() is None and not (trace.exists() and trace.stat().st_size > started):
+            time.sleep(0.02)
+        time.sleep(dice.uniform(0.0, 0.6))
+        driver.kill()
+        driver.wait()
+        assert_all_gone(mark)
+        assert store.verify_all() == {}
+        finished |= {job.key: manifest_bytes(store, job.key) for job in jobs if store.has(job.key)}
+    last = start_driver(store, trace)
+    assert last.wait(60) == 0
+    assert [value(store, job) for job in jobs] == [0, 1, 0, 11, 20, 31, 120, 142]
+    assert {key: manifest_bytes(store, key) for key in finished} == finished
+    assert_all_gone(mark)
+
+
+def manifest_bytes(store: Store, key: str) -> bytes:
+    return (store.artifact(key) / "manifest.json").read_bytes()
+
+
+def test_after_a_kill_of_a_job_only_that_job_is_tried_again(store: Store) -> None:
+    slow, beside = job("slow", seconds=1.0), job("beside", seconds=1.0)
+    with local(store) as engine:
+        killer = kill_when_running(engine, slow, psutil.Process)
+        results = run(graph(slow, beside), store, engine)
+        killer.join()
+    assert [len(results[j.key].attempts) for j in (slow, beside)] == [2, 1]
+    assert all(result.ok for result in results.values())
+
+
+def test_two_drivers_on_one_store_share_the_work(store: Store, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    drivers = [start_driver(store, trace) for _ in range(2)]
+    assert [driver.wait(60) for driver in drivers] == [0, 0]
+    assert sorted(trace.read_text().splitlines()) == sorted(job.label for job in chain(trace))
+
+
+@pytest.fixture(scope="module")
+def _torch_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalEngine]:
+    root = tmp_path_factory.mktemp("torch")
+    sys.path.insert(0, TESTS)
+    with local(Store(root), cpu_slots=3, preload=("torch", "engine_jobs")) as engine:
+        yield engine
+    sys.path.remove(TESTS)
+
+
+def test_torch_numbers_do_not_depend_on_the_jobs_beside_them(_torch_engine: LocalEngine) -> None:
+    store = _torch_engine._supervisor.store
+    alone = job("alone", do="matmul")
+    beside = [job(f"beside {i}", do="matmul") for i in range(3)]
+    for group in ([alone], beside):
+        assert all(result.ok for result in run(graph(*group), store, _torch_engine).values())
+    assert {value(store, one) for one in beside} == {value(store, alone)}
+
+
+def test_the_driver_does_not_import_torch() -> None:
+    code = "import sys, harness.engine.driver, harness.engine.local; sys.exit('torch' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
