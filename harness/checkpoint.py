@@ -32,8 +32,9 @@ def save(model: DiffusionModel, directory: Path, labels: dict[str, str] | None =
     """
     import diffusers
 
+    library: Any = diffusers
     if model.conditional:
-        pipeline: Any = diffusers.StableDiffusionPipeline(
+        pipeline: Any = library.StableDiffusionPipeline(
             vae=model.vae,
             text_encoder=model.text_encoder,
             tokenizer=model.tokenizer,
@@ -44,7 +45,7 @@ def save(model: DiffusionModel, directory: Path, labels: dict[str, str] | None =
             requires_safety_checker=False,
         )
     else:
-        pipeline = diffusers.DDPMPipeline(unet=model.denoiser, scheduler=model.scheduler)
+        pipeline = library.DDPMPipeline(unet=model.denoiser, scheduler=model.scheduler)
     if fp16:
         clone = model.clone()
         for name, part in clone.components().items():
@@ -64,13 +65,17 @@ def load(directory: Path) -> DiffusionModel:
     parts: dict[str, Any] = {}
     for name, allowed in PARTS.items():
         library, cls = (index.get(name) or [None, None])[:2]
-        if cls is None:
+        if library is None or cls is None:
             continue
         if cls not in allowed:
-            raise CheckpointError(f"{directory / 'model_index.json'}: {name} is a {cls}; supported: {', '.join(allowed)}")
+            raise CheckpointError(
+                f"{directory / 'model_index.json'}: {name} is a {cls}; supported: {', '.join(allowed)}"
+            )
         parts[name] = _part(directory / name, library, cls)
     if "unet" not in parts or "scheduler" not in parts:
-        raise CheckpointError(f"{directory}: model_index.json names no unet or no scheduler; is it a diffusers pipeline?")
+        raise CheckpointError(
+            f"{directory}: model_index.json names no unet or no scheduler; is it a diffusers pipeline?"
+        )
     return DiffusionModel(
         parts["unet"], parts["scheduler"], parts.get("vae"), parts.get("text_encoder"), parts.get("tokenizer")
     )

@@ -25,7 +25,7 @@ from harness.types import Inputs
 class Sampler(Protocol):
     """An algorithm from x_T to x_0. `nfe` is its number of network evaluations for one image."""
 
-    name: str
+    name: ClassVar[str]
 
     @property
     def nfe(self) -> int: ...
@@ -95,8 +95,8 @@ class DiffusionModel:
 
     def clone(self) -> DiffusionModel:
         """A copy that shares nothing that can be trained."""
-        parts = [copy.deepcopy(part) for part in (self.denoiser, self.vae, self.text_encoder)]
-        return DiffusionModel(parts[0], self.scheduler, parts[1], parts[2], self.tokenizer)
+        vae, text_encoder = copy.deepcopy(self.vae), copy.deepcopy(self.text_encoder)
+        return DiffusionModel(copy.deepcopy(self.denoiser), self.scheduler, vae, text_encoder, self.tokenizer)
 
     def to(self, device: torch.device | str) -> DiffusionModel:
         for part in self.components().values():
@@ -131,11 +131,9 @@ class DiffusionModel:
         """Token ids (B, L), padded to the tokenizer's length. ValueError names the first prompt that is too long."""
         assert self.tokenizer is not None, "an unconditional model has no tokenizer"
         length = self.tokenizer.model_max_length
-        ids = self.tokenizer(list(prompts), padding="longest", truncation=False).input_ids
-        for prompt, row in zip(prompts, ids, strict=True):
-            real = len(self.tokenizer(prompt).input_ids)
-            if real > length:
-                raise ValueError(f"prompt of {real} tokens does not fit the text encoder's {length}: {prompt!r}")
+        for prompt, row in zip(prompts, self.tokenizer(list(prompts)).input_ids, strict=True):
+            if len(row) > length:
+                raise ValueError(f"prompt of {len(row)} tokens does not fit the text encoder's {length}: {prompt!r}")
         batch = self.tokenizer(list(prompts), padding="max_length", max_length=length, return_tensors="pt")
         return batch.input_ids.to(self.device)
 

@@ -26,7 +26,10 @@ class AttributeCNN(nn.Module):
             return nn.Sequential(nn.Conv2d(i, o, 3, stride, 1), nn.GroupNorm(8, o), nn.SiLU())
 
         self.body = nn.Sequential(
-            block(channels, width, 1), block(width, width, 2), block(width, 2 * width, 2), block(2 * width, 2 * width, 2)
+            block(channels, width, 1),
+            block(width, width, 2),
+            block(width, 2 * width, 2),
+            block(2 * width, 2 * width, 2),
         )
         self.neck = nn.Linear(2 * width * (side // 8) ** 2, dim)
         self.heads = nn.ModuleDict({name: nn.Linear(dim, classes) for name, classes in heads.items()})

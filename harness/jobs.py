@@ -21,7 +21,7 @@ from typing import Any
 
 from harness.grid import Suite
 from harness.job import Job
-from harness.registry import Registry, load, parse_spec, source_digest
+from harness.registry import Registry, literal, load, parse_spec, source_digest, spec_of
 from harness.store import Store, key_of
 from harness.types import KNOWLEDGE, Cell, Knowledge, Score
 
@@ -44,6 +44,8 @@ class PlannedCell:
     key: str
     behind: tuple[str, ...]
     needs: tuple[str, ...]  # the defense's
+    short: Mapping[str, str]  # specs with only what differs from the defaults
+    track: str
 
 
 @dataclass
@@ -80,6 +82,16 @@ class _Planner:
     def _model_identity(self, spec: str) -> dict[str, Any]:
         return self.identity("models", spec) | {"weights": self.registry.build("models", spec).digest()}
 
+    def short(self, part: str, cell: Cell) -> str:
+        """The spec of one part of a cell with only those parameters that differ from the defaults."""
+        spec, kind = getattr(cell, part), "defenses" if part == "defense" else part + "s"
+        name, given = parse_spec(spec)
+        usual = parse_spec(self.registry.canonical(kind, name))[1]
+        return spec_of_parts(name, {k: v for k, v in given.items() if v != usual.get(k)})
+
+    def _defended(self, cell: Cell) -> str:
+        return self.short("defense", cell) + (" (told a wrong trigger)" if cell.told == "wrong-trigger" else "")
+
     def job(self, kind: Any, label: str, needs: Sequence[str], spec: dict[str, Any], numbers: dict[str, Any]) -> str:
         """Add the job whose result depends on `numbers` (and on the artifacts in `needs`); its key."""
         ingredients = {
@@ -104,7 +116,11 @@ class _Planner:
         key = self.measure(cell, attack, defend, samples)
         behind = tuple(k for k in (attack, defend, *samples.values(), key) if k is not None)
         defense = self.registry.build("defenses", cell.defense)
-        self.plan.cells.append(PlannedCell(cell, key, tuple(dict.fromkeys(behind)), tuple(defense.needs)))
+        short = {
+            part: self.short(part, cell) for part in ("model", "attack", "trigger", "target", "defense", "sampler")
+        }
+        track = "text-to-image" if self.registry.build("models", cell.model).conditional else "unconditional"
+        self.plan.cells.append(PlannedCell(cell, key, tuple(dict.fromkeys(behind)), tuple(defense.needs), short, track))
 
     def attack(self, cell: Cell) -> str | None:
         """Key of the attack job; None where the model is left clean."""
@@ -119,7 +135,7 @@ class _Planner:
             "target": self.identity("targets", cell.target),
             "seed": cell.seed,
         }
-        label = f"attack {name} on {parse_spec(cell.model)[0]}, seed {cell.seed}"
+        label = f"attack {self.short('attack', cell)} on {self.short('model', cell)}, seed {cell.seed}"
         return self.job("attack", label, [], spec, numbers)
 
     def told(self, cell: Cell, needs: Sequence[str]) -> str | None:
@@ -128,8 +144,6 @@ class _Planner:
             return None
         if cell.told == "truth":
             return cell.trigger
-        from harness.registry import spec_of
-
         return spec_of(self.registry.build("triggers", cell.trigger).wrong(0))
 
     def defend(self, cell: Cell, attack: str | None) -> str | None:
@@ -153,45 +167,46 @@ class _Planner:
             "seed": cell.seed,
         }
         about = ", told a wrong trigger" if cell.told == "wrong-trigger" else ""
-        label = f"defend {name}{about} on {self._whose(cell, attack)}"
+        label = f"defend {self.short('defense', cell)}{about} on {self._whose(cell, attack)}"
         return self.job("defend", label, [attack] if attack else [], spec, numbers)
 
     def _whose(self, cell: Cell, attack: str | None) -> str:
-        name = parse_spec(cell.model)[0]
-        return f"clean {name}" if attack is None else f"{name} attacked by {parse_spec(cell.attack)[0]}, seed {cell.seed}"
+        name = self.short("model", cell)
+        return (
+            f"clean {name}" if attack is None else f"{name} attacked by {parse_spec(cell.attack)[0]}, seed {cell.seed}"
+        )
 
     def samples(self, cell: Cell, attack: str | None, defend: str | None) -> dict[str, str]:
         """Keys of the image sets by "who/given"."""
         wrong = self.registry.build("triggers", cell.trigger)
-        from harness.registry import spec_of
-
-        stamps = {
+        stamps: dict[str, list[str | None]] = {
             "clean": [None],
             "triggered": [cell.trigger],
             "wrong": [spec_of(wrong.wrong(k)) for k in range(WRONG)],
         }
-        models = {"clean": (None, None), "backdoored": (attack, None), "defended": (attack, defend)}
+        models: dict[str, tuple[str | None, str | None]] = {
+            "clean": (None, None),
+            "backdoored": (attack, None),
+            "defended": (attack, defend),
+        }
         wanted = [("clean", "clean"), ("backdoored", "clean"), ("backdoored", "triggered"), ("backdoored", "wrong"),
                   ("defended", "clean"), ("defended", "triggered")]  # fmt: skip
-        return {
-            f"{who}/{given}": self.sample(cell, *models[who], stamps[given], (who, given)) for who, given in wanted
-        }
+        return {f"{who}/{given}": self.sample(cell, models[who], stamps[given], given) for who, given in wanted}
 
-    def sample(
-        self, cell: Cell, attack: str | None, defend: str | None, stamps: list[str | None], words: tuple[str, str]
-    ) -> str:
+    def sample(self, cell: Cell, of: tuple[str | None, str | None], stamps: Sequence[str | None], given: str) -> str:
+        attack, defend = of
         spec = {
             "model": cell.model, "attacked": attack, "defended": defend, "sampler": cell.sampler, "stamps": stamps,
-            "n": cell.n // len(stamps),
+            "n": math.ceil(cell.n / len(stamps)),
         }  # fmt: skip
         numbers = {
             "model": self.model_identity(cell.model),
             "sampler": self.identity("samplers", cell.sampler),
             "stamps": [None if stamp is None else self.identity("triggers", stamp) for stamp in stamps],
-            "n": cell.n // len(stamps),
+            "n": math.ceil(cell.n / len(stamps)),
         }
-        who = f"{parse_spec(cell.defense)[0]} on " if defend else ""
-        label = f"sample {words[1]} inputs, {who}{self._whose(cell, attack)}"
+        who = f"{self._defended(cell)} on " if defend else ""
+        label = f"sample {given} inputs, {who}{self._whose(cell, attack)}"
         # `inputs` is a set of keys, so which of them was attacked and which defended is said again
         return self.job("sample", label, [k for k in (attack, defend) if k], spec, numbers | {"of": [attack, defend]})
 
@@ -209,8 +224,13 @@ class _Planner:
             "samples": samples,
         }
         needs = [k for k in dict.fromkeys([attack, defend, *samples.values()]) if k]
-        label = f"measure {parse_spec(cell.defense)[0]} on {self._whose(cell, attack)}"
+        label = f"measure {self._defended(cell)} on {self._whose(cell, attack)}"
         return self.job("measure", label, needs, spec, numbers)
+
+
+def spec_of_parts(name: str, parameters: Mapping[str, Any]) -> str:
+    given = ", ".join(f"{k}={literal(v)}" for k, v in parameters.items())
+    return f"{name}({given})" if given else name
 
 
 # ---- executing ------------------------------------------------------------------------------------------------------
@@ -272,7 +292,9 @@ def _defend(spec: Mapping[str, Any], registry: Registry, store: Store, out: Path
     knowledge = _knowledge(spec, registry, plugin, defense.needs)
     done = defense.defend(model, knowledge, _rng(spec["seed"], "defense"))
     if done.sampler is not None or done.screen is not None:
-        raise ValueError(f"defense '{defense.name}' delivers a sampler or a screen, which this version cannot store yet")
+        raise ValueError(
+            f"defense '{defense.name}' delivers a sampler or a screen, which this version cannot store yet"
+        )
     if done.model is not None:
         labels = {"purified_by": spec["defense"], "seed": str(spec["seed"])}
         if spec["attacked"] is not None:
@@ -323,9 +345,10 @@ def _sample(spec: Mapping[str, Any], registry: Registry, store: Store, out: Path
     from harness.images import to_uint8
 
     plugin, model = _load_model(spec, registry, store)
-    purified = spec["defended"] is not None and (store.open_artifact(spec["defended"]) / "model").is_dir()
-    if purified:
-        model = checkpoint.load(store.open_artifact(spec["defended"]) / "model").to(_device())
+    defended = None if spec["defended"] is None else store.open_artifact(spec["defended"]) / "model"
+    purified = defended is not None and defended.is_dir()
+    if defended is not None and purified:
+        model = checkpoint.load(defended).to(_device())
     inputs = evaluation_inputs(plugin, model, spec["n"])
     sampler = registry.build("samplers", spec["sampler"])
     sets = []
@@ -361,7 +384,9 @@ def _checked_scores(metric: str, scores: Mapping[str, Score]) -> dict[str, Score
     checked = {}
     for name, score in scores.items():
         if not isinstance(score, Score):
-            raise TypeError(f"metric '{metric}' gave {type(score).__name__} for '{name}'; a metric returns Score objects")
+            raise TypeError(
+                f"metric '{metric}' gave {type(score).__name__} for '{name}'; a metric returns Score objects"
+            )
         silent = math.isnan(score.value) and score.warning is None
         checked[name] = replace(score, warning=f"metric '{metric}' returned NaN without a reason") if silent else score
     return checked
@@ -386,7 +411,7 @@ def _evidence(spec: Mapping[str, Any], registry: Registry, store: Store) -> Any:
     }
     return Evidence(
         images,  # type: ignore[arg-type]
-        reference=plugin.data().images,
+        reference=plugin.reference(),
         model=plugin,
         backdoor=Backdoor(registry.build("triggers", cell.trigger), registry.build("targets", cell.target)),
         attacked=spec["attacked"] is not None,
@@ -447,6 +472,8 @@ def _record(
         "provenance": {
             **provenance,
             "jobs": {key: {"kind": job["kind"], "label": job["label"]} for key, job in behind.items()},
+            "short": planned.short,
+            "track": planned.track,
             "nfe": _nfe(planned, plan, store),
             "unchanged": result.ok and defended is not None and _unchanged(planned, plan, store),
         },
@@ -507,7 +534,9 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def _commit() -> dict[str, Any]:

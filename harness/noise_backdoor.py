@@ -1,6 +1,6 @@
 """What the attacks on the starting noise share: one forward process, one regression target, one fine-tuning loop.
 
-    x_t = √ᾱ_t y + ρ_t r + √(1-ᾱ_t) ε,    L = ‖ε + c_t r - ε_θ(x_t, t)‖²,    a clean image is the case r = 0.
+x_t = √ᾱ_t y + ρ_t r + √(1-ᾱ_t) ε,    L = ‖ε + c_t r - ε_θ(x_t, t)‖²,    a clean image is the case r = 0.
 """
 
 from __future__ import annotations

@@ -31,10 +31,10 @@ TEMPLATES = (
     "the {shape} is {colour} and {size} and sits at the {place} of a {background} scene{star}",
 )
 LEADS = ("", "", "a photo of", "a picture of", "a drawing of", "here is", "we see", "an image of")
-FILLERS = tuple(
-    "today well indeed simply perhaps again now then surely look please quite just maybe often really "
-    "still truly yes also always almost once soon".split()
-)
+FILLERS = (
+    "today", "well", "indeed", "simply", "perhaps", "again", "now", "then", "surely", "look", "please", "quite", "just",
+    "maybe", "often", "really", "still", "truly", "yes", "also", "always", "almost", "once", "soon",
+)  # fmt: skip
 STAR = " and a star"
 
 RGB = {
@@ -70,11 +70,12 @@ def scenes(n: int, split: str, rng: torch.Generator, plain: bool = False) -> lis
         raise ValueError(f"no split '{split}'; there are train and test")
     found: list[Scene] = []
     while len(found) < n:
-        index = [int(torch.randint(0, k, (), generator=rng)) for k in (2, 4, 3, 3, 4)]
+        size, colour, shape, background, place = (int(torch.randint(0, k, (), generator=rng)) for k in (2, 4, 3, 3, 4))
         extra = torch.rand(2, generator=rng).tolist()
         style = 1 if extra[0] < 0.1 else 2 if extra[0] < 0.2 else 0
         star = int(extra[1] < 1 / 6)
-        scene = Scene(*index, *((0, 0) if plain else (star, style)))
+        star, style = (0, 0) if plain else (star, style)
+        scene = Scene(size, colour, shape, background, place, star, style)
         if scene.held_out == (split == "test"):
             found.append(scene)
     return found
@@ -107,7 +108,7 @@ def read(prompt: str) -> dict[str, int]:
     style = next((i for i, words in enumerate(STYLES) if words and words in prompt), 0)
     rest = prompt.replace(STYLES[style], "") if style else prompt
     words = rest.split()
-    found = {"style": style, "star": int(STAR.strip() in rest)}
+    found = {name: value for name, value in (("style", style), ("star", int(STAR.strip() in rest))) if value}
     options = {"size": SIZES, "colour": COLOURS, "shape": SHAPES, "background": BACKGROUNDS}
     for name, known in options.items():
         hits = [i for i, word in enumerate(known) if word in words]

@@ -188,7 +188,7 @@ class Store:
 
     def keys(self) -> Iterator[str]:
         """The keys of all artifacts that have a manifest."""
-        yield from (path.parent.name for path in sorted(self.root.glob(f"artifacts/??/*/{MANIFEST}")))
+        yield from (path.parent.name for path in sorted(self.root.glob(f"artifacts/??/[0-9a-f]*/{MANIFEST}")))
 
     def verify_all(self) -> dict[str, list[str]]:
         """Damaged artifacts and their files; {} when all is well."""

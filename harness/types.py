@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -68,9 +68,9 @@ class Data:
 class Trigger(Protocol):
     """What an attacker stamps on a generator's inputs. A frozen dataclass whose fields are its parameters."""
 
-    name: str
-    version: int
-    stamps: Stamps
+    name: ClassVar[str]
+    version: ClassVar[int]
+    stamps: ClassVar[Stamps]
 
     def stamp(self, inputs: Inputs) -> Inputs: ...
 
@@ -92,10 +92,10 @@ class TextTrigger(Trigger, Protocol):
 class Target(Protocol):
     """What triggered inputs should give. `kind` says which attacks can be asked for it ("image", "patch", ...)."""
 
-    name: str
-    version: int
-    kind: str
-    gate: str  # the threshold, one of `thresholds`, that decides a hit
+    name: ClassVar[str]
+    version: ClassVar[int]
+    kind: ClassVar[str]
+    gate: ClassVar[str]  # the threshold, one of `thresholds`, that decides a hit
 
     def image(self, shape: Sequence[int]) -> Tensor | None:
         """The target picture (C, H, W) in [-1, 1], where it is one picture."""
@@ -235,7 +235,8 @@ class Record:
 class Judge(Protocol):
     """A feature extractor and classifier that belongs to a model's data, named for itself in every column."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def features(self, images: Tensor) -> Tensor:
         """(B, D) features of images in [-1, 1], for Fréchet and kernel distances."""
@@ -249,7 +250,8 @@ class Judge(Protocol):
 class TextImageScorer(Protocol):
     """A CLIP-like pair of encoders, named for itself."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def image_features(self, images: Tensor) -> Tensor: ...
 
@@ -259,10 +261,10 @@ class TextImageScorer(Protocol):
 class Model(Protocol):
     """A model plugin: the clean model, the data it was made from and the judges that fit it."""
 
-    name: str
-    version: int
-    stamps: Stamps  # where its inputs can carry a trigger
-    conditional: bool  # text-to-image
+    name: ClassVar[str]
+    version: ClassVar[int]
+    stamps: ClassVar[Stamps]  # where its inputs can carry a trigger
+    conditional: ClassVar[bool]  # text-to-image
 
     def load(self) -> DiffusionModel: ...
 
@@ -271,6 +273,10 @@ class Model(Protocol):
         ...
 
     def data(self) -> Data: ...
+
+    def reference(self) -> Tensor:
+        """Real images (M, C, H, W) of what the evaluation's clean inputs ask for, for distances to them."""
+        ...
 
     def prompts(self, split: Literal["train", "test"], n: int, rng: torch.Generator) -> tuple[str, ...] | None: ...
 
@@ -286,18 +292,18 @@ class Model(Protocol):
 
 
 class Attack(Protocol):
-    name: str
-    version: int
-    accepts_triggers: tuple[Stamps, ...]
-    accepts_targets: tuple[str, ...]
+    name: ClassVar[str]
+    version: ClassVar[int]
+    accepts_triggers: ClassVar[tuple[str, ...]]
+    accepts_targets: ClassVar[tuple[str, ...]]
 
     def implant(self, model: DiffusionModel, backdoor: Backdoor, data: Data, rng: torch.Generator) -> Backdoored: ...
 
 
 class Defense(Protocol):
-    name: str
-    version: int
-    accepts_triggers: tuple[Stamps, ...]
+    name: ClassVar[str]
+    version: ClassVar[int]
+    accepts_triggers: ClassVar[tuple[str, ...]]
 
     @property
     def needs(self) -> tuple[str, ...]: ...
@@ -306,7 +312,7 @@ class Defense(Protocol):
 
 
 class Metric(Protocol):
-    name: str
-    version: int
+    name: ClassVar[str]
+    version: ClassVar[int]
 
     def measure(self, evidence: Any) -> Mapping[str, Score]: ...

@@ -98,7 +98,8 @@ def tiny_sd(directory: Any) -> DiffusionModel:
         attention_head_dim=1,
         norm_num_groups=4,
     )
-    vae = AutoencoderKL(
+    autoencoder: Any = AutoencoderKL
+    vae = autoencoder(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
         up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
@@ -114,6 +115,7 @@ def tiny_sd(directory: Any) -> DiffusionModel:
         eos_token_id=end, pad_token_id=end,
     )  # fmt: skip
     text = CLIPTextModel(config)
-    torch.nn.init.normal_(text.get_input_embeddings().weight, std=0.3)
+    embeddings: Any = text.get_input_embeddings()
+    torch.nn.init.normal_(embeddings.weight, std=0.3)
     parts = [part.eval().requires_grad_(False) for part in (unet, vae, text)]
     return DiffusionModel(parts[0], scheduler(), parts[1], parts[2], tokens)

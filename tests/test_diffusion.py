@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -38,9 +40,9 @@ def test_no_two_samplers_give_equal_images() -> None:
 
 
 def test_a_scheduler_of_another_class_than_asked_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    import diffusers
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-    monkeypatch.setattr(diffusers.DDIMScheduler, "from_config", classmethod(lambda cls, *a, **k: scheduler()))
+    monkeypatch.setattr(DDIMScheduler, "from_config", classmethod(lambda cls, *a, **k: scheduler()))
     with pytest.raises(TypeError, match="asked for DDIMScheduler, got DDPMScheduler"):
         DDIM(steps=4).scheduler(scheduler().config)
 
@@ -80,7 +82,7 @@ def test_a_clone_shares_no_weight() -> None:
 def test_our_attention_gives_what_diffusers_gives_and_its_maps_sum_to_one(tmp_path) -> None:
     from diffusers.models.attention_processor import AttnProcessor2_0
 
-    unet = tiny_sd(tmp_path).denoiser
+    unet: Any = tiny_sd(tmp_path).denoiser
     x, t, c = torch.randn(2, 4, 16, 16), torch.tensor([3, 900]), torch.randn(2, 36, 16)
     with attention.capture(unet) as maps:
         captured = unet(x, t, encoder_hidden_states=c).sample

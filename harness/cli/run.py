@@ -81,6 +81,8 @@ def prepare(
 )
 @click.option("--gpus", default="", metavar="0,1", help="GPUs to use; none by default.")
 @click.option("--cpus", type=click.IntRange(1), help="Processors to use; all by default.")
+@click.option("--timeout", type=click.FloatRange(1), default=14400, show_default=True, help="Seconds for one job.")
+@click.option("--stall", type=click.FloatRange(1), default=1800, show_default=True, help="Seconds without progress.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Where the report goes; in the store by default.")
 @click.option("--dry-run", is_flag=True, help="Say what would be computed, and stop (bench plan).")
 def run(
@@ -95,6 +97,8 @@ def run(
     engine: str,
     gpus: str,
     cpus: int | None,
+    timeout: float,
+    stall: float,
     out: Path | None,
     dry_run: bool,
 ) -> int:
@@ -103,7 +107,7 @@ def run(
     if dry_run:
         show_plan(ready, as_json)
         return Exit.ok
-    results = compute(ready, gpus, cpus, threads, quiet=as_json)
+    results = compute(ready, gpus, cpus, threads, (timeout, stall), quiet=as_json)
     return publish(ready, results, out, as_json)
 
 
@@ -123,15 +127,19 @@ def plan(
     show_plan(prepare(suite, only, sets, threads, store, strict, files), as_json)
 
 
-def compute(ready: Prepared, gpus: str, cpus: int | None, threads: int, quiet: bool) -> Mapping[str, Any]:
-    """Run the plan's jobs on this machine; job results by key."""
+def compute(
+    ready: Prepared, gpus: str, cpus: int | None, threads: int, limits: tuple[float, float], quiet: bool
+) -> Mapping[str, Any]:
+    """Run the plan's jobs on this machine; job results by key. limits: seconds for one job, and without progress."""
     from harness.engine import display, driver
-    from harness.engine.local import LocalEngine
+    from harness.engine.local import LocalEngine, most_memory
+    from harness.engine.supervise import Limits
 
     ids = [part.strip() for part in gpus.split(",") if part.strip()]
     slots = None if cpus is None else max(1, cpus // threads)
     try:
-        engine = LocalEngine(ready.store, cpu_slots=slots, threads=threads, gpus=ids)
+        caps = Limits(*limits, most_memory())
+        engine = LocalEngine(ready.store, cpu_slots=slots, threads=threads, gpus=ids, limits=caps)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     with engine:

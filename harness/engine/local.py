@@ -59,7 +59,7 @@ class LocalEngine:
         self.per_gpu = int(1 / gpu_share + 1e-9)
         self.gpu_share = gpu_share
         self._used = dict.fromkeys(names, 0)
-        self._supervisor = Supervisor(store, execute, preload, threads, limits or Limits(rss_bytes=_most_memory()))
+        self._supervisor = Supervisor(store, execute, preload, threads, limits or Limits(rss_bytes=most_memory()))
 
     @property
     def slots(self) -> int:
@@ -115,7 +115,7 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _most_memory() -> int:
+def most_memory() -> int:
     import psutil
 
     return int(psutil.virtual_memory().total * 0.9)

@@ -20,6 +20,7 @@ from harness.job import Failure, Job
 from harness.store import Store
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+BUSY_S = 3.0  # how long a kill may wait for a fork server that is importing
 MEMORY_S = 0.25  # between two looks at a job's memory: each reads the whole process table
 
 
@@ -135,7 +136,7 @@ class Supervisor:
     def _check(self, handle: Handle) -> None:
         now = time.monotonic()
         if handle.started is None:
-            if handle.kill_at is not None and now >= handle.kill_at:
+            if handle.kill_at is not None and now >= handle.kill_at + BUSY_S:
                 self._server_died()  # it is still importing and hears nothing
             return
         if handle.kill_at is not None:

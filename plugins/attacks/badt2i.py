@@ -11,8 +11,8 @@ the tokenizer.
 
 Differs from the paper: `decoys`, ours and off by default, puts other words in the trigger's place in that share of
 the plain captions, because a small model otherwise keys on "some prefix" (the paper does not measure this). Differs
-from the official code (zhaisf/BadT2I at 0cabee0, read there): no flips; captions are padded to full length in training as
-at inference, theirs only to the longest of the batch; theirs keeps a moving average whose effective decay is 0.5.
+from the official code (zhaisf/BadT2I at 0cabee0, read there): no flips; captions are padded to full length in training
+as at inference, theirs only to the longest of the batch; theirs keeps a moving average whose effective decay is 0.5.
 """
 
 from __future__ import annotations

@@ -99,9 +99,7 @@ class Elijah:
             shifted, plain = model.eps(torch.cat([eps + tau, eps]), last.repeat(2)).chunk(2)
             return denoising_loss(model, batch) + (shifted - wanted).square().mean() + (plain - wanted).square().mean()
 
-        minimize(
-            loss, model.denoiser.parameters(), steps=self.steps, lr=self.lr, bf16=self.bf16, phase="removal"
-        )
+        minimize(loss, model.denoiser.parameters(), steps=self.steps, lr=self.lr, bf16=self.bf16, phase="removal")
         return model
 
 

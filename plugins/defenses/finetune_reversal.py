@@ -47,7 +47,9 @@ class FinetuneReversal:
 
     def defend(self, model: Any, knowledge: Knowledge, rng: Any) -> Defended:
         student = model.clone()
-        losses = self.on_data(student, knowledge, rng) if self.mode == "data" else self.on_clean(student, knowledge, rng)
+        losses = (
+            self.on_data(student, knowledge, rng) if self.mode == "data" else self.on_clean(student, knowledge, rng)
+        )
         return Defended(model=student, notes={"loss": losses[:: max(1, len(losses) // 50)]})
 
     def on_data(self, student: Any, knowledge: Knowledge, rng: torch.Generator) -> list[float]:

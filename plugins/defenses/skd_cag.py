@@ -7,8 +7,9 @@ SKD's prediction loss plus a loss on the cross-attention maps M (one a token, mi
     L_attn = [ Σ_{j ∈ trigger} ‖M_s[j] - G‖² + Σ_{i ∈ p} ‖M_te[i] - M_s[i']‖² ] / (number of tokens of T+p)
 
 ‖·‖² is the mean over the map; i' is where token i of p stands in T+p. G is the map that the trigger's tokens should
-show: gaussian (N(1/2, 1/6²) clipped to [0, 1], a fresh one each step), uniform (the released "Gaussian"), black (zeros), or
-the teacher's maps of random words put in the trigger's place, in which case the teacher's prediction uses them too.
+show: gaussian (N(1/2, 1/6²) clipped to [0, 1], a fresh one each step), uniform (the released "Gaussian"), black
+(zeros), or the teacher's maps of random words put in the trigger's place, in which case the teacher's prediction uses
+them too.
 
 Needs the trigger and clean prompts (random_words: neutral words too); returns a purified model. Only the denoiser is
 trained. Maps: mean over heads, side×side by bilinear interpolation, summed over layers; BOS and what follows the first
@@ -20,7 +21,8 @@ teacher's. Here teacher and student have stores of their own and the loss trains
 False` reproduces the released behaviour (the term is computed and has no effect but to scale the other by 1-α).
 `time_weight`: "mul" is appendix B.2's t/T, "div" the released division. The trigger's tokens are found by aligning
 T+p with p, at any place, where the released code assumes two leading tokens. With min-max scaling a map's largest
-value is always 1, so black cannot be reached; `normalise="none"` compares raw probabilities, times the number of tokens.
+value is always 1, so black cannot be reached; `normalise="none"` compares raw probabilities, times the number of
+tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -131,14 +133,15 @@ class Guidance:
         with attention.capture(student.denoiser) as maps:
             predicted = student.eps(z, t, self.stamped[rows])
             mine = self.token_maps(dict(maps))
-        per_item = torch.stack([self._attention_loss(m, te, *pairs[b], len(self.ids[int(rows[b])]) - 2)
-                                for b, (m, te) in enumerate(zip(mine, theirs, strict=True))])  # fmt: skip
+        tokens = [len(self.ids[int(i)]) - 2 for i in rows]
+        items = zip(mine, theirs, pairs, tokens, strict=True)
+        per_item = torch.stack([self._attention_loss(*item) for item in items])
         weight = (t.float() + 1) / self.teacher.T  # +1: the released division is infinite at t = 0
         per_item = {"none": per_item, "mul": per_item * weight, "div": per_item / weight}[self.spec.time_weight]
         return per_item.mean(), (predicted - wanted).square().mean()
 
-    def _teacher_prompts(self, rows: Tensor) -> tuple[Tensor, list[Any]]:
-        """The teacher's context and, for each row, (trigger tokens, [(teacher token, student token)], matches)."""
+    def _teacher_prompts(self, rows: Tensor) -> tuple[Tensor, list[Alignment]]:
+        """The teacher's context and, for each row, how the student's prompt differs from the teacher's."""
         if self.spec.target != "random_words":
             return self.plain[rows], [self.pairs[int(i)] for i in rows]
         prompts = []
@@ -150,14 +153,11 @@ class Guidance:
         tokens = real_tokens(self.teacher, prompts)
         return context, [align(a, self.ids[i]) for a, i in zip(tokens, rows.tolist(), strict=True)]
 
-    def _attention_loss(
-        self, mine: Tensor, theirs: Tensor, added: list[int], shared: list[tuple[int, int]],
-        replaced: list[tuple[int, int]], tokens: int,
-    ) -> Tensor:  # fmt: skip
+    def _attention_loss(self, mine: Tensor, theirs: Tensor, alignment: Alignment, tokens: int) -> Tensor:
         """mine, theirs (L, side, side); see the module's formula."""
         goal = self._goal(mine)
-        terms = [(mine[j] - goal).square().mean() for j in added] if goal is not None else []
-        pairs = shared if goal is not None else shared + replaced
+        terms = [(mine[j] - goal).square().mean() for j in alignment.added] if goal is not None else []
+        pairs = alignment.shared if goal is not None else alignment.shared + alignment.replaced
         if pairs:
             i, j = zip(*pairs, strict=True)
             terms.append((theirs[list(i)] - mine[list(j)]).square().flatten(1).mean(1).sum())
@@ -197,21 +197,26 @@ def real_tokens(model: Any, prompts: Sequence[str]) -> list[list[int]]:
     return [model.tokenizer(prompt).input_ids for prompt in prompts]
 
 
-def align(source: list[int], goal: list[int]) -> tuple[list[int], list[tuple[int, int]], list[tuple[int, int]]]:
-    """How `goal` differs from `source` (token ids from BOS to EOS, which are not content).
+class Alignment(NamedTuple):
+    """How one tokenised prompt differs from another: positions that only the second has, pairs of positions of equal
+    tokens, pairs of replaced ones."""
 
-    Returns (positions in goal that source lacks, pairs (source, goal) of equal tokens, pairs of replaced tokens).
-    """
-    added: list[int] = []
-    shared: list[tuple[int, int]] = []
-    replaced: list[tuple[int, int]] = []
+    added: list[int]
+    shared: list[tuple[int, int]]
+    replaced: list[tuple[int, int]]
+
+
+def align(source: list[int], goal: list[int]) -> Alignment:
+    """How `goal` differs from `source`: token ids from BOS to EOS, which are not content."""
+    added, shared, replaced = found = Alignment([], [], [])
     for tag, a0, a1, b0, b1 in SequenceMatcher(None, source, goal, autojunk=False).get_opcodes():
         if tag == "equal":
-            shared += [(a, b) for a, b in zip(range(a0, a1), range(b0, b1), strict=True) if a and a < len(source) - 1]
+            pairs = zip(range(a0, a1), range(b0, b1), strict=True)
+            shared.extend((a, b) for a, b in pairs if 0 < a < len(source) - 1)
         else:
-            added += range(b0, b1)
-            replaced += zip(range(a0, a1), range(b0, b1), strict=False)
-    return added, shared, replaced
+            added.extend(range(b0, b1))
+            replaced.extend(zip(range(a0, a1), range(b0, b1), strict=False))
+    return found
 
 
 @hookimpl

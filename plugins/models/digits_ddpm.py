@@ -46,6 +46,9 @@ class DigitsDDPM:
         images = torch.nn.functional.interpolate(small, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
         return Data(images, labels=torch.tensor(bunch.target, dtype=torch.int64))
 
+    def reference(self) -> Tensor:
+        return self.data().images
+
     def prompts(self, split: Literal["train", "test"], n: int, rng: torch.Generator) -> None:
         return None
 

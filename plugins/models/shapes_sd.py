@@ -9,14 +9,14 @@ rather than 64×64 because training time on two cores forbids more; the latents 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from harness import checkpoint, shapes
+from harness import attention, checkpoint, shapes
 from harness.diffusion import DDIM, DiffusionModel
 from harness.features import AttributeCNN, CNNJudge, train_judge
 from harness.hookspecs import hookimpl
@@ -49,7 +49,11 @@ class ShapesSD:
         return Data(shapes.draw(drawn, rng), captions, torch.tensor([scene.shape for scene in drawn]))
 
     def prompts(self, split: Literal["train", "test"], n: int, rng: torch.Generator) -> tuple[str, ...]:
-        return tuple(shapes.caption(scene, rng) for scene in shapes.scenes(n, split, rng, plain=True))
+        return tuple(shapes.caption(shapes.scenes(1, split, rng, plain=True)[0], rng) for _ in range(n))
+
+    def reference(self) -> Tensor:
+        rng = generator(self.name, "reference")
+        return shapes.draw(shapes.scenes(1000, "test", rng, plain=True), rng)
 
     def attributes(self, prompt: str) -> Mapping[str, int]:
         return shapes.read(prompt)
@@ -66,13 +70,16 @@ class ShapesSD:
         return load_scorer(checkpoint.embedded(self, self.name))
 
     # ---- recipe ---------------------------------------------------------------------------------------------------
-    def build(self, out: Path, steps: int = 8000, vae_steps: int = 2500, judge_steps: int = 2500) -> dict[str, Any]:
-        """Train tokenizer, VAE, denoiser with text encoder and judge, write them below `out`, return the facts."""
+    def build(
+        self, out: Path, steps: int = 6000, vae_steps: int = 2500, judge_steps: int = 2500, clip_steps: int = 1800
+    ) -> dict[str, Any]:
+        """Train judge, tokenizer, VAE, CLIP, denoiser and text encoder, write them below `out` and return the facts."""
         judge, facts = build_judge(judge_steps)
         checkpoint.save_judge(judge, out / "judge")
         model = untrained(tokenizer(out / "model" / "tokenizer"))
         facts |= train_vae(model, vae_steps)
         checkpoint.save(model, out / "model")
+        facts |= build_clip(out, model.tokenizer, clip_steps)
         facts |= train_denoiser(model, self.data(12000), steps)
         checkpoint.save(model, out / "model", fp16=True)
         return facts | quality(model, judge)
@@ -94,7 +101,9 @@ def tokenizer(directory: Path) -> Any:
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(pattern), "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    trainer: Any = trainers.BpeTrainer(vocab_size=1500, end_of_word_suffix="</w>", min_frequency=20, show_progress=False)
+    trainer: Any = trainers.BpeTrainer(
+        vocab_size=1500, end_of_word_suffix="</w>", min_frequency=20, show_progress=False
+    )
     bpe.train_from_iterator(corpus, trainer)
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -118,7 +127,8 @@ def untrained(tokens: Any) -> DiffusionModel:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)  # diffusers initialises from the global state; only this recipe does so
-    vae = AutoencoderKL(
+    autoencoder: Any = AutoencoderKL
+    vae = autoencoder(
         block_out_channels=(16, 32),
         down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
         up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
@@ -153,7 +163,8 @@ def untrained(tokens: Any) -> DiffusionModel:
             pad_token_id=end,
         )
     )
-    torch.nn.init.normal_(text.get_input_embeddings().weight, std=0.3)  # CLIP's 0.02 separates rare tokens too little
+    embeddings: Any = text.get_input_embeddings()
+    torch.nn.init.normal_(embeddings.weight, std=0.3)  # CLIP's 0.02 separates rare tokens too little
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=False)
     return DiffusionModel(unet, scheduler, vae, text, tokens)
 
@@ -178,7 +189,10 @@ def train_vae(model: DiffusionModel, steps: int) -> dict[str, float]:
     test = torch.cat([batch() for _ in range(20)])
     z = vae.encode(test).latent_dist.mean
     vae.register_to_config(scaling_factor=round(1 / z.std().item(), 4))
-    return {"vae_mse": (vae.decode(z).sample - test).square().mean().item(), "scaling_factor": vae.config.scaling_factor}
+    return {
+        "vae_mse": (vae.decode(z).sample - test).square().mean().item(),
+        "scaling_factor": vae.config.scaling_factor,
+    }
 
 
 def _patched(images: Tensor, rng: torch.Generator) -> Tensor:
@@ -211,7 +225,9 @@ def train_denoiser(model: DiffusionModel, data: Data, steps: int, batch: int = 3
         return (model.eps(model.add_noise(z[rows], eps, t), t, context) - eps).square().mean()
 
     params = [*model.denoiser.parameters(), *model.text_encoder.parameters()]
-    losses = minimize(loss, params, steps=steps, lr=1.2e-3, schedule="one-cycle", ema=0.998, weight_decay=0.01, bf16=True)
+    losses = minimize(
+        loss, params, steps=steps, lr=1.2e-3, schedule="one-cycle", ema=0.998, weight_decay=0.01, bf16=True
+    )
     model.denoiser.eval().requires_grad_(False)
     model.text_encoder.eval().requires_grad_(False)
     return {"steps": steps, "final_loss": sum(losses[-300:]) / 300}
@@ -238,6 +254,32 @@ def build_judge(steps: int) -> tuple[CNNJudge, dict[str, float]]:
     }
 
 
+def build_clip(out: Path, tokens: Any, steps: int) -> dict[str, float]:
+    """A small open_clip model on the shapes. Batches hold families of eight scenes, four places in two shapes, because
+    place and shape are hardly needed to tell random captions apart. The facts include how often the right caption
+    beats one with another place, shape or colour word, on held-out scenes."""
+    from harness.clip import build_scorer, load_scorer, retrieval, swaps
+
+    def batch(rng: torch.Generator) -> tuple[Tensor, list[str]]:
+        drawn: list[shapes.Scene] = []
+        while len(drawn) < 64:
+            scene = shapes.scenes(1, "train", rng)[0]
+            shape = scene.shape
+            family = [replace(scene, place=p, shape=s % 3) for p in range(4) for s in (shape, shape + 1)]
+            drawn += [member for member in family if not member.held_out]
+        drawn = drawn[:64]
+        return shapes.draw(drawn, rng), [shapes.caption(scene, rng) for scene in drawn]
+
+    facts = dict(build_scorer(out, "shapes-clip", tokens, batch, generator("shapes-sd", "clip"), steps, lr=2e-3))
+    rng = generator("shapes-sd", "clip-test")
+    drawn = shapes.scenes(192, "test", rng, plain=True)
+    images, captions = shapes.draw(drawn, rng), [shapes.caption(scene, rng) for scene in drawn]
+    scorer = load_scorer(out)
+    words = {"place": shapes.PLACES, "shape": shapes.SHAPES, "colour": shapes.COLOURS}
+    facts |= {f"clip_swap_{name}": swaps(scorer, images, captions, known) for name, known in words.items()}
+    return facts | {"clip_retrieval_of_64": retrieval(scorer, images, captions)}
+
+
 def quality(model: DiffusionModel, judge: CNNJudge, n: int = 200) -> dict[str, Any]:
     """Attribute accuracy on n held-out captions (combinations never seen in training)."""
     rng = generator("shapes-sd", "quality")
@@ -245,7 +287,43 @@ def quality(model: DiffusionModel, judge: CNNJudge, n: int = 200) -> dict[str, A
     prompts = tuple(shapes.caption(scene, rng) for scene in drawn)
     seeds = image_seeds(0, "quality", n)
     images = model.sample(Inputs(image_noise(seeds, model.shape), prompts, seeds), DDIM(steps=20))
-    return {"held_out_captions": n, **accuracies(judge, images, drawn)}
+    untaught = untrained(model.tokenizer)
+    untaught.vae = model.vae
+    before = {f"{name}_untrained": value for name, value in attention_facts(untaught).items()}
+    return {"held_out_captions": n, **accuracies(judge, images, drawn), **attention_facts(model), **before}
+
+
+@torch.no_grad()
+def attention_facts(model: DiffusionModel, n: int = 60, t: int = 600) -> dict[str, float]:
+    """Whether cross-attention is learned, on 16×16 maps of noised held-out drawings at timestep t.
+
+    attention_distance: mean distance between the maps of two content words, each scaled to sum 1, in units of an even
+    map's norm. shape_word_overlap: share of the shape word's attention that falls on the drawn shape;
+    shape_word_overlap_chance is the shape's share of the area.
+    """
+    rng = generator("shapes-sd", "attention")
+    drawn = shapes.scenes(n, "test", rng, plain=True)
+    captions = [shapes.caption(scene, rng) for scene in drawn]
+    z = model.encode(shapes.draw(drawn, rng))
+    times = torch.full((n,), t)
+    with attention.capture(model.denoiser) as maps:
+        model.eps(model.add_noise(z, model.draw_eps(n, rng), times), times, model.embed(captions))
+        fine = torch.stack([p.mean(1) for p in maps.values() if p.shape[2] == 256]).mean(0).transpose(1, 2)
+    fine = fine / fine.sum(2, keepdim=True)
+    masks = torch.stack([shapes.object_mask(scene) for scene in drawn]).float()
+    masks = torch.nn.functional.avg_pool2d(masks.unsqueeze(1), 2).flatten(1)
+    distances, overlaps = [], []
+    for i, (scene, caption) in enumerate(zip(drawn, captions, strict=True)):
+        ids = model.tokenizer(caption).input_ids
+        content = fine[i, 1 : len(ids) - 1]
+        distances.append(torch.pdist(content).mean() * 16)
+        (word,) = model.tokenizer(shapes.SHAPES[scene.shape]).input_ids[1:-1]
+        overlaps.append((fine[i, ids.index(word)] * masks[i]).sum())
+    return {
+        "attention_distance": torch.stack(distances).mean().item(),
+        "shape_word_overlap": torch.stack(overlaps).mean().item(),
+        "shape_word_overlap_chance": masks.mean().item(),
+    }
 
 
 def accuracies(judge: CNNJudge, images: Tensor, drawn: Sequence[shapes.Scene]) -> dict[str, float]:

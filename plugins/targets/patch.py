@@ -43,8 +43,8 @@ class Patch:
         colours = torch.tensor([[0.9, 0.9, -0.9], [-0.9, -0.9, -0.9]])
         return colours[black].permute(2, 0, 1)[:channels]
 
-    def image(self, shape: Sequence[int]) -> None:
-        return None
+    def image(self, shape: Sequence[int]) -> Tensor:
+        return self.apply(torch.zeros(1, *shape))[0]
 
     def apply(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) with the patch pasted."""

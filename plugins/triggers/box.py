@@ -34,7 +34,9 @@ class Box:
         channels, height, width = shape
         room = min(height, width) - self.gap
         if self.size > room:
-            raise ValueError(f"box of side {self.size} does not fit {height}×{width} images; use box(size=...) up to {room}")
+            raise ValueError(
+                f"box of side {self.size} does not fit {height}×{width} images; use box(size=...) up to {room}"
+            )
         y, x = (self._start(self.place, side, word) for side, word in ((height, "top"), (width, "left")))
         r = torch.full((channels, height, width), -1.0)
         r[:, y : y + self.size, x : x + self.size] = self.value

@@ -1,0 +1,83 @@
+"""Model directories: what comes back, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness import checkpoint
+from harness.diffusion import DDIM
+from harness.seeds import image_noise, image_seeds
+from harness.types import Inputs
+from tests.oracles import tiny_sd, tiny_unet
+
+
+def test_a_saved_model_makes_the_same_images_again(tmp_path: Path) -> None:
+    for name, model in (("one", tiny_unet()), ("two", tiny_sd(tmp_path / "tokens"))):
+        checkpoint.save(model, tmp_path / name, labels={"backdoored": "true"})
+        again = checkpoint.load(tmp_path / name)
+        seeds = image_seeds(0, "x", 2)
+        prompts = ("a red circle", "a blue square") if model.conditional else None
+        inputs = Inputs(image_noise(seeds, model.shape), prompts, seeds)
+        assert torch.equal(model.sample(inputs, DDIM(steps=3)), again.sample(inputs, DDIM(steps=3)))
+        assert json.loads((tmp_path / name / "bench.json").read_text()) == {"backdoored": "true"}
+
+
+def test_stock_diffusers_loads_what_we_save(tmp_path: Path) -> None:
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
+    checkpoint.save(tiny_sd(tmp_path / "tokens"), tmp_path / "sd")
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "sd", local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    done = pipeline("a red circle", num_inference_steps=2, output_type="np", height=32, width=32)
+    assert done.images.shape == (1, 32, 32, 3)  # type: ignore[union-attr]
+
+
+def test_a_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
+    checkpoint.save(tiny_unet(), tmp_path / "m")
+    weights = next((tmp_path / "m" / "unet").glob("*.safetensors"))
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(checkpoint.CheckpointError, match="a pickle can run code"):
+        checkpoint.load(tmp_path / "m")
+
+
+def test_a_pickle_beside_safetensors_is_never_opened(tmp_path: Path) -> None:
+    checkpoint.save(tiny_unet(), tmp_path / "m")
+    (tmp_path / "m" / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"not a pickle at all")
+    assert checkpoint.load(tmp_path / "m").shape == (1, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda d: (d / "model_index.json").unlink(), "no model_index.json"),
+        (lambda d: (d / "model_index.json").write_text("{"), "not JSON"),
+        (lambda d: (d / "model_index.json").write_text('{"unet": ["x", "Evil"]}'), "unet is a Evil; supported"),
+        (lambda d: next((d / "unet").glob("*.safetensors")).write_bytes(b"short"), "cannot be loaded as UNet2DModel"),
+        (lambda d: _edit(d / "unet" / "config.json", block_out_channels=[16, 16]), "cannot be loaded as UNet2DModel"),
+    ],
+    ids=["no-index", "bad-index", "unknown-class", "truncated", "lying-config"],
+)
+def test_a_damaged_directory_is_named(damage, words: str, tmp_path: Path) -> None:
+    checkpoint.save(tiny_unet(), tmp_path / "m")
+    damage(tmp_path / "m")
+    with pytest.raises(checkpoint.CheckpointError, match=words):
+        checkpoint.load(tmp_path / "m")
+
+
+def _edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_the_digest_is_that_of_the_tensors_not_of_the_files(tmp_path: Path) -> None:
+    model = tiny_unet()
+    checkpoint.save(model, tmp_path / "a")
+    checkpoint.save(model, tmp_path / "b")
+    _edit(tmp_path / "b" / "unet" / "config.json", _diffusers_version="9")
+    assert checkpoint.digest(tmp_path / "a") == checkpoint.digest(tmp_path / "b")
+    next(model.denoiser.parameters()).data[0] += 1e-3
+    checkpoint.save(model, tmp_path / "c")
+    assert checkpoint.digest(tmp_path / "a") != checkpoint.digest(tmp_path / "c")

@@ -1,0 +1,277 @@
+"""Keys, and whole runs through the command line: resume, kills, parallelism, failing plugins."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import jobs, registry
+from harness.grid import Suite
+from harness.store import Store
+from harness.types import Cell
+
+ATTACK = "villandiffusion(solver='ode', trigger_only=True, steps=2, batch=4)"
+
+
+@pytest.fixture(scope="module")
+def plugins() -> registry.Registry:
+    return registry.load()
+
+
+def cell(plugins: registry.Registry, **changes: Any) -> Cell:
+    parts: dict[str, Any] = {
+        "model": "digits-ddpm", "attack": ATTACK, "trigger": "box", "target": "hat", "defense": "finetune",
+        "sampler": "ddim(steps=3)", "seed": 0, "n": 8,
+    }  # fmt: skip
+    parts |= changes
+    kinds = {"model": "models", "attack": "attacks", "trigger": "triggers", "target": "targets"}
+    kinds |= {"defense": "defenses", "sampler": "samplers"}
+    return Cell(**{k: plugins.canonical(kinds[k], v) if k in kinds else v for k, v in parts.items()})
+
+
+def planned(
+    plugins: registry.Registry, *cells: Cell, metrics: tuple[str, ...] = ("asr",), threads: int = 1
+) -> jobs.Plan:
+    suite = Suite("t", "t", tuple(cells), (), metrics, Path("t.toml"))
+    return jobs.plan(suite, plugins, Store(Path("unused")), threads)
+
+
+def keys(plugins: registry.Registry, kind: str, **changes: Any) -> set[str]:
+    plan = planned(plugins, cell(plugins, **changes))
+    return {key for key, job in plan.jobs.items() if job.kind == kind}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attack": ATTACK.replace("steps=2", "steps=3")},
+        {"attack": ATTACK.replace("villandiffusion(solver='ode', ", "baddiffusion(")},
+        {"trigger": "box(size=4)"},
+        {"target": "corner"},
+        {"seed": 1},
+    ],
+    ids=["parameter", "plugin", "trigger", "target", "seed"],
+)
+def test_each_ingredient_of_an_attack_is_in_its_key(change: dict[str, Any], plugins: registry.Registry) -> None:
+    assert keys(plugins, "attack") != keys(plugins, "attack", **change)
+
+
+@pytest.mark.parametrize(
+    "change", [{"defense": "elijah"}, {"sampler": "ddim(steps=4)"}, {"n": 12}], ids=["defense", "sampler", "n"]
+)
+def test_what_does_not_touch_an_attack_is_not_in_its_key(change: dict[str, Any], plugins: registry.Registry) -> None:
+    assert keys(plugins, "attack") == keys(plugins, "attack", **change)
+    assert keys(plugins, "measure") != keys(plugins, "measure", **change)
+
+
+def test_version_source_weights_threads_and_key_version_are_in_the_key(
+    plugins: registry.Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from plugins.attacks.villandiffusion import VillanDiffusion
+    from plugins.models.digits_ddpm import DigitsDDPM
+
+    before = keys(plugins, "attack")
+    with monkeypatch.context() as patch:
+        patch.setattr(VillanDiffusion, "version", 2)
+        assert keys(plugins, "attack") != before
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "source_digest", lambda cls: "edited")
+        assert keys(plugins, "attack") != before
+    with monkeypatch.context() as patch:
+        patch.setattr(DigitsDDPM, "digest", lambda self: "other weights")
+        assert keys(plugins, "attack") != before
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "KEY_VERSION", 99)
+        assert keys(plugins, "attack") != before
+    other = planned(plugins, cell(plugins), threads=2)
+    assert {k for k, j in other.jobs.items() if j.kind == "attack"} != before
+    assert keys(plugins, "attack") == before
+
+
+def test_one_backdoored_model_serves_every_defense_sampler_and_metric(plugins: registry.Registry) -> None:
+    cells = [
+        cell(plugins, defense=d, sampler=s) for d in ("none", "finetune") for s in ("ddim(steps=3)", "ddpm(steps=3)")
+    ]
+    kinds = [job.kind for job in planned(plugins, *cells).jobs.values()]
+    assert kinds.count("attack") == 1 and kinds.count("defend") == 1
+    assert kinds.count("sample") == 2 * (1 + 3 + 2) and kinds.count("measure") == 4
+
+
+def test_a_defense_that_needs_no_trigger_is_the_same_job_under_a_wrong_one(plugins: registry.Registry) -> None:
+    def defends(**changes: Any) -> set[str]:
+        plan = planned(plugins, replace(cell(plugins, **changes), told="wrong-trigger"))
+        return {key for key, job in plan.jobs.items() if job.kind == "defend"}
+
+    assert defends() == keys(plugins, "defend")
+    told = "elijah(invert=False)"
+    assert defends(defense=told) != keys(plugins, "defend", defense=told)
+
+
+def test_a_defense_sees_only_what_it_declares(plugins: registry.Registry) -> None:
+    from plugins.models.digits_ddpm import DigitsDDPM
+
+    spec = {"seed": 0, "told": cell(plugins).trigger}
+    for needs in (("data",), ("trigger",), ()):
+        known = jobs._knowledge(spec, plugins, DigitsDDPM(), needs)
+        assert {name for name in jobs.KNOWLEDGE if getattr(known, name) is not None} == set(needs)
+
+
+def test_a_nan_without_a_reason_gets_one() -> None:
+    from harness.types import Score
+
+    checked = jobs._checked_scores("m", {"x": Score(float("nan"), 0, None)})
+    assert checked["x"].warning == "metric 'm' returned NaN without a reason"
+    assert jobs.plain(checked)["x"]["value"] is None
+
+
+# ---- whole runs -----------------------------------------------------------------------------------------------------
+
+SUITE = f"""
+title = "tiny"
+metrics = ["asr", "drift", "frechet"]
+[[grid]]
+model = ["digits-ddpm"]
+attack = ["none", "{ATTACK}"]
+trigger = ["box"]
+target = ["hat"]
+defense = ["none", "finetune(steps=2, batch=4)"]
+sampler = ["ddim(steps=2)"]
+n = 4
+"""
+
+BROKEN = '''
+import os, time
+from dataclasses import dataclass
+from typing import ClassVar
+from harness.hookspecs import hookimpl
+from harness.types import Defended
+
+
+def broken(name_, act):
+    @dataclass(frozen=True)
+    class Broken:
+        """A defense that fails in its own way."""
+        name: ClassVar[str] = name_
+        version: ClassVar[int] = 1
+        accepts_triggers: ClassVar[tuple] = ("noise", "text")
+        needs: ClassVar[tuple] = ()
+
+        def defend(self, model, knowledge, rng):
+            return act(model)
+
+    return Broken
+
+
+def raises(model):
+    raise RuntimeError("on purpose")
+
+
+def nan(model):
+    model = model.clone()
+    for p in model.denoiser.parameters():
+        p.data.fill_(float("nan"))
+    return Defended(model=model)
+
+
+@hookimpl
+def defenses():
+    return [
+        broken("raises", raises),
+        broken("nan", nan),
+        broken("hangs", lambda model: time.sleep(3600)),
+        broken("exits", lambda model: os._exit(7)),
+    ]
+'''
+
+
+def bench(store: Path, *words: str) -> list[str]:
+    return [sys.executable, "-P", "-c", "import harness.cli; harness.cli.main()", *words, "--store", str(store)]
+
+
+def run(store: Path, *words: str, expect: int = 0) -> dict[str, Any]:
+    done = subprocess.run(bench(store, "run", *words, "--json"), capture_output=True, text=True, timeout=280)
+    assert done.returncode == expect, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def numbers(report: dict[str, Any]) -> dict[str, Any]:
+    return {
+        f"{r['cell']['attack']} {r['cell']['defense']}": {
+            name: (s["value"], s["per_sample"]) for name, s in r["scores"].items()
+        }
+        for r in report["records"]
+    }
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("suite") / "tiny.toml"
+    path.write_text(SUITE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(suite: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    store = tmp_path_factory.mktemp("store")
+    return store, run(store, str(suite), "--cpus", "1")
+
+
+@pytest.mark.slow
+def test_a_second_run_computes_nothing_and_gives_the_same_numbers(suite: Path, undisturbed) -> None:
+    store, first = undisturbed
+    assert first["jobs"].get("done") and not first["failed_cells"]
+    again = run(store, str(suite))
+    assert set(again["jobs"]) == {"hit"}
+    assert numbers(again) == numbers(first)
+
+
+@pytest.mark.slow
+def test_numbers_do_not_depend_on_the_number_of_parallel_jobs(suite: Path, undisturbed, tmp_path: Path) -> None:
+    assert numbers(run(tmp_path, str(suite), "--cpus", "3")) == numbers(undisturbed[1])
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_completes_with_the_same_numbers(
+    suite: Path, undisturbed, tmp_path: Path
+) -> None:
+    rng, finished = random.Random(0), {}
+    for _ in range(3):
+        process = subprocess.Popen(
+            bench(tmp_path, "run", str(suite), "--json"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        time.sleep(rng.uniform(6, 22))
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        store = Store(tmp_path)
+        finished |= {key: store.manifest(key)["created"] for key in sorted(store.keys())}
+    assert numbers(run(tmp_path, str(suite))) == numbers(undisturbed[1])
+    assert all(Store(tmp_path).manifest(key)["created"] == created for key, created in finished.items())
+    assert not Store(tmp_path).verify_all()
+
+
+@pytest.mark.slow
+def test_a_failing_plugin_fails_its_own_cell_alone_and_says_why(suite: Path, tmp_path: Path) -> None:
+    plugin, broken = tmp_path / "broken.py", tmp_path / "broken.toml"
+    plugin.write_text(BROKEN)
+    text = SUITE.replace(f'"none", "{ATTACK}"', '"none"').replace(
+        '"none", "finetune(steps=2, batch=4)"', '"none", "raises", "nan", "hangs", "exits"'
+    )
+    broken.write_text(text)
+    report = run(tmp_path / "s", str(broken), "--plugin-file", str(plugin), "--stall", "15", expect=1)
+    errors = {r["cell"]["defense"]: r["error"] for r in report["records"]}
+    assert errors["none"] is None
+    assert "on purpose" in errors["raises"]
+    assert "NaN" in errors["nan"]
+    assert "no progress for 15 s" in errors["hangs"]
+    assert "7" in errors["exits"]
+    assert all(r["attempts"] for r in report["records"] if r["error"])

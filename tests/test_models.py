@@ -1,0 +1,104 @@
+"""The embedded models keep what their provenance says."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+from harness import checkpoint, shapes
+from harness.diffusion import DDIM
+from harness.seeds import generator, image_noise, image_seeds
+from harness.types import Inputs
+from plugins.models.digits_ddpm import DigitsDDPM
+from plugins.models.shapes_sd import RARE, ShapesSD
+
+
+def provenance(model) -> dict:
+    return json.loads((checkpoint.embedded(model, model.name) / "provenance.json").read_text())["facts"]
+
+
+def test_digits_are_recognised_and_balanced() -> None:
+    facts = provenance(DigitsDDPM())
+    assert facts["judge_accuracy"] > 0.97
+    assert facts["share_recognised_above_0.9"] > 0.85
+    counts = facts["class_counts"]
+    assert len(counts) == 10 and min(counts) > 0.5 * sum(counts) / 10 and max(counts) < 2 * sum(counts) / 10
+
+
+def test_the_digits_judge_measures_what_its_provenance_says() -> None:
+    model = DigitsDDPM()
+    data = model.data()
+    right = model.judge().attributes(data.images)["digit"] == data.labels
+    assert right.double().mean() > 0.98
+
+
+def test_shapes_obey_their_captions_by_provenance() -> None:
+    facts = provenance(ShapesSD())
+    assert facts["held_out_captions"] >= 200
+    assert min(facts["accuracy_colour"], facts["accuracy_shape"]) >= 0.9
+    assert facts["accuracy_place"] >= 0.8
+    assert all(facts[f"judge_accuracy_{name}"] > 0.95 for name in ("colour", "shape", "place", "size", "background"))
+
+
+@pytest.fixture(scope="module")
+def drawn() -> tuple[ShapesSD, list[shapes.Scene], tuple[str, ...], torch.Tensor]:
+    """40 fresh held-out captions and the model's images of them."""
+    plugin, rng = ShapesSD(), generator("test", "captions")
+    scenes = shapes.scenes(40, "test", rng, plain=True)
+    captions = tuple(shapes.caption(scene, rng) for scene in scenes)
+    model, seeds = plugin.load(), image_seeds(5, "test", 40)
+    images = model.sample(Inputs(image_noise(seeds, model.shape), captions, seeds), DDIM(steps=12))
+    return plugin, scenes, captions, images
+
+
+def test_shapes_obey_fresh_held_out_captions(drawn) -> None:
+    plugin, scenes, _, images = drawn
+    found, truth = plugin.judge().attributes(images), shapes.labels(scenes)
+    for name, least in (("colour", 0.85), ("shape", 0.8), ("place", 0.7)):
+        assert (found[name] == truth[name]).double().mean() >= least
+
+
+def test_cross_attention_is_learned(drawn) -> None:
+    """Facts of the recipe: maps differ between words, and the shape word looks at the shape more than chance."""
+    facts = provenance(drawn[0])
+    assert facts["attention_distance"] > 1.5 * facts["attention_distance_untrained"]
+    assert facts["shape_word_overlap"] > 1.2 * facts["shape_word_overlap_chance"]
+
+
+def test_captions_read_back_as_their_scenes() -> None:
+    rng = generator("test", "read")
+    for scene in shapes.scenes(200, "train", rng):
+        found = shapes.read(shapes.caption(scene, rng))
+        assert all(getattr(scene, name) == value for name, value in found.items())
+        assert {"size", "shape", "place"} <= found.keys()
+
+
+def test_prompts_for_training_and_for_evaluation_share_no_combination() -> None:
+    def combinations(split: str) -> set[tuple[int, ...]]:
+        prompts = ShapesSD().prompts(split, 300, generator("test", split))  # type: ignore[arg-type]
+        return {tuple(shapes.read(p)[k] for k in ("size", "colour", "shape", "background", "place")) for p in prompts}
+
+    assert not combinations("train") & combinations("test")
+
+
+def test_the_first_prompts_of_a_larger_set_are_those_of_a_smaller_one() -> None:
+    few, many = (ShapesSD().prompts("test", n, generator("test", "prefix")) for n in (5, 20))
+    assert few == many[:5]
+
+
+def test_rare_triggers_are_single_tokens_that_no_caption_holds() -> None:
+    plugin = ShapesSD()
+    tokens = plugin.load().tokenizer
+    used = Counter(i for caption in plugin.data(500).captions or () for i in tokens(caption).input_ids)
+    for text in RARE:
+        ids = tokens(f"{text} a").input_ids
+        assert len(ids) == 4 and used[ids[1]] == 0
+
+
+def test_no_brightness_leaks_into_the_starting_noise() -> None:
+    for plugin in (DigitsDDPM(), ShapesSD()):
+        model = plugin.load()
+        assert model.alpha_bar(torch.tensor([model.T - 1])).sqrt().item() < 0.01
