@@ -192,6 +192,7 @@ class SchedulerSampler:
     clip: bool = False  # clip the predicted x_0 to [-1, 1] each step; kills the backdoors of the papers
     guidance: Annotated[float, Ge(0)] = 3.0  # classifier-free guidance scale; text-to-image only, 1 = off
     spacing: Literal["leading", "trailing", "linspace"] = "trailing"  # timestep spacing; trailing starts at T-1
+    bf16: bool = False  # autocast of the network: faster, and other numbers
 
     def options(self) -> dict[str, Any]:
         """Scheduler options beside the common ones."""
@@ -230,7 +231,8 @@ class SchedulerSampler:
         predict = self.predictor(model, inputs)
         x_t = inputs.noise * scheduler.init_noise_sigma
         for step, t in enumerate(scheduler.timesteps):
-            out = predict(scheduler.scale_model_input(x_t, t), t)
+            with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.bf16):
+                out = predict(scheduler.scale_model_input(x_t, t), t).float()
             x_t = scheduler.step(out, t, x_t, generator=rngs, **self.step_options()).prev_sample
             if step % 20 == 19:
                 progress("sampling", step + 1, len(scheduler.timesteps))

@@ -118,4 +118,4 @@ def tiny_sd(directory: Any) -> DiffusionModel:
     embeddings: Any = text.get_input_embeddings()
     torch.nn.init.normal_(embeddings.weight, std=0.3)
     parts = [part.eval().requires_grad_(False) for part in (unet, vae, text)]
-    return DiffusionModel(parts[0], scheduler(), parts[1], parts[2], tokens)
+    return DiffusionModel(parts[0], scheduler(steps_offset=1), parts[1], parts[2], tokens)

@@ -165,7 +165,7 @@ def untrained(tokens: Any) -> DiffusionModel:
     )
     embeddings: Any = text.get_input_embeddings()
     torch.nn.init.normal_(embeddings.weight, std=0.3)  # CLIP's 0.02 separates rare tokens too little
-    scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=False)
+    scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=False, steps_offset=1)
     return DiffusionModel(unet, scheduler, vae, text, tokens)
 
 
