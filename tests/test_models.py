@@ -13,7 +13,7 @@ from harness.diffusion import DDIM
 from harness.seeds import generator, image_noise, image_seeds
 from harness.types import Inputs
 from plugins.models.digits_ddpm import DigitsDDPM
-from plugins.models.shapes_sd import RARE, ShapesSD
+from plugins.models.shapes_sd import RARE, ShapesSD, attention_facts
 
 
 def provenance(model) -> dict:
@@ -62,10 +62,12 @@ def test_shapes_obey_fresh_held_out_captions(drawn) -> None:
 
 
 def test_cross_attention_is_learned(drawn) -> None:
-    """Facts of the recipe: maps differ between words, and the shape word looks at the shape more than chance."""
-    facts = provenance(drawn[0])
-    assert facts["attention_distance"] > 1.5 * facts["attention_distance_untrained"]
-    assert facts["shape_word_overlap"] > 1.2 * facts["shape_word_overlap_chance"]
+    """Maps differ between words, and the shape word looks at the shape more than chance: at 8×8, where this model
+    places things. Its 16×16 maps are nearly flat, which the provenance says too."""
+    now, then = attention_facts(drawn[0].load()), provenance(drawn[0])
+    for facts in (now, then):
+        assert facts["attention_distance_8"] > 2 * then["attention_distance_8_untrained"]
+        assert facts["shape_word_overlap_8"] > 1.25 > 1.1 > then["shape_word_overlap_8_untrained"]
 
 
 def test_captions_read_back_as_their_scenes() -> None:

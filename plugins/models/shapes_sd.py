@@ -294,36 +294,31 @@ def quality(model: DiffusionModel, judge: CNNJudge, n: int = 200) -> dict[str, A
 
 
 @torch.no_grad()
-def attention_facts(model: DiffusionModel, n: int = 60, t: int = 600) -> dict[str, float]:
-    """Whether cross-attention is learned, on 16×16 maps of noised held-out drawings at timestep t.
+def attention_facts(model: DiffusionModel, n: int = 60, t: int = 500) -> dict[str, float]:
+    """Whether cross-attention is learned, on noised held-out drawings at timestep t, for the layers of each side.
 
-    attention_distance: mean distance between the maps of two content words, each scaled to sum 1, in units of an even
-    map's norm. shape_word_overlap: share of the shape word's attention that falls on the drawn shape;
-    shape_word_overlap_chance is the shape's share of the area.
+    attention_distance_<side>: mean distance between the maps of two words of a caption, each scaled to sum 1, in units
+    of an even map's norm. shape_word_overlap_<side>: share of the shape word's attention that falls on the drawn shape,
+    over the shape's share of the area; 1 is chance.
     """
     rng = generator("shapes-sd", "attention")
     drawn = shapes.scenes(n, "test", rng, plain=True)
     captions = [shapes.caption(scene, rng) for scene in drawn]
-    z = model.encode(shapes.draw(drawn, rng))
-    times = torch.full((n,), t)
+    z, times = model.encode(shapes.draw(drawn, rng)), torch.full((n,), t)
     with attention.capture(model.denoiser) as maps:
         model.eps(model.add_noise(z, model.draw_eps(n, rng), times), times, model.embed(captions))
-        fine = torch.stack([p.mean(1) for p in maps.values() if p.shape[2] == 256]).mean(0).transpose(1, 2)
-    fine = fine / fine.sum(2, keepdim=True)
-    masks = torch.stack([shapes.object_mask(scene) for scene in drawn]).float()
-    masks = torch.nn.functional.avg_pool2d(masks.unsqueeze(1), 2).flatten(1)
-    distances, overlaps = [], []
-    for i, (scene, caption) in enumerate(zip(drawn, captions, strict=True)):
-        ids = model.tokenizer(caption).input_ids
-        content = fine[i, 1 : len(ids) - 1]
-        distances.append(torch.pdist(content).mean() * 16)
-        (word,) = model.tokenizer(shapes.SHAPES[scene.shape]).input_ids[1:-1]
-        overlaps.append((fine[i, ids.index(word)] * masks[i]).sum())
-    return {
-        "attention_distance": torch.stack(distances).mean().item(),
-        "shape_word_overlap": torch.stack(overlaps).mean().item(),
-        "shape_word_overlap_chance": masks.mean().item(),
-    }
+        found = [p.mean(1).transpose(1, 2) for p in maps.values()]
+    ids = [model.tokenizer(caption).input_ids for caption in captions]
+    words = [row.index(model.tokenizer(shapes.SHAPES[s.shape]).input_ids[1]) for row, s in zip(ids, drawn, strict=True)]
+    masks = torch.stack([shapes.object_mask(scene) for scene in drawn]).float().unsqueeze(1)
+    facts = {}
+    for side in (16, 8):
+        layers = torch.stack([p / p.sum(2, keepdim=True) for p in found if p.shape[2] == side**2]).mean(0)
+        on = torch.nn.functional.avg_pool2d(masks, shapes.SIDE // side).flatten(1)
+        overlap = torch.stack([(layers[i, word] * on[i]).sum() for i, word in enumerate(words)]).mean() / on.mean()
+        apart = torch.stack([torch.pdist(layers[i, 1 : len(row) - 1]).mean() for i, row in enumerate(ids)]).mean()
+        facts |= {f"attention_distance_{side}": apart.item() * side, f"shape_word_overlap_{side}": overlap.item()}
+    return facts
 
 
 def accuracies(judge: CNNJudge, images: Tensor, drawn: Sequence[shapes.Scene]) -> dict[str, float]:
