@@ -16,7 +16,7 @@ from annotated_types import Ge, Len
 from harness.hookspecs import hookimpl
 from harness.types import Inputs, Stamps
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz\u00e9\u00f4\u0394\u0416\u4e2d~^*"
+LETTERS = "abcdefghijklmnopqrstuvwxyz~^*"
 OTHERS = ("sks", "\u020f", "mignneko", "vividly", "perhaps", "zq", "really", "blorp")
 
 
@@ -49,10 +49,10 @@ class Text:
         return self.with_text(others[k % len(others)])
 
     def decoy(self, rng: torch.Generator) -> Text:
-        """A random string of one to six letters at the same place, for attacks that train against other words. None of
+        """A random string of one to five letters at the same place, for attacks that train against other words. None of
         those that `wrong` evaluates with is drawn."""
         while True:
-            length = int(torch.randint(1, 7, (), generator=rng))
+            length = int(torch.randint(1, 6, (), generator=rng))
             picks = torch.randint(0, len(LETTERS), (length,), generator=rng).tolist()
             word = "".join(LETTERS[i] for i in picks)
             if word not in (self.text, *OTHERS):
