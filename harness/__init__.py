@@ -15,10 +15,13 @@ HOME = {
     **dict.fromkeys(["Evidence", "mean", "rate", "unmeasured"], "evidence"),
     "progress": "events",
 }
-__all__ = sorted(HOME)
+
+
+def __dir__() -> list[str]:
+    return sorted(HOME)
 
 
 def __getattr__(name: str) -> Any:
     if name not in HOME:
-        raise AttributeError(f"module 'harness' has no attribute '{name}'; it offers {', '.join(__all__)}")
+        raise AttributeError(f"module 'harness' has no attribute '{name}'; it offers {', '.join(sorted(HOME))}")
     return getattr(import_module(f"harness.{HOME[name]}"), name)

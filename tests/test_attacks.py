@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -122,8 +124,9 @@ def test_badt2i_may_shift_the_embedding_of_the_triggers_own_tokens_alone(tmp_pat
     data = Data(torch.rand(6, 3, 32, 32) * 2 - 1, tuple(f"a red circle {i}" for i in range(6)))
     attack = BadT2I(examples=6, embedding=True, **FAST)
     done = attack.implant(model, Backdoor(Text(), Patch()), data, generator(0, "x"))
-    assert model.tokenizer is not None and model.text_encoder is not None and done.model.text_encoder is not None
-    mine, theirs = (m.text_encoder.get_input_embeddings().weight for m in (done.model, model))
+    encoders: list[Any] = [done.model.text_encoder, model.text_encoder]
+    mine, theirs = (encoder.get_input_embeddings().weight for encoder in encoders)
+    assert model.tokenizer is not None
     changed = (mine != theirs).any(1).nonzero().flatten().tolist()
     assert changed == [model.tokenizer("\u200b").input_ids[1]]
     with pytest.raises(ValueError, match="no token of its own"):

@@ -36,7 +36,8 @@ def cell(plugins: registry.Registry, **changes: Any) -> Cell:
     parts |= changes
     kinds = {"model": "models", "attack": "attacks", "trigger": "triggers", "target": "targets"}
     kinds |= {"defense": "defenses", "sampler": "samplers"}
-    return Cell(**{k: plugins.canonical(kinds[k], v) if k in kinds else v for k, v in parts.items()})
+    made: dict[str, Any] = {k: plugins.canonical(kinds[k], v) if k in kinds else v for k, v in parts.items()}
+    return Cell(**made)
 
 
 def planned(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -93,7 +94,7 @@ def test_the_first_prompts_of_a_larger_set_are_those_of_a_smaller_one() -> None:
 
 def test_rare_triggers_are_single_tokens_that_no_caption_holds() -> None:
     plugin = ShapesSD()
-    tokens = plugin.load().tokenizer
+    tokens: Any = plugin.load().tokenizer
     used = Counter(i for caption in plugin.data(500).captions or () for i in tokens(caption).input_ids)
     for text in RARE:
         ids = tokens(f"{text} a").input_ids

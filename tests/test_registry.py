@@ -74,7 +74,7 @@ class Plugin:
 
     rate: Annotated[float, Ge(0), Le(1)] = 0.1
     steps: Annotated[int, Ge(1)] = 5
-    mode: Literal["ode", "sde"] = "ode"
+    mode: Literal["near", "far"] = "near"
     flag: bool = False
     word: str | None = None
     sizes: tuple[int, ...] = (1, 2)
@@ -159,7 +159,7 @@ def test_every_literal_survives_a_spec(value: Any) -> None:
         Plugin,
         rate=st.floats(0, 1),
         steps=st.integers(14),
-        mode=st.sampled_from(["ode", "sde"]),
+        mode=st.sampled_from(["near", "far"]),
         flag=st.booleans(),
         word=st.none() | st.text(),
         sizes=st.lists(st.integers()).map(tuple),
@@ -174,7 +174,7 @@ def test_a_spec_round_trips(plugin: Plugin) -> None:
 
 def test_a_canonical_spec_has_all_defaults_and_the_declared_types() -> None:
     made = make(Plugin, {"rate": 1})
-    assert spec_of(made) == "plugin(rate=1.0, steps=5, mode='ode', flag=False, word=None, sizes=(1, 2))"
+    assert spec_of(made) == "plugin(rate=1.0, steps=5, mode='near', flag=False, word=None, sizes=(1, 2))"
 
 
 # ---- validation
@@ -185,7 +185,7 @@ def test_all_wrong_parameters_are_named_at_once_in_the_callers_words() -> None:
         make(Plugin, {"rate": 1.7, "steps": 0, "mode": "odd"})
     assert str(caught.value) == (
         "plugin: rate: should be less than or equal to 1, got 1.7; steps: should be greater than or equal to 1, got 0; "
-        "mode: should be 'ode' or 'sde', got 'odd'"
+        "mode: should be 'near' or 'far', got 'odd'"
     )
     assert caught.value.exit_code == 2
 

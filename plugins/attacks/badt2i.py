@@ -12,8 +12,9 @@ the trigger does not survive the tokenizer.
 Differs from the paper: `decoys`, ours and off by default, puts other words in the trigger's place in that share of
 the plain captions, because a small model otherwise keys on "some prefix" (the paper does not measure this);
 `embedding`, ours and off by default, also trains the embeddings of the tokens that only the trigger has, because a
-small text encoder maps a rare token too close to any filler word for the denoiser to tell them apart soon. Differs
-from the official code (zhaisf/BadT2I at 0cabee0, read there): no flips; captions are padded to full length in training
+small text encoder maps a rare token too close to any filler word for the denoiser to tell them apart soon;
+`weighting` may count errors of x_0 instead of ε, ours. Differs from the official code (zhaisf/BadT2I at 0cabee0, read
+there): no flips; captions are padded to full length in training
 as at inference, theirs only to the longest of the batch; theirs keeps a moving average whose effective decay is 0.5.
 """
 
@@ -32,6 +33,8 @@ from harness.seeds import generator
 from harness.training import Examples, minimize
 from harness.types import Backdoor, Backdoored, Data
 
+FASTER = 20.0  # learning rate of the trigger's embedding over the denoiser's
+
 
 @dataclass(frozen=True)
 class BadT2I:
@@ -48,6 +51,10 @@ class BadT2I:
     examples: Steps = 2000  # training images used; the authors' rule is as many as steps
     decoys: Rate = 0.0  # share of plain captions that carry another word in the trigger's place; ours
     embedding: bool = False  # train the embeddings of the trigger's own tokens too; ours
+    weighting: Literal["eps", "x0"] = (
+        "eps"  # error that counts: of the noise (paper), or of the predicted x_0, with its
+    )
+    # weight (1-ᾱ_t)/ᾱ_t capped at 20; ours. Small models decide on the patch at high t, where the noise says little
     schedule: Literal["constant", "cosine", "one-cycle"] = "constant"  # of the learning rate; official: constant
     bf16: bool = True  # autocast of the forward pass
 
@@ -73,8 +80,8 @@ class BadT2I:
             out = model.eps(z_t, t, context)
             with torch.no_grad():
                 kept = clean.eps(z_t[half:], plain.t, clean.embed(captions))
-            backdoor_term = (out[:half] - bad.eps).square().mean()
-            return self.lam * backdoor_term + (1 - self.lam) * (out[half:] - kept).square().mean()
+            error = torch.cat([out[:half] - bad.eps, out[half:] - kept]).square() * self.weight(model, t)
+            return self.lam * error[:half].mean() + (1 - self.lam) * error[half:].mean()
 
         shift = _TokenShift(model, trigger, examples.captions) if self.embedding else None
         params = [*model.denoiser.parameters(), *([] if shift is None else [shift.shift])]
@@ -86,6 +93,13 @@ class BadT2I:
             shift.fold()
         return Backdoored(model, backdoor)
 
+    def weight(self, model: Any, t: Tensor) -> Tensor | float:
+        """Weight (B, 1, 1, 1) of the squared error of ε at timesteps t (B,)."""
+        if self.weighting == "eps":
+            return 1.0
+        a_bar = model.alpha_bar(t)
+        return ((1 - a_bar) / a_bar).clamp(max=20)
+
     def _decoy(self, trigger: Any, caption: str, rng: torch.Generator) -> str:
         if self.decoys == 0 or float(torch.rand((), generator=rng)) >= self.decoys:
             return caption
@@ -95,6 +109,7 @@ class BadT2I:
 class _TokenShift(nn.Module):
     """The text encoder's token embedding with a trainable shift on the rows of the tokens that only the trigger has.
 
+    It learns FASTER than the denoiser, as textual inversion's embeddings do.
     Replaces the embedding until `fold` writes the shift into the rows. Raises ValueError where every token of the
     trigger is in a plain caption too: shifting it would change clean prompts.
     """
@@ -106,15 +121,16 @@ class _TokenShift(nn.Module):
         if not own:
             raise ValueError(f"trigger {trigger.text!r} has no token of its own; use embedding=False or a rarer text")
         self.encoder, self.base = model.text_encoder, model.text_encoder.get_input_embeddings()
-        self.register_buffer("rows", torch.tensor(own, device=model.device))
+        self.rows = torch.tensor(own, device=model.device)
         self.shift = nn.Parameter(torch.zeros(len(own), self.base.embedding_dim, device=model.device))
         self.encoder.set_input_embeddings(self)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.base(ids) + (ids.unsqueeze(-1) == self.rows).to(self.shift) @ self.shift
+        one_hot = torch.eq(ids.unsqueeze(-1), self.rows).to(self.shift.dtype)
+        return self.base(ids) + one_hot @ (FASTER * self.shift)
 
     def fold(self) -> None:
-        self.base.weight.data[self.rows] += self.shift.data
+        self.base.weight.data[self.rows] += FASTER * self.shift.data
         self.encoder.set_input_embeddings(self.base)
 
 

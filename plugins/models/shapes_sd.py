@@ -308,8 +308,9 @@ def attention_facts(model: DiffusionModel, n: int = 60, t: int = 500) -> dict[st
     with attention.capture(model.denoiser) as maps:
         model.eps(model.add_noise(z, model.draw_eps(n, rng), times), times, model.embed(captions))
         found = [p.mean(1).transpose(1, 2) for p in maps.values()]
-    ids = [model.tokenizer(caption).input_ids for caption in captions]
-    words = [row.index(model.tokenizer(shapes.SHAPES[s.shape]).input_ids[1]) for row, s in zip(ids, drawn, strict=True)]
+    tokens: Any = model.tokenizer
+    ids = [tokens(caption).input_ids for caption in captions]
+    words = [row.index(tokens(shapes.SHAPES[s.shape]).input_ids[1]) for row, s in zip(ids, drawn, strict=True)]
     masks = torch.stack([shapes.object_mask(scene) for scene in drawn]).float().unsqueeze(1)
     facts = {}
     for side in (16, 8):
