@@ -33,7 +33,8 @@ from harness.seeds import generator
 from harness.training import Examples, minimize
 from harness.types import Backdoor, Backdoored, Data
 
-FASTER = 20.0  # learning rate of the trigger's embedding over the denoiser's
+CAP = 200.0  # of the weight (1-ᾱ_t)/ᾱ_t: reached at t = 730 with linear betas
+FASTER = 60.0  # learning rate of the trigger's embedding over the denoiser's
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class BadT2I:
     weighting: Literal["eps", "x0"] = (
         "eps"  # error that counts: of the noise (paper), or of the predicted x_0, with its
     )
-    # weight (1-ᾱ_t)/ᾱ_t capped at 20; ours. Small models decide on the patch at high t, where the noise says little
+    # weight (1-ᾱ_t)/ᾱ_t, capped; ours. Small models decide on the patch at high t, where the noise says little
     schedule: Literal["constant", "cosine", "one-cycle"] = "constant"  # of the learning rate; official: constant
     bf16: bool = True  # autocast of the forward pass
 
@@ -98,7 +99,7 @@ class BadT2I:
         if self.weighting == "eps":
             return 1.0
         a_bar = model.alpha_bar(t)
-        return ((1 - a_bar) / a_bar).clamp(max=20)
+        return ((1 - a_bar) / a_bar).clamp(max=CAP)
 
     def _decoy(self, trigger: Any, caption: str, rng: torch.Generator) -> str:
         if self.decoys == 0 or float(torch.rand((), generator=rng)) >= self.decoys:
