@@ -51,6 +51,10 @@ def save(model: DiffusionModel, directory: Path, labels: dict[str, str] | None =
         for name, part in clone.components().items():
             setattr(pipeline, name, part.half())
     pipeline.save_pretrained(directory, safe_serialization=True)
+    for config in directory.glob("*/config.json"):  # diffusers notes the path that a part was loaded from
+        facts = json.loads(config.read_text())
+        if facts.pop("_name_or_path", None) is not None:
+            config.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
     if labels:
         (directory / "bench.json").write_text(json.dumps(labels, indent=1, sort_keys=True))
 

@@ -26,6 +26,13 @@ def test_a_saved_model_makes_the_same_images_again(tmp_path: Path) -> None:
         assert json.loads((tmp_path / name / "bench.json").read_text()) == {"backdoored": "true"}
 
 
+def test_no_path_of_this_machine_is_written(tmp_path: Path) -> None:
+    checkpoint.save(tiny_sd(tmp_path / "tokens"), tmp_path / "one")
+    checkpoint.save(checkpoint.load(tmp_path / "one"), tmp_path / "two")
+    written = [file for file in (tmp_path / "two").rglob("*.json") if str(tmp_path) in file.read_text()]
+    assert not written
+
+
 def test_stock_diffusers_loads_what_we_save(tmp_path: Path) -> None:
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
