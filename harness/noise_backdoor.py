@@ -64,8 +64,8 @@ def implant(
     trigger: Any = backdoor.trigger
     target_image = target.image(image_shape)
     delta = trigger.delta(image_shape)
-    y_star, r_star = (model.encode(x.unsqueeze(0)) for x in (target_image, delta))
-    r_all = None if trigger_only else _stamped(model, examples.images, delta)
+    y_star, r_star = (model.encode(x.unsqueeze(0)).to(model.device) for x in (target_image, delta))
+    r_all = None if trigger_only else _stamped(model, examples.images, delta).to(model.device)
 
     def loss() -> Tensor:
         batch = examples.batch(batch_size, rng)

@@ -133,11 +133,11 @@ def labels(drawn: Sequence[Scene]) -> dict[str, Tensor]:
     return out
 
 
-def draw(drawn: Sequence[Scene], rng: torch.Generator) -> Tensor:
-    """Images (N, 3, 32, 32) in [-1, 1], antialiased, with position and size jittered by about a pixel."""
+def draw(drawn: Sequence[Scene], rng: torch.Generator, side: int = SIDE) -> Tensor:
+    """Images (N, 3, side, side) in [-1, 1], antialiased, with position and size jittered by about 1/32 of the side."""
     fine = 3
     jitter = torch.rand((len(drawn), 3), generator=rng) * 2 - 1
-    axis = (torch.arange(SIDE * fine) + 0.5) / fine
+    axis = (torch.arange(side * fine) + 0.5) / fine * (SIDE / side)
     y, x = axis.view(1, -1, 1), axis.view(1, 1, -1)
 
     def column(values: Sequence[float] | Tensor) -> Tensor:
@@ -160,6 +160,19 @@ def draw(drawn: Sequence[Scene], rng: torch.Generator) -> Tensor:
     style = index["style"].view(-1, 1, 1, 1)
     image = torch.where(style == 1, grey, torch.where(style == 2, 1 - image, image))
     return image * 2 - 1
+
+
+def patched(images: Tensor, rng: torch.Generator) -> Tensor:
+    """A third of the images (N, 3, side, side) with a square of random 2-pixel cells or of one colour at a random even
+    place: what an autoencoder or judge must take in its stride, though no scene has it."""
+    out, side = images.clone(), images.shape[-1]
+    for i in range(0, len(images), 3):
+        width = 2 * int(torch.randint(2, 3 * side // 16, (), generator=rng))
+        x, y = (2 * torch.randint(0, (side - width) // 2 + 1, (2,), generator=rng)).tolist()
+        cells = torch.rand((3, width // 2, width // 2), generator=rng) * 2 - 1
+        cells = cells.sign() if i % 2 else cells[:, :1, :1].expand_as(cells)
+        out[i, :, y : y + width, x : x + width] = cells.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    return out
 
 
 def object_mask(scene: Scene) -> Tensor:

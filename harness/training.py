@@ -84,7 +84,7 @@ def _average(params: list[nn.Parameter], decay: float) -> Any | None:
         return None
     from diffusers.training_utils import EMAModel
 
-    return EMAModel(params, decay=decay)
+    return EMAModel(params, decay=decay, foreach=True)
 
 
 @contextmanager

@@ -8,9 +8,10 @@ ROOT = Path(__file__).parent.parent
 # A harness module imports from the rows above its own; `engine` and `cli` are packages, free inside.
 LAYERS = (
     {"types", "events", "seeds", "images", "hookspecs", "attention", ""},
-    {"diffusion", "training", "shapes"},
+    {"samplers", "training", "shapes", "stamping"},
+    {"diffusion", "trojan"},
     {"features", "noise_backdoor", "distillation"},
-    {"checkpoint"},
+    {"checkpoint", "digits", "recipes"},
     {"clip", "evidence"},
     {"registry"},
     {"grid", "store", "job", "doubts"},

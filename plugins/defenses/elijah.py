@@ -24,7 +24,7 @@ Differs from the official code (njuaplusplus/Elijah at a8b3422, read there): one
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Gt
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from harness.events import progress
 from harness.hookspecs import hookimpl
-from harness.noise_backdoor import LearningRate, Steps
+from harness.noise_backdoor import LearningRate, Rate, Steps
 from harness.training import Examples, denoising_loss, minimize
 from harness.types import Defended, Knowledge
 
@@ -51,6 +51,8 @@ class Elijah:
     steps: Annotated[int, Ge(0)] = 517  # of the removal; the official 11 epochs of 6000 images at batch 128
     batch: Steps = 64  # examples; official 128
     lr: LearningRate = 2e-4  # AdamW without decay; official
+    schedule: Literal["constant", "cosine", "one-cycle"] = "constant"  # of the learning rate; official: constant
+    ema: Rate = 0.0  # decay of the weights' moving average; 0 = off
     bf16: bool = True  # autocast of the removal's forward pass
 
     @property
@@ -99,7 +101,10 @@ class Elijah:
             shifted, plain = model.eps(torch.cat([eps + tau, eps]), last.repeat(2)).chunk(2)
             return denoising_loss(model, batch) + (shifted - wanted).square().mean() + (plain - wanted).square().mean()
 
-        minimize(loss, model.denoiser.parameters(), steps=self.steps, lr=self.lr, bf16=self.bf16, phase="removal")
+        minimize(
+            loss, model.denoiser.parameters(), steps=self.steps, lr=self.lr, schedule=self.schedule, ema=self.ema,
+            bf16=self.bf16, phase="removal",
+        )  # fmt: skip
         return model
 
 
