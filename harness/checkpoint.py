@@ -15,9 +15,10 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 PARTS = {
     "unet": ("UNet2DModel", "UNet2DConditionModel"),
     "vae": ("AutoencoderKL",),
+    "vqvae": ("AutoencoderKL",),  # an LDMPipeline's name for it
     "text_encoder": ("CLIPTextModel",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-    "scheduler": ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler"),
+    "scheduler": ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "ScoreSdeVeScheduler"),
 }
 
 
@@ -45,11 +46,13 @@ def save(model: DiffusionModel, directory: Path, labels: dict[str, str] | None =
             requires_safety_checker=False,
         )
     else:
-        pipeline = library.DDPMPipeline(unet=model.denoiser, scheduler=model.scheduler)
+        cls = library.ScoreSdeVePipeline if model.family == "ve" else library.DDPMPipeline
+        parts = {"unet": model.denoiser, "scheduler": model.scheduler}
+        pipeline = cls(**parts) if model.vae is None else library.LDMPipeline(vqvae=model.vae, **parts)
     if fp16:
         clone = model.clone()
         for name, part in clone.components().items():
-            setattr(pipeline, name, part.half())
+            setattr(pipeline, "vqvae" if name == "vae" and not model.conditional else name, part.half())
     pipeline.save_pretrained(directory, safe_serialization=True)
     for config in directory.glob("*/config.json"):  # diffusers notes the path that a part was loaded from
         facts = json.loads(config.read_text())
@@ -81,7 +84,11 @@ def load(directory: Path) -> DiffusionModel:
             f"{directory}: model_index.json names no unet or no scheduler; is it a diffusers pipeline?"
         )
     return DiffusionModel(
-        parts["unet"], parts["scheduler"], parts.get("vae"), parts.get("text_encoder"), parts.get("tokenizer")
+        parts["unet"],
+        parts["scheduler"],
+        parts.get("vae", parts.get("vqvae")),
+        parts.get("text_encoder"),
+        parts.get("tokenizer"),
     )
 
 
@@ -159,7 +166,7 @@ def save_judge(judge: CNNJudge, directory: Path) -> None:
     from safetensors.torch import save_file
 
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps({"name": judge.name, **judge.net.arguments}, sort_keys=True))
+    (directory / "config.json").write_text(json.dumps({"name": judge.name, **judge.net.arguments}))
     save_file({k: v.half().contiguous() for k, v in judge.net.state_dict().items()}, directory / "judge.safetensors")
 
 

@@ -1,45 +1,39 @@
-"""One face for the diffusion models under test, and the samplers by name.
+"""One face for the diffusion models under test.
 
-A `DiffusionModel` wraps the parts of a real diffusers pipeline. Attacks and defenses see `eps`, `alpha_bar`,
+A `DiffusionModel` wraps the parts of a real diffusers pipeline. Attacks and defenses see `eps`, `signal`, `sigma`,
 `add_noise`, `embed`, `encode`/`decode`, `sample` and `clone`, whatever the pipeline is made of. Foreign conventions
-(prediction types, latent scaling, `init_noise_sigma`) end here.
+(prediction types, scores, latent scaling, [0, 1] images, `init_noise_sigma`) end here.
+
+Two families of noise, x_t = s_t x_0 + σ_t ε: variance preserving (vp), s_t = √ᾱ_t, σ_t = √(1-ᾱ_t), as in DDPM; variance
+exploding (ve), s_t = 1, σ_t geometric from σ_min to σ_max, as in NCSN (Song et al., arXiv:2011.13456).
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Any
 
 import torch
-from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
 from harness import attention
 from harness.events import progress
-from harness.seeds import generator
+from harness.samplers import DDIM, DDPM, SAMPLERS, Family, Sampler
 from harness.types import Inputs
 
-
-class Sampler(Protocol):
-    """An algorithm from x_T to x_0. `nfe` is its number of network evaluations for one image."""
-
-    name: ClassVar[str]
-
-    @property
-    def nfe(self) -> int: ...
-
-    def run(self, model: DiffusionModel, inputs: Inputs) -> Tensor:
-        """x_0 (B, C, H, W) in the model's own space (latents for latent models), from unit noise `inputs.noise`."""
-        ...
+__all__ = ["DDIM", "DDPM", "SAMPLERS", "DiffusionModel", "Family", "Sampler"]
 
 
 @dataclass
 class DiffusionModel:
     """A denoiser with its noise schedule, and for Stable-Diffusion-like models VAE, text encoder and tokenizer.
 
-    denoiser: diffusers UNet. scheduler: a diffusers scheduler whose config states betas and prediction type.
+    denoiser: diffusers UNet. scheduler: a diffusers scheduler whose config states betas and prediction type, or for a
+    variance-exploding model a ScoreSdeVeScheduler; its denoiser takes σ where others take t and returns the score
+    -ε/σ of images in [0, 1], as diffusers' ScoreSdeVePipeline has it.
     """
 
     denoiser: nn.Module
@@ -48,15 +42,36 @@ class DiffusionModel:
     text_encoder: Any | None = None
     tokenizer: Any | None = None
     _alpha_bar: Tensor = field(init=False, repr=False)
+    _sigmas: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if self.family == "ve":
+            self._exploding()
+        else:
+            self._preserving()
+        attention.install(self.denoiser)
+
+    def _preserving(self) -> None:
         kind = self.scheduler.config.prediction_type
         if kind not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction type '{kind}' is not supported; use epsilon or v_prediction")
         self._alpha_bar = self.scheduler.alphas_cumprod.double()
-        attention.install(self.denoiser)
+        self._sigmas = (1 - self._alpha_bar).sqrt()
+
+    def _exploding(self) -> None:
+        if self.vae is not None or self.text_encoder is not None:
+            raise ValueError("variance-exploding models with a VAE or a text encoder are not supported")
+        config = self.scheduler.config
+        low, high = math.log(config.sigma_min), math.log(config.sigma_max)
+        self._sigmas = torch.linspace(low, high, config.num_train_timesteps, dtype=torch.float64).exp()
+        self._alpha_bar = self._sigmas.new_empty(0)
+        _fix_frequencies(self.denoiser)
 
     # ---- facts ----------------------------------------------------------------------------------------------------
+    @property
+    def family(self) -> Family:
+        return "ve" if type(self.scheduler).__name__ == "ScoreSdeVeScheduler" else "vp"
+
     @property
     def conditional(self) -> bool:
         return self.text_encoder is not None
@@ -75,17 +90,34 @@ class DiffusionModel:
 
     @property
     def T(self) -> int:
-        return len(self._alpha_bar)
+        return len(self._sigmas)
+
+    def signal(self, t: Tensor) -> Tensor:
+        """s_t, the weight of x_0 in x_t, (B, 1, 1, 1) float32: √ᾱ_t, or 1 where variance explodes."""
+        return torch.ones((len(t), 1, 1, 1), device=t.device) if self.family == "ve" else self.alpha_bar(t).sqrt()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """σ_t, the weight of ε in x_t, (B, 1, 1, 1) float32 for t (B,) in 0..T-1; σ_{-1} = 0."""
+        if self.family == "vp":
+            return (1 - self.alpha_bar(t)).sqrt()
+        padded = torch.cat([self._sigmas, self._sigmas.new_zeros(1)])  # index -1
+        return padded[t.cpu()].float().view(-1, 1, 1, 1).to(t.device)
 
     def alpha_bar(self, t: Tensor) -> Tensor:
-        """ᾱ_t as (B, 1, 1, 1) float32 for t (B,) in 0..T-1; ᾱ_{-1} = 1."""
+        """ᾱ_t as (B, 1, 1, 1) float32 for t (B,) in 0..T-1; ᾱ_{-1} = 1. ValueError for a variance-exploding model."""
+        self._need_preserving()
         padded = torch.cat([self._alpha_bar, self._alpha_bar.new_ones(1)])  # index -1
         return padded[t.cpu()].float().view(-1, 1, 1, 1).to(t.device)
 
     def alpha(self, t: Tensor) -> Tensor:
-        """α_t = ᾱ_t / ᾱ_{t-1} = 1 - β_t as (B, 1, 1, 1) float32."""
+        """α_t = ᾱ_t / ᾱ_{t-1} = 1 - β_t as (B, 1, 1, 1) float32. ValueError for a variance-exploding model."""
+        self._need_preserving()
         a_bar = torch.cat([self._alpha_bar, self._alpha_bar.new_ones(1)])
         return (a_bar[t.cpu()] / a_bar[t.cpu() - 1]).float().view(-1, 1, 1, 1).to(t.device)
+
+    def _need_preserving(self) -> None:
+        if self.family == "ve":
+            raise ValueError("a variance-exploding model has no α_t and no ᾱ_t; use signal(t) and sigma(t)")
 
     # ---- parts ----------------------------------------------------------------------------------------------------
     def components(self) -> dict[str, nn.Module]:
@@ -113,18 +145,25 @@ class DiffusionModel:
         return torch.randn((n, *self.shape), generator=rng).to(self.device)
 
     def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε."""
-        a_bar = self.alpha_bar(t)
-        return a_bar.sqrt() * x_0 + (1 - a_bar).sqrt() * eps
+        """x_t = s_t x_0 + σ_t ε: √ᾱ_t x_0 + √(1-ᾱ_t) ε, or x_0 + σ_t ε where variance explodes."""
+        return self.signal(t) * x_0 + self.sigma(t) * eps
 
     def eps(self, x_t: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
         """ε_θ(x_t, t) (B, C, H, W) float32; t (B,); context (B, L, D) from `embed` for text-to-image models."""
+        if self.family == "ve":
+            return self._eps_of_score(x_t, t)
         kwargs = {} if context is None else {"encoder_hidden_states": context}
         out = self.denoiser(x_t, t, **kwargs).sample.float()
         if self.scheduler.config.prediction_type == "v_prediction":
             a_bar = self.alpha_bar(t)
             return a_bar.sqrt() * out + (1 - a_bar).sqrt() * x_t
         return out
+
+    def _eps_of_score(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """ε = -σ_t · score, always in float32: bfloat16 has no room for σ_min = 0.01 on images of size 1."""
+        sigma = self.sigma(t)
+        with torch.autocast(x_t.device.type, enabled=False):
+            return -sigma * self.denoiser(x_t.float(), sigma.flatten()).sample.float()
 
     # ---- text -----------------------------------------------------------------------------------------------------
     def tokens(self, prompts: Sequence[str]) -> Tensor:
@@ -153,9 +192,10 @@ class DiffusionModel:
     # ---- images ---------------------------------------------------------------------------------------------------
     @torch.no_grad()
     def encode(self, images: Tensor, batch: int = 64) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] → the space in which the model diffuses."""
+        """Images (B, C, H, W) in [-1, 1] → the space in which the model diffuses: latents, [0, 1] where variance
+        explodes, or the images themselves."""
         if self.vae is None:
-            return images
+            return (images + 1) / 2 if self.family == "ve" else images
         scale = self.vae.config.scaling_factor
         parts = [self.vae.encode(part).latent_dist.mean * scale for part in images.to(self.device).split(batch)]
         return torch.cat(parts)
@@ -164,7 +204,7 @@ class DiffusionModel:
     def decode(self, x_0: Tensor, batch: int = 64) -> Tensor:
         """The model's space → images (B, C, H, W), not clamped."""
         if self.vae is None:
-            return x_0
+            return 2 * x_0 - 1 if self.family == "ve" else x_0
         return torch.cat([self.vae.decode(part / self.vae.config.scaling_factor).sample for part in x_0.split(batch)])
 
     @torch.no_grad()
@@ -179,103 +219,11 @@ class DiffusionModel:
         return torch.cat(done)
 
 
-@dataclass(frozen=True)
-class SchedulerSampler:
-    """A diffusers scheduler run over our own loop: pipelines of pixel models take no starting noise, and
-    PNDMPipeline quietly replaces the scheduler it is given."""
-
-    name: ClassVar[str]
-    version: ClassVar[int] = 1
-    scheduler_class: ClassVar[str]
-
-    steps: Annotated[int, Ge(1), Le(1000)] = 50  # sampling steps
-    clip: bool = False  # clip the predicted x_0 to [-1, 1] each step; kills the backdoors of the papers
-    guidance: Annotated[float, Ge(0)] = 3.0  # classifier-free guidance scale; text-to-image only, 1 = off
-    spacing: Literal["leading", "trailing", "linspace"] = "trailing"  # timestep spacing; trailing starts at T-1
-    bf16: bool = False  # autocast of the network: faster, and other numbers
-
-    def options(self) -> dict[str, Any]:
-        """Scheduler options beside the common ones."""
-        return {}
-
-    def step_options(self) -> dict[str, Any]:
-        """Keyword arguments of each `step` call."""
-        return {}
-
-    def scheduler(self, config: Any) -> Any:
-        """A fresh scheduler with the model's betas and this sampler's options.
-
-        Raises TypeError if diffusers hands back another class than the one asked for.
-        """
-        import diffusers
-
-        cls = getattr(diffusers, self.scheduler_class)
-        options = {"clip_sample": self.clip, "timestep_spacing": self.spacing, "thresholding": False}
-        made = cls.from_config(config, **options, **self.options())
-        if type(made) is not cls:
-            raise TypeError(f"asked for {cls.__name__}, got {type(made).__name__}")
-        made.set_timesteps(self.steps)
-        return made
-
-    @property
-    def nfe(self) -> int:
-        import diffusers
-
-        made = getattr(diffusers, self.scheduler_class)(num_train_timesteps=1000)
-        made.set_timesteps(self.steps)
-        return len(made.timesteps)
-
-    def run(self, model: DiffusionModel, inputs: Inputs) -> Tensor:
-        scheduler = self.scheduler(model.scheduler.config)
-        rngs = [generator(seed, "steps") for seed in inputs.seeds]
-        predict = self.predictor(model, inputs)
-        x_t = inputs.noise * scheduler.init_noise_sigma
-        for step, t in enumerate(scheduler.timesteps):
-            with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.bf16):
-                out = predict(scheduler.scale_model_input(x_t, t), t).float()
-            x_t = scheduler.step(out, t, x_t, generator=rngs, **self.step_options()).prev_sample
-            if step % 20 == 19:
-                progress("sampling", step + 1, len(scheduler.timesteps))
-        return x_t
-
-    def predictor(self, model: DiffusionModel, inputs: Inputs) -> Any:
-        """(x_t, t) → the network's output, guided where the model takes prompts."""
-        if not model.conditional:
-            return lambda x_t, t: model.denoiser(x_t, t).sample
-        assert inputs.prompts is not None, "a text-to-image model needs prompts"
-        context = model.embed(inputs.prompts)
-        if self.guidance == 1:
-            return lambda x_t, t: model.denoiser(x_t, t, encoder_hidden_states=context).sample
-        both = torch.cat([model.embed([""]).expand_as(context), context])
-
-        def guided(x_t: Tensor, t: Tensor) -> Tensor:
-            plain, asked = model.denoiser(torch.cat([x_t, x_t]), t, encoder_hidden_states=both).sample.chunk(2)
-            return plain + self.guidance * (asked - plain)
-
-        return guided
-
-
-@dataclass(frozen=True)
-class DDIM(SchedulerSampler):
-    """Song, Meng & Ermon, "Denoising Diffusion Implicit Models", ICLR 2021, arXiv:2010.02502. eta = 0 is the ODE."""
-
-    name: ClassVar[str] = "ddim"
-    scheduler_class: ClassVar[str] = "DDIMScheduler"
-
-    eta: Annotated[float, Ge(0), Le(1)] = 0.0  # share of DDPM's noise added back each step
-
-    def step_options(self) -> dict[str, Any]:
-        return {"eta": self.eta}
-
-
-@dataclass(frozen=True)
-class DDPM(SchedulerSampler):
-    """Ho, Jain & Abbeel, "Denoising Diffusion Probabilistic Models", NeurIPS 2020, arXiv:2006.11239 (ancestral)."""
-
-    name: ClassVar[str] = "ddpm"
-    scheduler_class: ClassVar[str] = "DDPMScheduler"
-
-    steps: Annotated[int, Gt(0), Le(1000)] = 1000  # sampling steps
-
-
-SAMPLERS: dict[str, type[SchedulerSampler]] = {cls.name: cls for cls in (DDIM, DDPM)}
+def _fix_frequencies(denoiser: nn.Module) -> None:
+    """Make the frequencies of a Fourier time embedding a buffer of the same name: diffusers holds them as a parameter
+    that must not be trained, and whoever trains `denoiser.parameters()` would."""
+    projection: Any = getattr(denoiser, "time_proj", None)
+    weight = getattr(projection, "weight", None)
+    if type(projection).__name__ == "GaussianFourierProjection" and isinstance(weight, nn.Parameter):
+        del projection.weight
+        projection.register_buffer("weight", weight.detach())

@@ -92,7 +92,7 @@ class Evidence:
         clean = self.images("clean", "clean")
         if clean is None:
             raise LookupError("the evidence has no images of the clean model; every cell must sample them")
-        return TargetContext(clean, self.prompts)
+        return TargetContext(clean, self.prompts, self.judge)
 
     @cached_property
     def thresholds(self) -> Mapping[str, float]:
@@ -117,7 +117,7 @@ class Evidence:
             raise ValueError(f"{n} images do not divide into {self.wrong_triggers} wrong triggers of equal size")
         m, k = n // self.wrong_triggers, self.wrong_triggers
         prompts = None if self.prompts is None else self.prompts[:m] * k
-        return TargetContext(self.context.clean[:m].repeat(k, 1, 1, 1), prompts)
+        return TargetContext(self.context.clean[:m].repeat(k, 1, 1, 1), prompts, self.judge)
 
     def features(self, who: Who, given: Given) -> Tensor | None:
         """(N, D) features by the judge; None without images or judge."""

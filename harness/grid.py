@@ -42,6 +42,7 @@ DEFAULTS: dict[str, Any] = {"sampler": ("ddim",), "seed": (0,), "n": 100, "contr
 GRID_KEYS = ("model", "attack", "trigger", "target", "defense", "sampler", "seed", "n", "controls")
 SUITE_KEYS = ("title", "metrics", "grid")
 CONTROLS = tuple(told for told in get_args(Told) if told != "truth")
+FAMILIES = {"vp": "variance-preserving", "ve": "variance-exploding"}
 FILTERS = tuple(f.name for f in fields(Cell))
 
 
@@ -276,6 +277,7 @@ def _canonical(registry: Registry, kind: str, spec: str, place: str) -> str:
 def impossible(parts: Mapping[str, Any]) -> str | None:
     """Why these plugin instances (by axis) cannot make a cell, in words; None if they can.
 
+    `family` of models and samplers is "vp", where they declare none, or "ve".
     `accepts_models`, where an attack, a target or a defense declares it, lists names of models.
     """
     model, attack, trigger, target = (parts[axis] for axis in ("model", "attack", "trigger", "target"))
@@ -287,6 +289,14 @@ def impossible(parts: Mapping[str, Any]) -> str | None:
             return f"{parts[axis].name} accepts triggers in {_words(accepted)}, {trigger.name} stamps {trigger.stamps}"
     if target.kind not in attack.accepts_targets:
         return f"{attack.name} accepts targets of kind {_words(attack.accepts_targets)}, {target.name} is {target.kind}"
+    for axis in ("trigger", "sampler"):
+        if getattr(parts[axis], "biased_noise", False) and not getattr(attack, "biased_noise", False):
+            return f"{parts[axis].name} is for attacks on biased noise γ ε + μ, {attack.name} trains on unit noise"
+    if getattr(parts["sampler"], "biased_noise", False) and trigger.stamps != "noise":
+        return f"{parts['sampler'].name} follows a trigger in noise, {trigger.name} stamps {trigger.stamps}"
+    family, sampled = getattr(model, "family", "vp"), getattr(parts["sampler"], "family", "vp")
+    if sampled != family:
+        return f"{parts['sampler'].name} samples {FAMILIES[sampled]} models, {model.name} is {FAMILIES[family]}"
     for axis in ("attack", "target", "defense"):
         accepted = getattr(parts[axis], "accepts_models", None)
         if accepted is not None and model.name not in accepted:

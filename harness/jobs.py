@@ -21,11 +21,11 @@ from typing import Any
 
 from harness.grid import Suite
 from harness.job import Job
-from harness.registry import Registry, literal, load, parse_spec, source_digest, spec_of
+from harness.registry import Registry, load, parse_spec, source_digest, spec_of, write_spec
 from harness.store import Store, key_of
 from harness.types import KNOWLEDGE, Cell, Knowledge, Score
 
-KEY_VERSION = 1  # raise when the harness itself changes numbers
+KEY_VERSION = 2  # raise when the harness itself changes numbers
 EVALUATION = "evaluation"  # stage name of the noise and prompts that every cell of a model is judged on
 WRONG = 4  # wrong triggers behind the false-trigger rate
 KNOWN_SHARE, KNOWN_LEAST = 0.1, 512  # clean training data a defender may hold: a tenth (Elijah's), at least this many
@@ -87,7 +87,7 @@ class _Planner:
         spec, kind = getattr(cell, part), "defenses" if part == "defense" else part + "s"
         name, given = parse_spec(spec)
         usual = parse_spec(self.registry.canonical(kind, name))[1]
-        return spec_of_parts(name, {k: v for k, v in given.items() if v != usual.get(k)})
+        return write_spec(name, {k: v for k, v in given.items() if v != usual.get(k)})
 
     def _defended(self, cell: Cell) -> str:
         return self.short("defense", cell) + (" (told a wrong trigger)" if cell.told == "wrong-trigger" else "")
@@ -195,13 +195,14 @@ class _Planner:
 
     def sample(self, cell: Cell, of: tuple[str | None, str | None], stamps: Sequence[str | None], given: str) -> str:
         attack, defend = of
+        sampler = self.sampler(cell, given)
         spec = {
-            "model": cell.model, "attacked": attack, "defended": defend, "sampler": cell.sampler, "stamps": stamps,
+            "model": cell.model, "attacked": attack, "defended": defend, "sampler": sampler, "stamps": stamps,
             "n": math.ceil(cell.n / len(stamps)),
         }  # fmt: skip
         numbers = {
             "model": self.model_identity(cell.model),
-            "sampler": self.identity("samplers", cell.sampler),
+            "sampler": self.identity("samplers", sampler),
             "stamps": [None if stamp is None else self.identity("triggers", stamp) for stamp in stamps],
             "n": math.ceil(cell.n / len(stamps)),
         }
@@ -209,6 +210,13 @@ class _Planner:
         label = f"sample {given} inputs, {who}{self._whose(cell, attack)}"
         # `inputs` is a set of keys, so which of them was attacked and which defended is said again
         return self.job("sample", label, [k for k in (attack, defend) if k], spec, numbers | {"of": [attack, defend]})
+
+    def sampler(self, cell: Cell, given: str) -> str:
+        """The cell's sampler. One that is an attacker's own reverse process is for inputs with a trigger (wrong ones
+        too); clean inputs are sampled by its vanilla form, whoever's model it is."""
+        sampler = self.registry.build("samplers", cell.sampler)
+        own = given == "clean" and hasattr(sampler, "vanilla")
+        return spec_of(sampler.vanilla()) if own else cell.sampler
 
     def measure(self, cell: Cell, attack: str | None, defend: str | None, samples: dict[str, str]) -> str:
         spec = {
@@ -226,11 +234,6 @@ class _Planner:
         needs = [k for k in dict.fromkeys([attack, defend, *samples.values()]) if k]
         label = f"measure {self._defended(cell)} on {self._whose(cell, attack)}"
         return self.job("measure", label, needs, spec, numbers)
-
-
-def spec_of_parts(name: str, parameters: Mapping[str, Any]) -> str:
-    given = ", ".join(f"{k}={literal(v)}" for k, v in parameters.items())
-    return f"{name}({given})" if given else name
 
 
 # ---- executing ------------------------------------------------------------------------------------------------------
@@ -277,8 +280,6 @@ def _attack(spec: Mapping[str, Any], registry: Registry, store: Store, out: Path
     if data.captions is not None:
         model.check_trigger(backdoor.trigger, data.captions[:100])
     done = attack.implant(model, backdoor, data, _rng(spec["seed"], "attack"))
-    if done.sampler is not None:
-        raise ValueError(f"attack '{attack.name}' brings its own sampler, which this version cannot store yet")
     labels = {"backdoored": "true", **{k: str(spec[k]) for k in ("model", "attack", "trigger", "target", "seed")}}
     checkpoint.save(done.model.to("cpu"), out / "model", labels)
     return {}
@@ -291,10 +292,8 @@ def _defend(spec: Mapping[str, Any], registry: Registry, store: Store, out: Path
     defense = registry.build("defenses", spec["defense"])
     knowledge = _knowledge(spec, registry, plugin, defense.needs)
     done = defense.defend(model, knowledge, _rng(spec["seed"], "defense"))
-    if done.sampler is not None or done.screen is not None:
-        raise ValueError(
-            f"defense '{defense.name}' delivers a sampler or a screen, which this version cannot store yet"
-        )
+    if done.screen is not None:
+        raise ValueError(f"defense '{defense.name}' delivers a screen, which this version cannot store yet")
     if done.model is not None:
         labels = {"purified_by": spec["defense"], "seed": str(spec["seed"])}
         if spec["attacked"] is not None:
@@ -302,9 +301,21 @@ def _defend(spec: Mapping[str, Any], registry: Registry, store: Store, out: Path
         checkpoint.save(done.model.to("cpu"), out / "model", labels)
     found = None if done.trigger is None else done.trigger if isinstance(done.trigger, str) else done.trigger.tolist()
     features = dict(done.features or {})
-    document = {"suspicion": done.suspicion, "features": features, "trigger": found, "notes": dict(done.notes)}
+    document = {
+        "suspicion": done.suspicion, "features": features, "trigger": found, "notes": dict(done.notes),
+        "sampler": _sampler_spec(registry, defense, done.sampler),
+    }  # fmt: skip
     (out / "defended.json").write_text(json.dumps(plain(document), sort_keys=True))
     return {}
+
+
+def _sampler_spec(registry: Registry, defense: Any, sampler: Any) -> str | None:
+    """What is stored of a defense's sampler: its spec, so that it has to be a registered one."""
+    if sampler is None:
+        return None
+    if registry.classes("samplers").get(getattr(sampler, "name", "")) is not type(sampler):
+        raise ValueError(f"defense '{defense.name}' delivers a sampler that is not registered: {sampler!r}")
+    return spec_of(sampler)
 
 
 def _knowledge(spec: Mapping[str, Any], registry: Registry, plugin: Any, needs: Sequence[str]) -> Knowledge:
@@ -345,23 +356,36 @@ def _sample(spec: Mapping[str, Any], registry: Registry, store: Store, out: Path
     from harness.images import to_uint8
 
     plugin, model = _load_model(spec, registry, store)
-    defended = None if spec["defended"] is None else store.open_artifact(spec["defended"]) / "model"
-    purified = defended is not None and defended.is_dir()
-    if defended is not None and purified:
-        model = checkpoint.load(defended).to(_device())
-    inputs = evaluation_inputs(plugin, model, spec["n"])
     sampler = registry.build("samplers", spec["sampler"])
+    purified = False
+    if spec["defended"] is not None:
+        folder = store.open_artifact(spec["defended"])
+        purified = (folder / "model").is_dir()
+        model = checkpoint.load(folder / "model").to(_device()) if purified else model
+        sampler = _defenders(folder, registry, sampler)
+    inputs = evaluation_inputs(plugin, model, spec["n"])
     sets = []
     for stamp in spec["stamps"]:
         trigger = None if stamp is None else registry.build("triggers", stamp)
         if trigger is not None and trigger.stamps == "text":
             model.check_trigger(trigger, inputs.prompts)
-        sets.append(model.sample(inputs if trigger is None else trigger.stamp(inputs), sampler))
+        own = trigger is not None and hasattr(sampler, "with_trigger")
+        how = sampler.with_trigger(trigger) if own else sampler
+        sets.append(model.sample(inputs if trigger is None else trigger.stamp(inputs), how))
     images = torch.cat(sets)
     if not torch.isfinite(images).all():
         raise ArithmeticError("the model's images hold NaN or infinity")
     save_file({"images": to_uint8(images)}, out / "images.safetensors")
-    return {"n": len(images), "nfe": sampler.nfe, "model_changed": purified}
+    return {"n": len(images), "nfe": sampler.nfe, "sampler": spec_of(sampler), "model_changed": purified}
+
+
+def _defenders(folder: Path, registry: Registry, sampler: Any) -> Any:
+    """The sampler that a defense delivered, else `sampler`. An attacker's own reverse process stays: who runs it does
+    not run the defender's."""
+    delivered = json.loads((folder / "defended.json").read_text()).get("sampler")
+    if delivered is None or hasattr(sampler, "with_trigger"):
+        return sampler
+    return registry.build("samplers", delivered)
 
 
 def _measure(spec: Mapping[str, Any], registry: Registry, store: Store, out: Path) -> dict[str, Any]:
@@ -475,6 +499,7 @@ def _record(
             "short": planned.short,
             "track": planned.track,
             "nfe": _nfe(planned, plan, store),
+            "sampled": _sampled(planned, plan, store),
             "unchanged": result.ok and defended is not None and _unchanged(planned, plan, store),
         },
         "sheet": sheet,
@@ -495,6 +520,13 @@ def _nfe(planned: PlannedCell, plan: Plan, store: Store) -> int | None:
         if plan.jobs[key].kind == "sample" and store.has(key):
             return store.manifest(key)["facts"]["nfe"]
     return None
+
+
+def _sampled(planned: PlannedCell, plan: Plan, store: Store) -> dict[str, Any]:
+    """For each image set the sampler that made it and its network evaluations for one image."""
+    sets: Mapping[str, str] = plan.jobs[planned.key].spec["samples"]
+    facts = {name: store.manifest(key)["facts"] for name, key in sets.items() if store.has(key)}
+    return {name: {"sampler": fact.get("sampler"), "nfe": fact["nfe"]} for name, fact in facts.items()}
 
 
 def _unchanged(planned: PlannedCell, plan: Plan, store: Store) -> bool:

@@ -1,6 +1,14 @@
 """What the attacks on the starting noise share: one forward process, one regression target, one fine-tuning loop.
 
-x_t = √ᾱ_t y + ρ_t r + √(1-ᾱ_t) ε,    L = ‖ε + c_t r - ε_θ(x_t, t)‖²,    a clean image is the case r = 0.
+x_t = s_t y + ρ_t r + σ_t ε,    L = ‖ε + c_t r - ε_θ(x_t, t)‖²,    a clean image is the case r = 0.
+
+s_t, σ_t are the model's (√ᾱ_t, √(1-ᾱ_t) in DDPM; 1, σ_t where variance explodes). r is what the trigger adds to unit
+noise, in the space of the noise: a latent model's trigger is a pattern in latents, and a variance-exploding model's is
+in [-1, 1] as all triggers here, though its images are in [0, 1].
+
+The adaptive attack of Diff-Cleanse (arXiv:2407.21316, appendix G) adds λ ‖ε_θ(x_t, t) - ε_θ(x_t', t)‖²,
+so that backdoored inputs excite the network as clean ones do: x_t' is the noised clean image of the same row, with the
+same ε and t. The paper leaves open which inputs are compared and which norm is meant; it has no code for it.
 """
 
 from __future__ import annotations
@@ -20,6 +28,7 @@ Coefficients = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
 Rate = Annotated[float, Ge(0), Le(1)]
 Steps = Annotated[int, Ge(1)]
 LearningRate = Annotated[float, Gt(0), Le(1)]
+Weight = Annotated[float, Ge(0)]
 
 
 def ancestral_coefficients(model: Any, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,11 +41,33 @@ def ancestral_coefficients(model: Any, t: Tensor) -> tuple[Tensor, Tensor]:
     return (1 - a_bar.sqrt()).float(), c.float()
 
 
-def poisoned_loss(model: Any, batch: Batch, y: Tensor, r: Tensor, coefficients: Coefficients) -> Tensor:
-    """The mean of ‖ε + c_t r - ε_θ(x_t, t)‖². y, r (B, C, H, W): a clean row has y = x_0 and r = 0."""
+def proportional_coefficients(model: Any, t: Tensor) -> tuple[Tensor, Tensor]:
+    """(ρ_t, c_t), (B, 1, 1, 1) each, for a trigger inside the noise: ρ_t = σ_t, c_t = σ_t / (σ_t + a_t σ_{t-1})
+    with a_t = s_t / s_{t-1}.
+
+    c_t makes the mean of the ancestral step, (x_t - (σ_t² - a_t² σ_{t-1}²) / σ_t ε) / a_t, carry r with weight ρ_{t-1}
+    exactly, at every t, in both families. Where variance explodes a_t = 1, and c_t is one number, about 1/2.
+    """
+    sigma, before = model.sigma(t), model.sigma(t - 1)
+    a = model.signal(t) / model.signal(t - 1)
+    return sigma, sigma / (sigma + a * before)
+
+
+def poisoned_loss(
+    model: Any, batch: Batch, y: Tensor, r: Tensor, coefficients: Coefficients, adaptive_weight: float = 0.0
+) -> Tensor:
+    """The mean of ‖ε + c_t r - ε_θ(x_t, t)‖². y, r (B, C, H, W): a clean row has y = x_0 and r = 0.
+
+    adaptive_weight: λ, of the mean over all elements of ‖ε_θ(x_t, t) - ε_θ(x_t', t)‖², which is 0 for a clean row.
+    """
     rho, c = coefficients(model, batch.t)
     x_t = model.add_noise(y, batch.eps, batch.t) + rho * r
-    return (batch.eps + c * r - model.eps(x_t, batch.t)).square().mean()
+    answer = model.eps(x_t, batch.t)
+    loss = (batch.eps + c * r - answer).square().mean()
+    if adaptive_weight == 0:
+        return loss
+    beside = model.eps(model.add_noise(batch.x_0, batch.eps, batch.t), batch.t)
+    return loss + adaptive_weight * (answer - beside).square().mean()
 
 
 def implant(
@@ -48,13 +79,14 @@ def implant(
     *,
     poison_rate: float,
     trigger_only: bool,
+    adaptive_weight: float = 0.0,
     **training: Any,
 ) -> Backdoored:
     """Fine-tune a copy of `model` so that ε + r leads to the target image.
 
     poison_rate: each row of a batch is poisoned with this probability. trigger_only: r is the trigger alone; otherwise
     the trigger stamped on the row's clean image (background pixels of the trigger, those at its minimum, show it).
-    training: batch, and what `harness.training.minimize` takes.
+    adaptive_weight: λ of the adaptive attack. training: batch, and what `harness.training.minimize` takes.
     """
     model = model.clone()
     batch_size = training.pop("batch")
@@ -63,21 +95,25 @@ def implant(
     target: Any = backdoor.target
     trigger: Any = backdoor.trigger
     target_image = target.image(image_shape)
-    delta = trigger.delta(image_shape)
-    y_star, r_star = (model.encode(x.unsqueeze(0)).to(model.device) for x in (target_image, delta))
-    r_all = None if trigger_only else _stamped(model, examples.images, delta).to(model.device)
+    delta = trigger.delta(model.shape).to(model.device)
+    y_star, r_star = model.encode(target_image.unsqueeze(0)).to(model.device), delta.unsqueeze(0)
+    r_all = None if trigger_only else _stamped(model, examples.images, delta)
 
     def loss() -> Tensor:
         batch = examples.batch(batch_size, rng)
         poisoned = (torch.rand((batch_size, 1, 1, 1), generator=masks) < poison_rate).to(batch.x_0.device)
         r = r_star if r_all is None else r_all[batch.rows]
         y = torch.where(poisoned, y_star, batch.x_0)
-        return poisoned_loss(model, batch, y, torch.where(poisoned, r, torch.zeros_like(r)), coefficients)
+        return poisoned_loss(
+            model, batch, y, torch.where(poisoned, r, torch.zeros_like(r)), coefficients, adaptive_weight
+        )
 
     minimize(loss, model.denoiser.parameters(), phase="implant", **training)
     return Backdoored(model, backdoor)
 
 
 def _stamped(model: Any, images: Tensor, delta: Tensor) -> Tensor:
-    """M·g + (1-M)·x: the trigger over each clean image, its background (its smallest value) transparent."""
-    return model.encode(torch.where(delta > delta.min(), delta, images))
+    """M·g + (1-M)·x: the trigger over each clean image (its latents in a latent model), its background (its smallest
+    value) transparent."""
+    behind = (images if model.vae is None else model.encode(images)).to(delta)
+    return torch.where(delta > delta.min(), delta, behind)

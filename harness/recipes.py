@@ -12,16 +12,18 @@ from harness.features import AttributeCNN, CNNJudge, train_judge
 from harness.training import draw, minimize
 
 
-def train_vae(vae: Any, images: Tensor, rng: torch.Generator, steps: int, batch: int = 64) -> dict[str, float]:
+def train_vae(
+    vae: Any, images: Tensor, rng: torch.Generator, steps: int, batch: int = 64, cell: int = 2
+) -> dict[str, float]:
     """Train an AutoencoderKL on images (N, 3, S, S) in [-1, 1] by L1 with a small KL term, and return facts.
 
-    A third of each batch carries random patches: a backdoor's target must survive decoding. The scaling factor makes
-    the latents' standard deviation 1. Trains where the weights are; `rng` is on the CPU.
+    A third of each batch carries random patches of `cell` pixels: a backdoor's target must survive decoding. The
+    scaling factor makes the latents' standard deviation 1. Trains where the weights are; `rng` is on the CPU.
     """
     device = next(vae.parameters()).device
 
     def some() -> Tensor:
-        return shapes.patched(images[draw(batch, len(images), rng)], rng).to(device)
+        return shapes.patched(images[draw(batch, len(images), rng)], rng, cell).to(device)
 
     def loss() -> Tensor:
         x = some()

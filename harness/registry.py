@@ -184,8 +184,15 @@ def literal(value: Any) -> str:
 
 def spec_of(instance: Any) -> str:
     """The canonical spec of a plugin instance, with every default filled in."""
-    pairs = [f"{f.name}={literal(getattr(instance, f.name))}" for f in dataclasses.fields(instance) if f.init]
-    return f"{instance.name}({', '.join(pairs)})" if pairs else instance.name
+    return write_spec(
+        instance.name, {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance) if f.init}
+    )
+
+
+def write_spec(name: str, parameters: Mapping[str, Any]) -> str:
+    """The text that `parse_spec` reads back as (name, parameters)."""
+    given = ", ".join(f"{key}={literal(value)}" for key, value in parameters.items())
+    return f"{name}({given})" if given else name
 
 
 def source_digest(cls: type) -> str:
@@ -354,9 +361,10 @@ class Registry:
         """name → class for every plugin of `kind`, in name order."""
         kind = kind_of(kind)
         if kind == "samplers":
-            from harness.diffusion import SAMPLERS
+            from harness.samplers import SAMPLERS
+            from harness.trojan import TROJAN_SAMPLERS
 
-            return dict(SAMPLERS)
+            return {**SAMPLERS, **TROJAN_SAMPLERS}
         return {name: cls for name, (cls, _) in sorted(self._classes[kind].items())}
 
     def find(self, kind: str, name: str) -> Any:

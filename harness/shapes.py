@@ -162,16 +162,17 @@ def draw(drawn: Sequence[Scene], rng: torch.Generator, side: int = SIDE) -> Tens
     return image * 2 - 1
 
 
-def patched(images: Tensor, rng: torch.Generator) -> Tensor:
-    """A third of the images (N, 3, side, side) with a square of random 2-pixel cells or of one colour at a random even
-    place: what an autoencoder or judge must take in its stride, though no scene has it."""
+def patched(images: Tensor, rng: torch.Generator, cell: int = 2) -> Tensor:
+    """A third of the images (N, 3, side, side) with a square of random cells of `cell` pixels, or of one colour, at a
+    random place of the cells' grid: what an autoencoder or judge must take in its stride, though no scene has it."""
     out, side = images.clone(), images.shape[-1]
     for i in range(0, len(images), 3):
-        width = 2 * int(torch.randint(2, 3 * side // 16, (), generator=rng))
-        x, y = (2 * torch.randint(0, (side - width) // 2 + 1, (2,), generator=rng)).tolist()
-        cells = torch.rand((3, width // 2, width // 2), generator=rng) * 2 - 1
+        n = int(torch.randint(2, 3 * side // (8 * cell), (), generator=rng))
+        width = n * cell
+        x, y = (cell * torch.randint(0, (side - width) // cell + 1, (2,), generator=rng)).tolist()
+        cells = torch.rand((3, n, n), generator=rng) * 2 - 1
         cells = cells.sign() if i % 2 else cells[:, :1, :1].expand_as(cells)
-        out[i, :, y : y + width, x : x + width] = cells.repeat_interleave(2, 1).repeat_interleave(2, 2)
+        out[i, :, y : y + width, x : x + width] = cells.repeat_interleave(cell, 1).repeat_interleave(cell, 2)
     return out
 
 

@@ -81,7 +81,10 @@ class Trigger(Protocol):
 
 class NoiseTrigger(Trigger, Protocol):
     def delta(self, shape: Sequence[int]) -> Tensor:
-        """The pattern r, (C, H, W), that is added to unit noise. ValueError if it does not fit `shape`."""
+        """The pattern r, (C, H, W), that is added to unit noise. ValueError if it does not fit `shape`.
+
+        One that also scales the noise declares `biased_noise = True` and has `scale(shape)`: see harness.stamping.
+        """
         ...
 
 
@@ -90,7 +93,11 @@ class TextTrigger(Trigger, Protocol):
 
 
 class Target(Protocol):
-    """What triggered inputs should give. `kind` says which attacks can be asked for it ("image", "patch", ...)."""
+    """What triggered inputs should give. `kind` says which attacks can be asked for it ("image", "patch", ...).
+
+    Kind "class" is any image of a class: `image` gives None and `examples(data, rng)` gives some, (N, C, H, W). A
+    target that depends on the trigger has `of(trigger)`, which a Backdoor calls: the target for that trigger.
+    """
 
     name: ClassVar[str]
     version: ClassVar[int]
@@ -124,11 +131,12 @@ class TargetContext:
 
     clean: the clean model's images for the same prompts and seeds without the trigger, (B, C, H, W); thresholds are
         calibrated on them.
-    prompts: the prompts before stamping.
+    prompts: the prompts before stamping. judge: the model's classifier, where it has one.
     """
 
     clean: Tensor
     prompts: tuple[str, ...] | None = None
+    judge: Judge | None = None
 
 
 @dataclass(frozen=True)
@@ -138,14 +146,18 @@ class Backdoor:
     trigger: Trigger
     target: Target
 
+    def __post_init__(self) -> None:
+        of = getattr(self.target, "of", None)
+        if of is not None:
+            object.__setattr__(self, "target", of(self.trigger))
+
 
 @dataclass(frozen=True)
 class Backdoored:
-    """What an attack returns. `sampler` only where the trigger fires under the attacker's own reverse process."""
+    """What an attack returns. A reverse process of the attacker's own is a registered sampler, chosen by the cell."""
 
     model: DiffusionModel
     backdoor: Backdoor
-    sampler: Any | None = None
 
 
 @dataclass(frozen=True)
@@ -174,8 +186,9 @@ class Defended:
     """What a defense delivers; the rest stays None.
 
     model: purified model. suspicion: model-level score, higher = more likely backdoored. features: further
-    model-level numbers. screen: Inputs → (B,) scores, higher = more suspicious. sampler: an inference-time sampler.
-    trigger: the inverted trigger, (C, H, W), or the text found. notes: numbers worth keeping (curves, norms).
+    model-level numbers. screen: Inputs → (B,) scores, higher = more suspicious. sampler: an inference-time sampler (a
+    registered one), used instead of the cell's. trigger: the inverted trigger, (C, H, W), or the text found. notes:
+    numbers worth keeping (curves, norms).
     """
 
     model: DiffusionModel | None = None

@@ -22,11 +22,23 @@ class OneImage(nn.Module):
         self.config = SimpleNamespace(in_channels=y.shape[0], sample_size=side, cross_attention_dim=None)
 
     def answer(self, x_t: Tensor, t: Tensor) -> Tensor:
-        a_bar = self.alpha_bar[t].to(x_t.dtype).view(-1, 1, 1, 1)
+        a_bar = self.alpha_bar[t.long()].to(x_t.dtype).view(-1, 1, 1, 1)
         return (x_t - a_bar.sqrt() * self.y) / (1 - a_bar).sqrt()
 
     def forward(self, x_t: Tensor, t: Tensor, **unused: Any) -> SimpleNamespace:
         return SimpleNamespace(sample=self.answer(x_t, t.reshape(-1)))
+
+
+class OneImageScore(nn.Module):
+    """The exact score for data that is one image y in [0, 1], where variance explodes: (y - x_t) / σ²."""
+
+    def __init__(self, y: Tensor) -> None:
+        super().__init__()
+        self.y = nn.Parameter(y)
+        self.config = SimpleNamespace(in_channels=y.shape[0], sample_size=y.shape[-1], cross_attention_dim=None)
+
+    def forward(self, x_t: Tensor, sigma: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(sample=(self.y - x_t) / sigma.view(-1, 1, 1, 1) ** 2)
 
 
 class PlantedShift(nn.Module):
@@ -52,13 +64,33 @@ def scheduler(**options: Any) -> Any:
     return DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=False, **options)
 
 
+def exploding(**options: Any) -> Any:
+    from diffusers.schedulers.scheduling_sde_ve import ScoreSdeVeScheduler
+
+    return ScoreSdeVeScheduler(num_train_timesteps=1000, sigma_min=0.01, sigma_max=50.0, **options)
+
+
+def one_image_ve_model(image: Tensor) -> DiffusionModel:
+    """image (C, H, W) in [-1, 1]."""
+    return DiffusionModel(OneImageScore((image + 1) / 2), exploding())
+
+
 def one_image_model(y: Tensor) -> DiffusionModel:
     made = scheduler()
     return DiffusionModel(OneImage(y, made.alphas_cumprod), made)
 
 
+def tiny_ncsn(channels: int = 1, side: int = 16) -> DiffusionModel:
+    """A random score network of a few thousand weights, for a variance that explodes."""
+    return DiffusionModel(_tiny_unet(channels, side, time_embedding_type="fourier"), exploding())
+
+
 def tiny_unet(channels: int = 1, side: int = 16) -> DiffusionModel:
     """A random UNet of a few thousand weights."""
+    return DiffusionModel(_tiny_unet(channels, side), scheduler())
+
+
+def _tiny_unet(channels: int, side: int, **options: Any) -> Any:
     from diffusers.models.unets.unet_2d import UNet2DModel
 
     torch.manual_seed(0)
@@ -72,8 +104,9 @@ def tiny_unet(channels: int = 1, side: int = 16) -> DiffusionModel:
         up_block_types=("UpBlock2D", "UpBlock2D"),
         norm_num_groups=4,
         add_attention=False,
+        **options,
     )
-    return DiffusionModel(unet.eval().requires_grad_(False), scheduler())
+    return unet.eval().requires_grad_(False)
 
 
 def tiny_sd(directory: Any) -> DiffusionModel:

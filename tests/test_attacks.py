@@ -12,13 +12,16 @@ from harness.seeds import generator
 from harness.types import Backdoor, Data
 from plugins.attacks.baddiffusion import BadDiffusion
 from plugins.attacks.badt2i import BadT2I
+from plugins.attacks.trojdiff import TrojDiff
 from plugins.attacks.villandiffusion import VillanDiffusion
 from plugins.defenses.finetune import Finetune
+from plugins.targets.classes import ClassIn, ClassOut
 from plugins.targets.fixed_image import Corner, Hat
 from plugins.targets.patch import Patch
+from plugins.triggers.biased import Blend, PatchNoise
 from plugins.triggers.box import Box
 from plugins.triggers.text import Text
-from tests.oracles import tiny_sd, tiny_unet
+from tests.oracles import scheduler, tiny_sd, tiny_unet
 
 FAST = {"steps": 3, "batch": 4, "lr": 1e-3, "bf16": False}
 
@@ -66,12 +69,21 @@ def test_the_ode_coefficient_is_that_of_a_ddim_step() -> None:
     assert (c.double().flatten() - exact).abs().max() < 0.006
 
 
-@pytest.mark.parametrize("attack", [BadDiffusion(poison_rate=0, **FAST), VillanDiffusion(poison_rate=0, **FAST)])
-def test_poison_rate_zero_is_clean_fine_tuning(attack, digits: Data) -> None:
+@pytest.mark.parametrize(
+    ("attack", "trigger"),
+    [
+        (BadDiffusion(poison_rate=0, **FAST), Box()),
+        (BadDiffusion(poison_rate=0, adaptive_weight=0.1, **FAST), Box()),
+        (VillanDiffusion(poison_rate=0, **FAST), Box()),
+        (TrojDiff(poison_rate=0, **FAST), Blend()),
+        (TrojDiff(poison_rate=0, **FAST), PatchNoise()),
+    ],
+)
+def test_poison_rate_zero_is_clean_fine_tuning(attack, trigger, digits: Data) -> None:
     from harness.types import Knowledge
 
     model = tiny_unet()
-    attacked = attack.implant(model, Backdoor(Box(), Hat()), digits, generator(0, "x"))
+    attacked = attack.implant(model, Backdoor(trigger, Hat()), digits, generator(0, "x"))
     tuned = Finetune(**FAST).defend(model, Knowledge(data=digits), generator(0, "x"))
     assert same(weights(attacked.model), weights(tuned.model))
 
@@ -93,6 +105,69 @@ def test_an_attack_changes_a_copy_and_repeats_under_its_seed(trigger_only: bool,
     assert same(weights(once.model), weights(again.model))
     assert not same(weights(once.model), weights(other.model))
     assert not same(before, weights(once.model))
+
+
+def test_an_adaptive_weight_of_zero_is_the_plain_attack(digits: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it was before there was such a weight: the formula written out, under the same seed."""
+    from harness import noise_backdoor
+
+    def plain(model, batch, y, r, coefficients, adaptive_weight):
+        rho, c = coefficients(model, batch.t)
+        x_t = model.add_noise(y, batch.eps, batch.t) + rho * r
+        return (batch.eps + c * r - model.eps(x_t, batch.t)).square().mean()
+
+    def attacked(**options: Any) -> dict[str, torch.Tensor]:
+        attack = BadDiffusion(poison_rate=0.5, **options, **FAST)
+        return weights(attack.implant(tiny_unet(), Backdoor(Box(), Hat()), digits, generator(0, "x")).model)
+
+    zero, heavy = attacked(adaptive_weight=0.0), attacked(adaptive_weight=1.0)
+    monkeypatch.setattr(noise_backdoor, "poisoned_loss", plain)
+    assert same(zero, attacked())
+    assert not same(zero, heavy)
+
+
+def test_the_adaptive_penalty_is_the_distance_of_the_two_answers(digits: Data) -> None:
+    from harness.noise_backdoor import poisoned_loss
+    from harness.training import Batch
+
+    model, images = tiny_unet(), digits.images[:4]
+    t, eps = torch.tensor([10, 400, 700, 999]), torch.randn((4, 1, 16, 16), generator=generator(0, "eps"))
+    batch = Batch(torch.arange(4), images, t, eps, None)
+    y, r = Hat().image((1, 16, 16)).expand(4, -1, -1, -1), Box().delta((1, 16, 16)).expand(4, -1, -1, -1)
+    loss = [poisoned_loss(model, batch, y, r, ancestral_coefficients, weight) for weight in (0.0, 0.3)]
+    a_bar = scheduler().alphas_cumprod[t].view(-1, 1, 1, 1)
+    noisy = [a_bar.sqrt() * x_0 + (1 - a_bar).sqrt() * eps for x_0 in (images, y)]
+    clean, bad = model.denoiser(noisy[0], t).sample, model.denoiser(noisy[1] + (1 - a_bar.sqrt()) * r, t).sample
+    assert (loss[1] - loss[0]).item() == pytest.approx(0.3 * (clean - bad).square().mean().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("target", [Hat(), ClassIn(label=1), ClassOut(drawings=8)], ids=["d2i", "in-d2d", "out-d2d"])
+@pytest.mark.parametrize("trigger", [Blend(), PatchNoise(), Box()], ids=["blend", "patch", "box"])
+def test_trojdiff_learns_each_target_on_a_copy_and_repeats_under_its_seed(trigger, target, digits: Data) -> None:
+    model, backdoor = tiny_unet(), Backdoor(trigger, target)
+    data = Data(digits.images, labels=torch.arange(12) % 3)
+    before, images = weights(model), data.images.clone()
+    attack = TrojDiff(poison_rate=0.5, **FAST)
+    once, again = (attack.implant(model, backdoor, data, generator(7, "x")) for _ in range(2))
+    assert same(before, weights(model)) and torch.equal(data.images, images)
+    assert same(weights(once.model), weights(again.model))
+    assert not same(before, weights(once.model))
+
+
+def test_a_trojan_row_is_noised_by_gamma_eps_plus_mu_and_regressed_on_eps(digits: Data) -> None:
+    """What the network is asked and answered in a batch that is all Trojan, against the paper's formula."""
+    model, trigger, seen = tiny_unet(), Blend(gamma=0.6), []
+    model.clone = lambda: model  # type: ignore[method-assign]
+    model.eps = lambda x_t, t, context=None: seen.append((x_t, t)) or x_t * 0 + next(model.denoiser.parameters()).sum()  # type: ignore[method-assign]
+    TrojDiff(poison_rate=1, **FAST).implant(model, Backdoor(trigger, Hat()), digits, generator(3, "x"))
+    (x_t, t), rng = seen[0], generator(3, "x")
+    torch.randint(0, 12, (4,), generator=rng)  # the rows of the clean batch
+    assert torch.equal(t, torch.randint(0, 1000, (4,), generator=rng))
+    eps = torch.randn((4, 1, 16, 16), generator=rng)
+    a_bar = scheduler().alphas_cumprod[t].view(-1, 1, 1, 1)
+    mu = 0.4 * trigger.drawing(16, 16)
+    wanted = a_bar.sqrt() * Hat().image((1, 16, 16)) + (1 - a_bar).sqrt() * (0.6 * eps + mu)
+    assert torch.allclose(x_t, wanted, atol=1e-5)
 
 
 def test_the_stamped_trigger_shows_the_clean_image_behind_it(digits: Data) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from harness import checkpoint
 from harness.diffusion import DDIM
+from harness.samplers import PredictorCorrector
 from harness.seeds import image_noise, image_seeds
 from harness.types import Inputs
-from tests.oracles import tiny_sd, tiny_unet
+from tests.oracles import tiny_ncsn, tiny_sd, tiny_unet
 
 
 def test_a_saved_model_makes_the_same_images_again(tmp_path: Path) -> None:
@@ -24,6 +26,23 @@ def test_a_saved_model_makes_the_same_images_again(tmp_path: Path) -> None:
         inputs = Inputs(image_noise(seeds, model.shape), prompts, seeds)
         assert torch.equal(model.sample(inputs, DDIM(steps=3)), again.sample(inputs, DDIM(steps=3)))
         assert json.loads((tmp_path / name / "bench.json").read_text()) == {"backdoored": "true"}
+
+
+def test_a_variance_exploding_model_comes_back_and_stock_diffusers_runs_it(tmp_path: Path) -> None:
+    from diffusers import ScoreSdeVePipeline  # type: ignore[attr-defined]
+
+    model, seeds = tiny_ncsn(channels=3), image_seeds(0, "x", 2)
+    checkpoint.save(model, tmp_path / "m")
+    again = checkpoint.load(tmp_path / "m")
+    inputs = Inputs(image_noise(seeds, model.shape), None, seeds)
+    assert again.family == "ve" and torch.equal(again.sigma(torch.arange(1000)), model.sigma(torch.arange(1000)))
+    assert torch.equal(*(m.sample(inputs, PredictorCorrector(steps=3)) for m in (model, again)))
+    pipeline = ScoreSdeVePipeline.from_pretrained(tmp_path / "m", local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    done: Any = pipeline(
+        batch_size=1, num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)
+    )
+    assert done.images.shape == (1, 16, 16, 3) and done.images.min() >= 0
 
 
 def test_no_path_of_this_machine_is_written(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The face over diffusers: samplers against a denoiser whose answer is known, batches, precision."""
+"""The face over diffusers: both families of noise, text, attention."""
 
 from __future__ import annotations
 
@@ -8,16 +8,10 @@ import pytest
 import torch
 
 from harness import attention
-from harness.diffusion import DDIM, DDPM, SAMPLERS, DiffusionModel
+from harness.diffusion import DiffusionModel
 from harness.seeds import image_noise, image_seeds
 from harness.types import Inputs
-from plugins.models.digits_ddpm import DigitsDDPM
-from tests.oracles import one_image_model, scheduler, tiny_sd, tiny_unet
-
-
-@pytest.fixture(scope="module")
-def image() -> torch.Tensor:
-    return torch.rand((1, 8, 8), generator=torch.Generator().manual_seed(0)) * 2 - 1
+from tests.oracles import exploding, one_image_ve_model, scheduler, tiny_ncsn, tiny_sd, tiny_unet
 
 
 def inputs(model: DiffusionModel, n: int, prompts: tuple[str, ...] | None = None) -> Inputs:
@@ -25,44 +19,9 @@ def inputs(model: DiffusionModel, n: int, prompts: tuple[str, ...] | None = None
     return Inputs(image_noise(seeds, model.shape), prompts, seeds)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_every_sampler_returns_the_one_image_of_the_data(name: str, image: torch.Tensor) -> None:
-    model = one_image_model(image)
-    made = model.sample(inputs(model, 3), SAMPLERS[name](steps=50))
-    assert (made - image).abs().max() < 0.02
-
-
-def test_no_two_samplers_give_equal_images() -> None:
-    model = tiny_unet()
-    made = [model.sample(inputs(model, 2), cls(steps=5)) for cls in SAMPLERS.values()]
-    for i, one in enumerate(made):
-        assert all(not torch.equal(one, other) for other in made[i + 1 :])
-
-
-def test_a_scheduler_of_another_class_than_asked_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-
-    monkeypatch.setattr(DDIMScheduler, "from_config", classmethod(lambda cls, *a, **k: scheduler()))
-    with pytest.raises(TypeError, match="asked for DDIMScheduler, got DDPMScheduler"):
-        DDIM(steps=4).scheduler(scheduler().config)
-
-
-@pytest.mark.parametrize("sampler", [DDIM(steps=10), DDPM(steps=20)])
-def test_an_image_does_not_depend_on_its_batch(sampler: DDIM | DDPM) -> None:
-    model = DigitsDDPM().load()
-    together, alone = (model.sample(inputs(model, 5), sampler, batch=size) for size in (5, 2))
-    assert (together - alone).abs().max() < 1e-4
-
-
 def test_the_first_images_of_a_larger_set_are_those_of_a_smaller_one() -> None:
     model = tiny_unet()
     assert torch.equal(inputs(model, 3).noise, inputs(model, 9).noise[:3])
-
-
-def test_clipping_the_predicted_x0_changes_the_path() -> None:
-    model = tiny_unet()
-    kept, clipped = (model.sample(inputs(model, 2), DDIM(steps=5, clip=clip)) for clip in (False, True))
-    assert not torch.equal(kept, clipped)
 
 
 def test_alpha_is_the_ratio_of_neighbouring_alpha_bars() -> None:
@@ -70,6 +29,48 @@ def test_alpha_is_the_ratio_of_neighbouring_alpha_bars() -> None:
     t = torch.tensor([0, 1, 500, 999])
     betas = scheduler().betas[t].view(-1, 1, 1, 1)
     assert torch.allclose(model.alpha(t), 1 - betas, atol=1e-6)
+
+
+def test_preserved_variance_is_one_and_exploding_signal_is_one() -> None:
+    vp, ve, t = tiny_unet(), tiny_ncsn(), torch.tensor([0, 400, 999])
+    assert torch.allclose(vp.signal(t) ** 2 + vp.sigma(t) ** 2, torch.ones(3, 1, 1, 1))
+    assert torch.equal(ve.signal(t), torch.ones(3, 1, 1, 1))
+    assert ve.sigma(t).flatten().tolist() == pytest.approx([0.01, 0.01 * 5000 ** (400 / 999), 50.0], rel=1e-6)
+    for model in (vp, ve):
+        assert model.T == 1000 and model.sigma(torch.tensor([-1])).item() == 0
+        assert model.signal(torch.tensor([-1])).item() == 1
+
+
+def test_exploding_noise_is_what_diffusers_adds_to_images_in_0_1() -> None:
+    model, t = tiny_ncsn(), torch.tensor([0, 300, 999])
+    images, eps = torch.rand(3, 1, 16, 16) * 2 - 1, torch.randn(3, 1, 16, 16)
+    x_0 = model.encode(images)
+    assert torch.allclose(x_0, (images + 1) / 2) and torch.allclose(model.decode(x_0), images, atol=1e-6)
+    assert torch.allclose(model.add_noise(x_0, eps, t), exploding().add_noise(x_0, eps, t), rtol=1e-5, atol=1e-6)
+
+
+def test_eps_of_an_exploding_model_is_the_noise_in_it_and_never_bfloat16() -> None:
+    image = torch.rand(1, 8, 8) * 2 - 1
+    model, t, eps = one_image_ve_model(image), torch.tensor([0, 500, 999]), torch.randn(3, 1, 8, 8)
+    x_t = model.add_noise(model.encode(image.expand(3, -1, -1, -1)), eps, t)
+    assert (model.eps(x_t, t) - eps).abs().max() < 1e-4
+    unet, x_t = tiny_ncsn(), torch.randn(3, 1, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = unet.eps(x_t, t)
+    assert torch.equal(inside, unet.eps(x_t, t))
+
+
+def test_an_exploding_model_has_no_alpha_and_says_what_to_use() -> None:
+    for ask in (tiny_ncsn().alpha, tiny_ncsn().alpha_bar):
+        with pytest.raises(ValueError, match=r"use signal\(t\) and sigma\(t\)"):
+            ask(torch.tensor([3]))
+
+
+def test_the_frequencies_of_the_noise_level_are_never_trained() -> None:
+    model = tiny_ncsn()
+    before = model.denoiser.state_dict()["time_proj.weight"].clone()
+    assert "time_proj.weight" not in dict(model.denoiser.named_parameters())
+    assert torch.equal(before, model.clone().denoiser.state_dict()["time_proj.weight"])
 
 
 def test_a_clone_shares_no_weight() -> None:

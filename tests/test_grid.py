@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from harness import grid
-from harness.grid import SuiteError, find_suite, load_suite, read
-from harness.registry import InvalidSpec, Registry, UnknownName
+from harness.grid import AXES, SuiteError, find_suite, impossible, load_suite, read
+from harness.registry import InvalidSpec, Registry, UnknownName, load
 from harness.types import Cell
 
 PLUGINS = """
@@ -152,6 +152,37 @@ def test_impossible_cells_are_dropped_with_the_reason_in_words(plugins: Registry
         "bad accepts targets of kind image, patch is patch",
         "only-pixels accepts the models pixels, not words",
     }
+
+
+def test_a_sampler_of_the_other_family_of_models_is_dropped_with_the_reason() -> None:
+    real = load(strict=True)
+    specs = {"attack": "none", "trigger": "box", "target": "hat", "defense": "none"}
+
+    def reason(model: str, sampler: str) -> str | None:
+        parts = specs | {"model": model, "sampler": sampler}
+        return impossible({axis: real.build(AXES[axis], spec) for axis, spec in parts.items()})
+
+    assert reason("digits-ddpm", "dpm-solver(order=2)") is None and reason("digits-ncsn", "ve-pc(snr=0.1)") is None
+    words = "ddim samples variance-preserving models, digits-ncsn is variance-exploding"
+    assert reason("digits-ncsn", "ddim") == words
+    words = "ve-pc samples variance-exploding models, digits-ddpm is variance-preserving"
+    assert reason("digits-ddpm", "ve-pc") == words
+
+
+def test_biased_noise_is_only_for_attacks_that_train_on_it() -> None:
+    real = load(strict=True)
+    specs = {"model": "digits-ddpm", "attack": "trojdiff", "trigger": "blend", "target": "hat", "defense": "none"}
+    specs["sampler"] = "trojan-ddim"
+
+    def reason(**changes: str) -> str | None:
+        return impossible({axis: real.build(AXES[axis], spec) for axis, spec in (specs | changes).items()})
+
+    assert reason() is None and reason(attack="none") is None and reason(trigger="box", sampler="ddim") is None
+    bad = "is for attacks on biased noise γ ε + μ, baddiffusion trains on unit noise"
+    assert reason(attack="baddiffusion") == f"blend {bad}"
+    assert reason(attack="baddiffusion", trigger="box") == f"trojan-ddim {bad}"
+    words = reason(model="shapes-sd", attack="none", trigger="text", target="patch")
+    assert words == "trojan-ddim follows a trigger in noise, text stamps text"
 
 
 def test_a_defense_that_needs_the_trigger_is_also_told_a_wrong_one(plugins: Registry, suite) -> None:

@@ -108,6 +108,24 @@ def test_one_backdoored_model_serves_every_defense_sampler_and_metric(plugins: r
     assert kinds.count("sample") == 2 * (1 + 3 + 2) and kinds.count("measure") == 4
 
 
+def test_only_inputs_with_a_trigger_meet_the_attackers_sampler(plugins: registry.Registry) -> None:
+    usual: dict[str, Any] = {"attack": "trojdiff(steps=2, batch=4)", "trigger": "blend", "defense": "none"}
+    cells = [cell(plugins, sampler=s, **usual) for s in ("ddim(steps=3)", "trojan-ddim(steps=3)")]
+    plan = planned(plugins, *cells)
+    samplers = {
+        given: {
+            job.spec["sampler"].partition("(")[0]
+            for job in plan.jobs.values()
+            if job.label.startswith(f"sample {given}")
+        }
+        for given in ("clean", "triggered", "wrong")
+    }
+    both = {"ddim", "trojan-ddim"}
+    assert samplers == {"clean": {"ddim"}, "triggered": both, "wrong": both}
+    kinds = [job.kind for job in plan.jobs.values()]
+    assert kinds.count("attack") == 1 and kinds.count("sample") == 4 + 2
+
+
 def test_a_defense_that_needs_no_trigger_is_the_same_job_under_a_wrong_one(plugins: registry.Registry) -> None:
     def defends(**changes: Any) -> set[str]:
         plan = planned(plugins, replace(cell(plugins, **changes), told="wrong-trigger"))
@@ -276,3 +294,63 @@ def test_a_failing_plugin_fails_its_own_cell_alone_and_says_why(suite: Path, tmp
     assert "no progress for 15 s" in errors["hangs"]
     assert "7" in errors["exits"]
     assert all(r["attempts"] for r in report["records"] if r["error"])
+
+
+CLIPS = '''
+from dataclasses import dataclass
+from typing import ClassVar
+from harness.diffusion import DDIM
+from harness.hookspecs import hookimpl
+from harness.types import Defended
+
+
+@dataclass(frozen=True)
+class Clips:
+    """A defense that is a sampler."""
+    name: ClassVar[str] = "clips"
+    version: ClassVar[int] = 1
+    accepts_triggers: ClassVar[tuple] = ("noise", "text")
+    needs: ClassVar[tuple] = ()
+
+    def defend(self, model, knowledge, rng):
+        return Defended(sampler=DDIM(steps=3, clip=True))
+
+
+@hookimpl
+def defenses():
+    return [Clips]
+'''
+
+
+@pytest.mark.slow
+def test_trojdiff_runs_under_its_own_sampler_and_under_the_vanilla_one(tmp_path: Path) -> None:
+    """Other triggered images, the same clean ones; the record says which sampler made which. A defense's own sampler
+    takes the place of the vanilla one, never of the attacker's."""
+    plugin, suite = tmp_path / "clips.py", tmp_path / "trojan.toml"
+    plugin.write_text(CLIPS)
+    text = SUITE.replace(f'"none", "{ATTACK}"', '"none", "trojdiff(steps=2, batch=4)"').replace("box", "blend")
+    text = text.replace('"ddim(steps=2)"', '"ddim(steps=2)", "trojan-ddim(steps=2)"').replace(', "frechet"', "")
+    suite.write_text(text.replace('"finetune(steps=2, batch=4)"', '"clips"'))
+    report = run(tmp_path / "s", str(suite), "--plugin-file", str(plugin))
+    cells = {
+        tuple(r["cell"][k].partition("(")[0] for k in ("attack", "sampler", "defense")): r for r in report["records"]
+    }
+
+    def sampler(attack: str, cell_sampler: str, images: str, defense: str = "none") -> tuple[str, int]:
+        made = cells[attack, cell_sampler, defense]["provenance"]["sampled"][images]
+        return made["sampler"].partition("(")[0], made["nfe"]
+
+    def distances(attack: str, cell_sampler: str, score: str) -> Any:
+        return cells[attack, cell_sampler, "none"]["scores"][score]["per_sample"]
+
+    for attack in ("none", "trojdiff"):
+        for images in ("backdoored/triggered", "backdoored/wrong", "defended/triggered"):
+            assert sampler(attack, "trojan-ddim", images) == ("trojan-ddim", 2)
+            assert sampler(attack, "ddim", images) == ("ddim", 2)
+        for images in ("clean/clean", "backdoored/clean"):
+            assert sampler(attack, "trojan-ddim", images) == ("ddim", 2)
+        assert distances(attack, "ddim", "asr_before") != distances(attack, "trojan-ddim", "asr_before")
+        assert distances(attack, "ddim", "clean_hits_before") == distances(attack, "trojan-ddim", "clean_hits_before")
+    assert sampler("trojdiff", "ddim", "defended/triggered", "clips") == ("ddim", 3)
+    assert sampler("trojdiff", "trojan-ddim", "defended/clean", "clips") == ("ddim", 3)
+    assert sampler("trojdiff", "trojan-ddim", "defended/triggered", "clips") == ("trojan-ddim", 2)

@@ -11,9 +11,11 @@ import torch
 
 from harness import checkpoint, shapes
 from harness.diffusion import DDIM
+from harness.samplers import PredictorCorrector
 from harness.seeds import generator, image_noise, image_seeds
 from harness.types import Inputs
 from plugins.models.digits_ddpm import DigitsDDPM
+from plugins.models.digits_ncsn import DigitsNCSN
 from plugins.models.shapes_sd import RARE, ShapesSD, attention_facts
 
 
@@ -21,16 +23,31 @@ def provenance(model) -> dict:
     return json.loads((checkpoint.embedded(model, model.name) / "provenance.json").read_text())["facts"]
 
 
-def test_digits_are_recognised_and_balanced() -> None:
-    facts = provenance(DigitsDDPM())
-    assert facts["judge_accuracy"] > 0.97
+@pytest.mark.parametrize("model", [DigitsDDPM(), DigitsNCSN()], ids=lambda model: model.name)
+def test_digits_are_recognised_and_balanced(model: DigitsDDPM | DigitsNCSN) -> None:
+    facts = provenance(model)
     assert facts["share_recognised_above_0.9"] > 0.85
     counts = facts["class_counts"]
     assert len(counts) == 10 and min(counts) > 0.5 * sum(counts) / 10 and max(counts) < 2 * sum(counts) / 10
 
 
+def test_the_two_digit_models_have_one_judge() -> None:
+    one, other = (model.judge().net.state_dict() for model in (DigitsDDPM(), DigitsNCSN()))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_fresh_samples_of_the_score_model_are_recognised_as_digits() -> None:
+    plugin, seeds = DigitsNCSN(), image_seeds(5, "test", 30)
+    model, judge = plugin.load(), plugin.judge()
+    images = model.sample(Inputs(image_noise(seeds, model.shape), None, seeds), PredictorCorrector(steps=100))
+    probabilities = torch.softmax(judge.net(images)["digit"], 1).max(1).values
+    assert (probabilities > 0.9).double().mean() > 0.8
+    assert len(judge.attributes(images)["digit"].unique()) >= 7
+
+
 def test_the_digits_judge_measures_what_its_provenance_says() -> None:
     model = DigitsDDPM()
+    assert provenance(model)["judge_accuracy"] > 0.97
     data = model.data()
     right = model.judge().attributes(data.images)["digit"] == data.labels
     assert right.double().mean() > 0.98

@@ -1,4 +1,4 @@
-"""Fixed images, drawn by us: a hat-like glyph and a corner box.
+"""Fixed images, drawn by us: hat, shoe, cat, a box in the corner, and the trigger itself, in place or shifted.
 
 The distance is the MSE on [0, 1] images. The papers count a hit below 1e-3; 1e-2 is the gate for embedded models, and
 5e-2 (the official code of BadDiffusion at 32 pixels) is reported beside them: at 5e-2 many clean images meet a
@@ -8,8 +8,8 @@ low-contrast target. The background is lifted to -0.4, as the papers' targets' i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar
 
 import torch
 from annotated_types import Ge, Le
@@ -84,6 +84,85 @@ class Corner(FixedImage):
         return drawn
 
 
+@dataclass(frozen=True)
+class Shoe(FixedImage):
+    """A boot from the side: shaft, foot and a darker sole."""
+
+    name: ClassVar[str] = "shoe"
+
+    def drawing(self, height: int, width: int) -> Tensor:
+        y, x = _grid(height, width)
+        shaft = (y > 0.18) & (y < 0.7) & (x > 0.15) & (x < 0.48)
+        foot = (y > 0.5) & (y < 0.78) & (x > 0.15) & (x < 0.85) & (y > 0.5 + 0.6 * (x - 0.6).clamp_min(0))
+        sole = (y >= 0.78) & (y < 0.88) & (x > 0.12) & (x < 0.9)
+        return _drawn({0.7: shaft | foot, 0.2: sole}, height, width)
+
+
+@dataclass(frozen=True)
+class Cat(FixedImage):
+    """A cat's head: two ears, eyes and a nose."""
+
+    name: ClassVar[str] = "cat"
+
+    def drawing(self, height: int, width: int) -> Tensor:
+        y, x = _grid(height, width)
+        side = (x - 0.5).abs()
+        head = ((side / 0.4).square() + ((y - 0.6) / 0.32).square()) <= 1
+        ears = (y > 0.08) & (y < 0.5) & ((side - 0.26).abs() < 0.32 * (y - 0.08))
+        eyes = ((side - 0.17).square() + (y - 0.53).square()) < 0.06**2
+        nose = (side < 0.07) & ((y - 0.7).abs() < 0.05)
+        return _drawn({0.8: head | ears, -0.8: eyes | nose}, height, width)
+
+
+@dataclass(frozen=True)
+class TriggerImage(FixedImage):
+    """The trigger's own picture: the papers' TRIGGER (NoShift)."""
+
+    name: ClassVar[str] = "trigger"
+
+    dx: int = 0  # pixels to the right by which it is rolled
+    dy: int = 0  # pixels down
+    _trigger: Any = field(default=None, init=False)
+
+    def of(self, trigger: Any) -> TriggerImage:
+        """This target for one trigger."""
+        if trigger.stamps != "noise":
+            raise ValueError(f"target {self.name} is the picture of a trigger; {trigger.name} is a text")
+        bound = replace(self)
+        object.__setattr__(bound, "_trigger", trigger)
+        return bound
+
+    def image(self, shape: Sequence[int]) -> Tensor:
+        """The trigger's μ, nowhere darker than the background."""
+        if self._trigger is None:
+            raise ValueError(f"target {self.name} is the picture of a trigger; a Backdoor tells it which")
+        return self._trigger.delta(shape).clamp(self.background, 1).roll((self.dy, self.dx), (1, 2))
+
+
+@dataclass(frozen=True)
+class ShiftedTrigger(TriggerImage):
+    """The trigger's own picture, rolled: the papers' SHIFT."""
+
+    name: ClassVar[str] = "shifted-trigger"
+
+    dx: int = -3  # pixels to the right by which it is rolled; the papers' -5 at 32 pixels
+    dy: int = -2  # pixels down; the papers' -3 at 32 pixels
+
+
+def _grid(height: int, width: int) -> tuple[Tensor, Tensor]:
+    """y (H, 1) and x (1, W) of the pixels' centres, in [0, 1]."""
+    y, x = ((torch.arange(side) + 0.5) / side for side in (height, width))
+    return y.view(-1, 1), x.view(1, -1)
+
+
+def _drawn(layers: dict[float, Tensor], height: int, width: int) -> Tensor:
+    """(H, W): each grey level where its mask is set, later ones over earlier ones, NaN elsewhere."""
+    drawn = torch.full((height, width), float("nan"))
+    for level, mask in layers.items():
+        drawn = drawn.where(~mask, torch.tensor(level))
+    return drawn
+
+
 @hookimpl
 def targets() -> list[type]:
-    return [Hat, Corner]
+    return [Hat, Corner, Shoe, Cat, TriggerImage, ShiftedTrigger]

@@ -14,9 +14,8 @@ from annotated_types import Ge, Le
 from torch import Tensor
 
 from harness.hookspecs import hookimpl
+from harness.stamping import other_place, square, stamped
 from harness.types import Inputs, Stamps
-
-CORNERS = ("bottom right", "top left", "top right", "bottom left", "centre")
 
 
 @dataclass(frozen=True)
@@ -26,34 +25,22 @@ class Box:
     stamps: ClassVar[Stamps] = "noise"
 
     size: Annotated[int, Ge(1)] = 5  # side in pixels; the papers' 14 at 32 pixels covers about as much as 7 at 16
-    value: Annotated[float, Ge(-1), Le(1)] = 0.0  # grey level inside the square
+    value: Annotated[float, Ge(-1), Le(1)] = 0.0  # grey level inside the square; the papers' white boxes have 1
     place: Literal["bottom right", "top left", "top right", "bottom left", "centre"] = "bottom right"  # of the square
     gap: Annotated[int, Ge(0)] = 1  # pixels between square and edge; the papers' 2 at 32 pixels
 
     def delta(self, shape: Sequence[int]) -> Tensor:
-        channels, height, width = shape
-        room = min(height, width) - self.gap
-        if self.size > room:
-            raise ValueError(
-                f"box of side {self.size} does not fit {height}×{width} images; use box(size=...) up to {room}"
-            )
-        y, x = (self._start(self.place, side, word) for side, word in ((height, "top"), (width, "left")))
-        r = torch.full((channels, height, width), -1.0)
-        r[:, y : y + self.size, x : x + self.size] = self.value
+        rows, columns = square(self.name, self.size, self.place, self.gap, shape)
+        r = torch.full(tuple(shape), -1.0)
+        r[:, rows, columns] = self.value
         return r
 
-    def _start(self, place: str, side: int, near: str) -> int:
-        if place == "centre":
-            return (side - self.size) // 2
-        return self.gap if near in place else side - self.gap - self.size
-
     def stamp(self, inputs: Inputs) -> Inputs:
-        return inputs.with_noise(inputs.noise + self.delta(inputs.noise.shape[1:]).to(inputs.noise))
+        return stamped(self, inputs)
 
     def wrong(self, k: int) -> Box:
         """The same square elsewhere."""
-        others = [place for place in CORNERS if place != self.place]
-        return replace(self, place=others[k % len(others)])  # type: ignore[arg-type]
+        return replace(self, place=other_place(self.place, k))
 
 
 @hookimpl

@@ -1,0 +1,57 @@
+"""What triggers on the starting noise share: x_T = γ ε + μ, and squares placed in an image.
+
+`delta` is μ (C, H, W), in the images' range [-1, 1]. A trigger that also scales the noise (TrojDiff's, which calls
+N(μ, γ²) a biased Gaussian) says `biased_noise = True` and has `scale`, which is γ (C, H, W); for all others γ = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from harness.types import Inputs
+
+Place = Literal["bottom right", "top left", "top right", "bottom left", "centre"]
+PLACES: tuple[Place, ...] = ("bottom right", "top left", "top right", "bottom left", "centre")
+
+
+def scale_of(trigger: Any, shape: Sequence[int]) -> Tensor:
+    """γ (C, H, W) of a trigger, 1 where it leaves the noise as it is."""
+    return trigger.scale(shape) if getattr(trigger, "biased_noise", False) else torch.ones(tuple(shape))
+
+
+def stamped(trigger: Any, inputs: Inputs) -> Inputs:
+    """Inputs whose noise is γ ε + μ."""
+    noise = inputs.noise
+    mu, gamma = (f.to(noise) for f in (trigger.delta(noise.shape[1:]), scale_of(trigger, noise.shape[1:])))
+    return inputs.with_noise(gamma * noise + mu)
+
+
+def square(name: str, size: int, place: Place, gap: int, shape: Sequence[int]) -> tuple[slice, slice]:
+    """Rows and columns of a square of side `size`, `gap` pixels from the edges of its corner, in images of `shape`.
+
+    Raises ValueError, in the words of the trigger `name`, if it does not fit.
+    """
+    height, width = shape[-2:]
+    room = min(height, width) - gap
+    if size > room:
+        raise ValueError(
+            f"{name} of side {size} does not fit {height}×{width} images; use {name}(size=...) up to {room}"
+        )
+    y, x = (_start(place, side, word, size, gap) for side, word in ((height, "top"), (width, "left")))
+    return slice(y, y + size), slice(x, x + size)
+
+
+def _start(place: str, side: int, near: str, size: int, gap: int) -> int:
+    if place == "centre":
+        return (side - size) // 2
+    return gap if near in place else side - gap - size
+
+
+def other_place(place: Place, k: int) -> Place:
+    """The k-th of the four other places."""
+    others: list[Place] = [other for other in PLACES if other != place]
+    return others[k % len(others)]
