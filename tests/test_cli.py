@@ -290,3 +290,13 @@ def test_doctor_checks_libraries_store_and_plugins(bench, indexed: None, tmp_pat
     blocked.write_text("")
     found = bench("doctor", "--store", str(blocked / "store"))
     assert found.code == Exit.missing and "name another with --store or BENCH_STORE" in found.out
+
+
+def test_a_written_record_names_its_sheet_relative_to_the_report(tmp_path: Path) -> None:
+    from harness.cli.run import _with_sheets
+
+    (tmp_path / "sheet.png").write_bytes(b"picture")
+    records = [{"key": "aa", "sheet": str(tmp_path / "sheet.png")}, {"key": "bb", "sheet": None}]
+    told = _with_sheets(records, tmp_path / "out")
+    assert [record["sheet"] for record in told] == ["sheets/aa.png", None]
+    assert (tmp_path / "out" / "sheets" / "aa.png").read_bytes() == b"picture"

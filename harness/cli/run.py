@@ -154,7 +154,7 @@ def publish(ready: Prepared, results: Mapping[str, Any], out: Path | None, as_js
     records = doubts.annotate(jobs.collect(ready.plan, results, ready.store))
     dropped = [plain(each) for each in ready.suite.dropped]
     folder = out.expanduser().absolute() if out is not None else ready.store.run_dir(ready.suite.name)
-    _copy_sheets(records, folder)
+    records = _with_sheets(records, folder)
     paths = report.write(records, dropped, folder)
     counts = Counter(result.status for result in results.values())
     failed = [record for record in records if record.get("error")]
@@ -168,13 +168,17 @@ def publish(ready: Prepared, results: Mapping[str, Any], out: Path | None, as_js
     return Exit.failed if failed else Exit.ok
 
 
-def _copy_sheets(records: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Contact sheets lie in the store beside their scores; the report links copies of its own."""
-    sheets = {record["key"]: record["sheet"] for record in records if record.get("sheet")}
-    if sheets:
-        (folder / "sheets").mkdir(parents=True, exist_ok=True)
-    for key, sheet in sheets.items():
-        shutil.copyfile(sheet, folder / "sheets" / f"{key}.png")
+def _with_sheets(records: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """The records with copies of their contact sheets below `folder`, named relative to it: a record is to be read
+    elsewhere, where the store is not."""
+    told = []
+    for record in records:
+        name = f"sheets/{record['key']}.png" if record.get("sheet") else None
+        if name is not None:
+            (folder / "sheets").mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(record["sheet"], folder / name)
+        told.append({**record, "sheet": name})
+    return told
 
 
 def summary_line(counts: Mapping[str, int], cells: int, failed: int) -> str:
