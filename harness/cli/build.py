@@ -23,16 +23,19 @@ PROVENANCE = "provenance.json"
 @click.command(short_help="Train an embedded model from its recipe.")
 @click.argument("model")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Directory to write; default: beside the plugin.")
+@click.option("--device", metavar="NAME", help="Where the networks are trained, such as cuda; default: the recipe's.")
 @plugin_files
 @strict_option
 @as_json
-def build(model: str, out: Path | None, files: tuple[Path, ...], strict: bool, as_json: bool) -> None:
+def build(
+    model: str, out: Path | None, device: str | None, files: tuple[Path, ...], strict: bool, as_json: bool
+) -> None:
     """Train MODEL from its recipe and write weights, judges and provenance. May take hours."""
     plugin = loaded(files, strict).build("models", model)
     if not callable(getattr(plugin, "build", None)):
         raise InvalidSpec(f"{plugin.name} has no recipe: its weights are not ours to train")
     folder = _place(plugin, out)
-    facts = built(plugin, folder)
+    facts = built(plugin, folder, device)
     if as_json:
         print_json({"model": spec_of(plugin), "directory": folder, **facts})
     else:
@@ -49,8 +52,9 @@ def _place(plugin: Any, out: Path | None) -> Path:
     return folder
 
 
-def built(plugin: Any, folder: Path) -> dict[str, Any]:
+def built(plugin: Any, folder: Path, device: str | None = None) -> dict[str, Any]:
     """Run the recipe in a sibling of `folder` that takes its place when it is complete; the provenance."""
+    _check_device(plugin, device)
     from harness import events
 
     draft = folder.with_name(f".{folder.name}.building")
@@ -59,7 +63,7 @@ def built(plugin: Any, folder: Path) -> dict[str, Any]:
     started = time.monotonic()
     events.listen(progress_lines())
     try:
-        facts = plugin.build(draft)
+        facts = plugin.build(draft) if device is None else plugin.build(draft, device=device)
     finally:
         events.listen(None)
     versions = {name: metadata.version(name) for name in LIBRARIES}
@@ -70,12 +74,29 @@ def built(plugin: Any, folder: Path) -> dict[str, Any]:
         "facts": facts,
         "versions": versions,
         "seconds": took,
+        "device": device or "cpu",
     }
     (draft / PROVENANCE).write_text(json.dumps(plain(provenance), indent=1, sort_keys=True) + "\n")
     if folder.exists():
         shutil.rmtree(folder)
     draft.rename(folder)
     return provenance
+
+
+def _check_device(plugin: Any, device: str | None) -> None:
+    """Raise click.UsageError for a device that the recipe cannot take or this machine does not have."""
+    import inspect
+
+    import torch
+
+    if device is None:
+        return
+    if "device" not in inspect.signature(plugin.build).parameters:
+        raise click.UsageError(f"the recipe of {plugin.name} does not choose a device; leave --device out")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise click.UsageError(f"--device {device}: {str(error).splitlines()[0]}") from None
 
 
 def progress_lines(every: float = 10.0) -> Callable[[dict[str, Any]], None]:
