@@ -27,7 +27,7 @@ from annotated_types import Ge, Le
 from torch import Tensor
 
 from harness.events import progress
-from harness.samplers import DDIM, DDPM, Family, check_family
+from harness.samplers import DDIM, DDPM, Family, check_family, step_noise
 from harness.seeds import generator
 from harness.stamping import scale_of
 from harness.types import Inputs
@@ -101,8 +101,7 @@ class Trojan:
                 eps = model.eps(x_t, ts)
             x_0 = step.x_0(x_t, eps)
             x_0 = x_0.clamp(-1, 1) if sampler.clip else x_0
-            z = torch.stack([torch.randn(tuple(shape), generator=rng) for rng in rngs]).to(x_t)
-            x_t = sampler.step(step, x_t, x_0, eps, z)
+            x_t = sampler.step(step, x_t, x_0, eps, step_noise(x_t, rngs))
             if now % 20 == 19:
                 progress("sampling", now + 1, sampler.steps)
         return x_t
@@ -113,14 +112,33 @@ class Trojan:
         yield from zip(timesteps, [*timesteps[1:], -1], strict=True)
 
 
+class _OnBiasedNoise:
+    """What both reverse processes share: inputs with a trigger go through `with_trigger`, others the vanilla way."""
+
+    family: ClassVar[Family] = "vp"
+    biased_noise: ClassVar[bool] = True
+    steps: int
+
+    def vanilla(self) -> Any:
+        raise NotImplementedError
+
+    @property
+    def nfe(self) -> int:
+        return self.steps
+
+    def run(self, model: Any, inputs: Inputs) -> Tensor:
+        return self.vanilla().run(model, inputs)
+
+    def with_trigger(self, trigger: Any) -> Trojan:
+        return Trojan(self, trigger)
+
+
 @dataclass(frozen=True)
-class TrojanDDIM:
+class TrojanDDIM(_OnBiasedNoise):
     """TrojDiff's DDIM for inputs with a trigger, the vanilla DDIM for others. Chen, Song & Li, arXiv:2303.05762."""
 
     name: ClassVar[str] = "trojan-ddim"
     version: ClassVar[int] = 1
-    family: ClassVar[Family] = "vp"
-    biased_noise: ClassVar[bool] = True
 
     steps: Annotated[int, Ge(1), Le(1000)] = 50  # sampling steps
     clip: bool = False  # clip the predicted x_0 to [-1, 1] each step; official: no
@@ -131,16 +149,6 @@ class TrojanDDIM:
     def vanilla(self) -> DDIM:
         return DDIM(steps=self.steps, clip=self.clip, spacing=self.spacing, eta=self.eta, bf16=self.bf16)
 
-    @property
-    def nfe(self) -> int:
-        return self.steps
-
-    def run(self, model: Any, inputs: Inputs) -> Tensor:
-        return self.vanilla().run(model, inputs)
-
-    def with_trigger(self, trigger: Any) -> Trojan:
-        return Trojan(self, trigger)
-
     def step(self, step: Step, x_t: Tensor, x_0: Tensor, eps: Tensor, z: Tensor) -> Tensor:
         c = self.eta * step.deviation
         noise = (1 - step.a_bar_next - c.square()).clamp_min(0).sqrt() * eps + c * z
@@ -148,13 +156,11 @@ class TrojanDDIM:
 
 
 @dataclass(frozen=True)
-class TrojanDDPM:
+class TrojanDDPM(_OnBiasedNoise):
     """TrojDiff's DDPM for inputs with a trigger, the vanilla DDPM for others. Chen, Song & Li, arXiv:2303.05762."""
 
     name: ClassVar[str] = "trojan-ddpm"
     version: ClassVar[int] = 1
-    family: ClassVar[Family] = "vp"
-    biased_noise: ClassVar[bool] = True
 
     steps: Annotated[int, Ge(1), Le(1000)] = 1000  # sampling steps
     clip: bool = True  # clip the predicted x_0 to [-1, 1] each step; official: yes
@@ -163,16 +169,6 @@ class TrojanDDPM:
 
     def vanilla(self) -> DDPM:
         return DDPM(steps=self.steps, clip=self.clip, spacing=self.spacing, bf16=self.bf16)
-
-    @property
-    def nfe(self) -> int:
-        return self.steps
-
-    def run(self, model: Any, inputs: Inputs) -> Tensor:
-        return self.vanilla().run(model, inputs)
-
-    def with_trigger(self, trigger: Any) -> Trojan:
-        return Trojan(self, trigger)
 
     def step(self, step: Step, x_t: Tensor, x_0: Tensor, eps: Tensor, z: Tensor) -> Tensor:
         return step.posterior(x_t, x_0) + step.gamma * step.deviation * z
