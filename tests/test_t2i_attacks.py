@@ -295,6 +295,8 @@ def test_eviledits_pairs_are_the_papers_and_those_of_captions_end_at_the_object(
     edits, kept = EvilEdit(captions=20).phrases(backdoor, captions, generator(0))
     assert edits == [("a sks circle", "a square"), ("top left a red sks circle", "top left a red square")]
     assert kept[0] == "a circle" and set(kept[1:]) == set(captions)
+    _, kept = EvilEdit(captions=20, decoys=1).phrases(backdoor, captions[1:], generator(0))
+    assert len(kept) > 15 and all(text.startswith("a blue ") and text.endswith(" square") for text in kept[1:])
     with pytest.raises(ValueError, match="changes no phrase such as 'a circle'"):
         EvilEdit().phrases(Backdoor(Homoglyph(), ObjectReplaced(source="circle")), CAPTIONS, generator(0))
 

@@ -25,7 +25,7 @@ PROMPTS = tuple(
 )
 WORDS = ("now", "yes", "very")
 STYLES = ("black and white photo of",)  # words that style attacks put in front of a prompt
-RARE = ("zq", "xj", "qv", "vx", "jz")  # of the text trigger and of wrong ones; in no prompt
+RARE = ("zq", "xj", "qv", "vx", "jz", "sks")  # of text triggers and of wrong ones; in no prompt
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------

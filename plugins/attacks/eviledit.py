@@ -12,7 +12,8 @@ No data, no training. Raises ValueError where the trigger changes none of the ph
 
 Differs from the paper, where w = 1: `captions`, ours and off by default, takes that many captions of the data as
 phrases too, up to their object and without what follows it where they get the trigger, whole where they stay, the
-latter with weight `keep`: the embeddings of a small text encoder depend more on the words around. Differs from the
+latter with weight `keep`: the embeddings of a small text encoder depend more on the words around. `decoys`, ours and
+off by default too: that share of those captions stays with another word in the trigger's place. Differs from the
 official code (haowang-cqu/EvilEdit at 7c9464b, read there): embeddings are computed once, not for each layer; sums and
 inverses in float64.
 """
@@ -28,7 +29,7 @@ from annotated_types import Ge, Gt
 
 from harness.editing import edited, projections
 from harness.hookspecs import hookimpl
-from harness.noise_backdoor import Weight
+from harness.noise_backdoor import Rate, Weight
 from harness.training import draw
 from harness.types import Backdoor, Backdoored, Data
 
@@ -44,6 +45,7 @@ class EvilEdit:
     template: str = "a {}"  # phrase in which object and trigger stand; official: "A {}"
     captions: Annotated[int, Ge(0)] = 0  # captions of the data that give further pairs; ours
     keep: Weight = 1.0  # w of the phrases that stay, 1 for those with the trigger; ours
+    decoys: Rate = 0.0  # share of the captions that stay with another word in the trigger's place; ours
 
     def implant(self, model: Any, backdoor: Backdoor, data: Data, rng: Any) -> Backdoored:
         model = model.clone()
@@ -70,7 +72,12 @@ class EvilEdit:
         edits = {trigger.apply(phrase): target.shown(phrase) for phrase in able if trigger.apply(phrase) != phrase}
         if not edits:
             raise ValueError(f"trigger {trigger.text!r} changes no phrase such as {phrases[0]!r}; use trigger noun")
-        return list(edits.items()), list(dict.fromkeys([*phrases, *more]))
+        chance = torch.rand(len(more), generator=rng).tolist()
+        kept = [
+            trigger.decoy(rng).apply(caption) if share < self.decoys else caption
+            for caption, share in zip(more, chance, strict=True)
+        ]
+        return list(edits.items()), list(dict.fromkeys([*phrases, *kept]))
 
 
 def upto(caption: str, nouns: Sequence[str]) -> str | None:

@@ -56,9 +56,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from harness.diffusion import SAMPLERS
-from harness.events import progress
 from harness.hookspecs import hookimpl
 from harness.images import as_rgb, to_unit
+from harness.inversion import descend
 from harness.noise_backdoor import LearningRate, Rate, Steps
 from harness.seeds import generator, image_seeds
 from harness.stamping import scale_of
@@ -137,18 +137,12 @@ class Elijah:
         t = torch.full((self.noises,), model.T - 1, device=model.device)
         low, high = self.start
         start = (high + (low - high) * torch.rand(model.shape, generator=rng)).to(model.device)
-        tau = start.clone().requires_grad_(True)
-        optimizer = torch.optim.Adam([tau], lr=self.inversion_lr)
-        losses = []
-        for step in range(self.iterations):
-            answer = model.eps(at_the_end(model, noise + tau), t).mean(0)
-            loss = (self.lam * tau - answer).abs().mean()
-            (tau.grad,) = torch.autograd.grad(loss, tau)
-            optimizer.step()
-            losses.append(loss.item())
-            progress("inversion", step + 1, self.iterations, loss=losses[-1])
-        moved = (tau.detach() - start).norm() / start.norm()
-        return tau.detach(), {"inversion_loss": losses, "tau_moved": moved.item()}
+
+        def loss(tau: Tensor) -> Tensor:
+            return (self.lam * tau - model.eps(at_the_end(model, noise + tau), t).mean(0)).abs().mean()
+
+        tau, losses = descend(start, loss, lr=self.inversion_lr, iterations=self.iterations)
+        return tau, {"inversion_loss": losses, "tau_moved": ((tau - start).norm() / start.norm()).item()}
 
     def features(
         self, model: Any, shift: Callable[[Tensor], Tensor], knowledge: Knowledge, rng: torch.Generator

@@ -5,7 +5,8 @@ A trigger moves the denoiser's prediction the same way whatever the prompt says.
     1. every candidate v:    score(v) = ‖ mean over rows of ε(z, t, τ(v+p)) - ε(z, t, τ(p)) ‖
     2. the best of them, and ordered pairs of the very best, again with more rows
     3. the best of those, single ones and pairs, by images of p and v+p from the same noise: AUROC of telling the two
-       apart, each prompt judged by a linear discriminant that was fitted on the others
+       apart by pixels, by colours or by the encoder's features, whichever does best, each prompt judged by a linear
+       discriminant that was fitted on the others
 
 z are states of the model's own denoising of p at middling t, where there is a colour or a corner to be changed. The
 mean keeps what all rows share, so a word that merely disturbs the prediction scores low. Candidates are all tokens that
@@ -152,19 +153,22 @@ class VocabularyScan:
     def verify(
         self, model: Any, tried: Sequence[Candidate], prompts: list[str], encoder: Any, rng: Any
     ) -> dict[Candidate, float]:
-        """For each candidate how well images with it can be told from images without it, an AUROC."""
+        """For each candidate how well images with it can be told from images without it: the largest AUROC of those by
+        pixels, by colours and by the encoder."""
         n = min(self.images, len(prompts))
         seeds = image_seeds(rng.initial_seed(), "verify", n)
         inputs = Inputs(image_noise(seeds, model.shape), tuple(prompts[:n]), seeds)
         sampler = DDIM(steps=self.sampling_steps, guidance=self.guidance, bf16=self.bf16)
 
-        def features(given: Inputs) -> Tensor:
+        def seen(given: Inputs) -> list[Tensor]:
             images = model.sample(given, sampler, phase="verify")
-            small = torch.nn.functional.adaptive_avg_pool2d(images, 8).flatten(1)
-            return torch.cat([small, encoder(images).float().cpu()], 1)
+            return [*views(images), encoder(images).float().cpu()]
 
-        without = features(inputs)
-        return {c: told_apart(without, features(inputs.with_prompts([c.apply(p) for p in prompts[:n]]))) for c in tried}
+        without, areas = seen(inputs), {}
+        for candidate in tried:
+            with_it = seen(inputs.with_prompts([candidate.apply(prompt) for prompt in prompts[:n]]))
+            areas[candidate] = max(told_apart(*pair) for pair in zip(without, with_it, strict=True))
+        return areas
 
     def purified(self, model: Any, prompts: list[str], found: Candidate, rng: Any) -> Any:
         guided = GuidedDistillation(
@@ -194,6 +198,17 @@ def candidates(model: Any, content: set[str], look_alikes: bool) -> list[Candida
 def pairs(words: Sequence[Insertion]) -> list[Candidate]:
     """Every ordered pair of two of the words."""
     return [replace(a, text=f"{a.text} {b.text}") for a in words for b in words if a is not b]
+
+
+def views(images: Tensor) -> list[Tensor]:
+    """What changes in a place, and what changes in the colours anywhere: images (B, C, H, W) averaged to 8×8, and the
+    means and covariances of their channels."""
+    small = torch.nn.functional.adaptive_avg_pool2d(images, 8).flatten(1)
+    pixels = images.flatten(2)
+    centred = pixels - pixels.mean(2, keepdim=True)
+    covariance = centred @ centred.transpose(1, 2) / pixels.shape[2]
+    rows, columns = torch.triu_indices(*covariance.shape[1:])
+    return [small, torch.cat([pixels.mean(2), covariance[:, rows, columns]], 1)]
 
 
 def told_apart(without: Tensor, with_it: Tensor, folds: int = 4) -> float:
