@@ -7,6 +7,7 @@ compares cells takes all records of the run as well.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -38,9 +39,7 @@ def clean_model_meets_target(record: Record) -> str | None:
 
 
 def returned_unchanged(record: Record) -> str | None:
-    delivered = (record.get("provenance") or {}).get("delivers") or ("model",)
-    changes = name_of(record["cell"]["defense"]) != "none" and {"model", "sampler"} & set(delivered)
-    if changes and value(record, "change") == 0:
+    if name_of(record["cell"]["defense"]) != "none" and _purifies(record) and value(record, "change") == 0:
         return "the defended model's images are identical to the attacked model's: the defense changed nothing"
     return None
 
@@ -81,14 +80,16 @@ def utility_broken_after(record: Record) -> str | None:
 
 
 def control_missing(record: Record, records: Sequence[Record]) -> str | None:
-    """A defense without `none`, `finetune` or, where it was told the trigger, the wrong-trigger control."""
+    """A defense without `none`, `finetune` or, where it was told the trigger, the wrong-trigger control. One that only
+    detects or screens removes nothing and needs `none` alone."""
     cell = record["cell"]
     if name_of(cell["defense"]) in CONTROLS or cell.get("told") == "wrong-trigger":
         return None
     beside = [other for other in records if not other.get("error") and _same(cell, other["cell"])]
     names = {name_of(other["cell"]["defense"]) for other in beside}
-    missing = [name for name in CONTROLS if name not in names]
-    if "trigger" in (record.get("knowledge") or ()) and _wrong(cell, beside) is None:
+    purifies = _purifies(record)
+    missing = [name for name in (CONTROLS if purifies else CONTROLS[:1]) if name not in names]
+    if purifies and "trigger" in (record.get("knowledge") or ()) and _wrong(cell, beside) is None:
         missing.append("the same defense told a wrong trigger")
     return f"control missing: {', '.join(missing)}" if missing else None
 
@@ -129,7 +130,10 @@ def doubts(record: Record, records: Iterable[Record]) -> list[str]:
 def annotate(records: Iterable[Record]) -> list[dict[str, Any]]:
     """The records with their `doubts`, as the report takes them."""
     run = list(records)
-    return [{**record, "doubts": doubts(record, run)} for record in run]
+    beside: dict[str, list[Record]] = defaultdict(list)
+    for record in run:
+        beside[_setting(record["cell"])].append(record)
+    return [{**record, "doubts": doubts(record, beside[_setting(record["cell"])])} for record in run]
 
 
 def name_of(spec: str) -> str:
@@ -137,9 +141,19 @@ def name_of(spec: str) -> str:
     return spec.partition("(")[0]
 
 
+def _purifies(record: Record) -> bool:
+    """Whether the record's defense changes the model or its sampler."""
+    delivered = (record.get("provenance") or {}).get("delivers") or ("model",)
+    return bool({"model", "sampler"} & set(delivered))
+
+
 def _same(cell: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two cells differ in their defense at most."""
-    return all(cell.get(name) == other.get(name) for name in SETTING)
+    return _setting(cell) == _setting(other)
+
+
+def _setting(cell: Mapping[str, Any]) -> str:
+    return repr([cell.get(name) for name in SETTING])
 
 
 def _wrong(cell: Mapping[str, Any], beside: Iterable[Record]) -> Record | None:

@@ -22,7 +22,7 @@ from leaderboard.tables import CONTROLS, bare
 
 LIMIT = 60_000_000  # bytes of results and page together
 Record = Mapping[str, Any]
-Doubts = Callable[[Record, Sequence[Record]], list[str]]
+Annotate = Callable[[Sequence[Record]], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,10 @@ class _Record(BaseModel):
 # ---- the checks -----------------------------------------------------------------------------------------------------
 
 
-def check(root: Path, doubts: Doubts, page: Path | None = None) -> Outcome:
+def check(root: Path, annotate: Annotate, page: Path | None = None) -> Outcome:
     """Check the results below `root`, and the built page if one is given.
 
-    doubts(record, records of the suite): what harness.doubts says; stored doubts must be those. Raises ResultsError
+    annotate: harness.doubts.annotate; the doubts stored must be those that it gives. Raises ResultsError
     only where `root` holds no results at all.
     """
     outcome = Outcome()
@@ -123,7 +123,7 @@ def check(root: Path, doubts: Doubts, page: Path | None = None) -> Outcome:
             continue
         if _schema(suite, outcome):
             every.append(suite)
-            _suite(suite, outcome, doubts, derive=len(outcome.problems) == before)
+            _suite(suite, outcome, annotate, derive=len(outcome.problems) == before)
     _reported(outcome)
     _size([root, *([page] if page else [])], outcome)
     if page is not None and not outcome.problems:
@@ -168,14 +168,14 @@ def _schema(suite: Results, outcome: Outcome) -> bool:
     return sound
 
 
-def _suite(suite: Results, outcome: Outcome, doubts: Doubts, derive: bool) -> None:
+def _suite(suite: Results, outcome: Outcome, annotate: Annotate, derive: bool) -> None:
     protocols = results.load(suite.folder / MANIFEST).get("protocols") if (suite.folder / MANIFEST).is_file() else {}
-    for record in suite.records:
+    for record, doubted in zip(suite.records, annotate(suite.records), strict=True):
         file = str(suite.record_file(record["key"]))
         found = _whole(suite, record) + _honest(record) + _controls(record, suite.records)
         if (protocols or {}).get(record["key"]) != results.protocol(record):
             found.append("its protocol hash is not the manifest's")
-        if list(record["doubts"]) != doubts(record, suite.records):
+        if list(record["doubts"]) != doubted["doubts"]:
             found.append("its doubts are not those that the records give; bench leaderboard refresh writes them anew")
         again = recompute.recompute(record["scores"])
         outcome.problems += [Problem(file, words) for words in (*found, *again.problems)]

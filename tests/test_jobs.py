@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +18,7 @@ from harness import jobs, registry
 from harness.grid import Suite
 from harness.store import Store
 from harness.types import Cell, Defended
-
-ATTACK = "villandiffusion(solver='ode', trigger_only=True, steps=2, batch=4)"
+from tests.whole_runs import ATTACK, SUITE, bench, numbers, run
 
 
 @pytest.fixture(scope="module")
@@ -162,19 +159,6 @@ def test_a_nan_without_a_reason_gets_one() -> None:
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------
 
-SUITE = f"""
-title = "tiny"
-metrics = ["asr", "drift", "frechet"]
-[[grid]]
-model = ["digits-ddpm"]
-attack = ["none", "{ATTACK}"]
-trigger = ["box"]
-target = ["hat"]
-defense = ["none", "finetune(steps=2, batch=4)"]
-sampler = ["ddim(steps=2)"]
-n = 4
-"""
-
 BROKEN = '''
 import os, time
 from dataclasses import dataclass
@@ -218,38 +202,6 @@ def defenses():
         broken("exits", lambda model: os._exit(7)),
     ]
 '''
-
-
-def bench(store: Path, *words: str) -> list[str]:
-    return [sys.executable, "-P", "-c", "import harness.cli; harness.cli.main()", *words, "--store", str(store)]
-
-
-def run(store: Path, *words: str, expect: int = 0) -> dict[str, Any]:
-    done = subprocess.run(bench(store, "run", *words, "--json"), capture_output=True, text=True, timeout=280)
-    assert done.returncode == expect, done.stderr[-2000:]
-    return json.loads(done.stdout)
-
-
-def numbers(report: dict[str, Any]) -> dict[str, Any]:
-    return {
-        f"{r['cell']['attack']} {r['cell']['defense']}": {
-            name: (s["value"], s["per_sample"]) for name, s in r["scores"].items()
-        }
-        for r in report["records"]
-    }
-
-
-@pytest.fixture(scope="module")
-def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("suite") / "tiny.toml"
-    path.write_text(SUITE)
-    return path
-
-
-@pytest.fixture(scope="module")
-def undisturbed(suite: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    store = tmp_path_factory.mktemp("store")
-    return store, run(store, str(suite), "--cpus", "1")
 
 
 @pytest.mark.slow

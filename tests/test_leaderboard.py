@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from harness.cli import call
-from harness.doubts import annotate, doubts
+from harness.doubts import annotate
 from leaderboard import charts, check, intake, recompute, rendering, reported, results, site, summary
 from leaderboard.tables import Number
 from tests.records import digest, png, record, score, small, write_suite
@@ -98,7 +98,7 @@ def test_rows_get_in_by_adding_a_run_and_replace_those_of_the_same_cell(root: Pa
     assert len(done.records) == before
     found = [r for r in done.records if r["cell"] == newer["cell"]]
     assert [r["key"] for r in found] == [newer["key"]] and found[0]["scores"]["asr"]["value"] == 0.05
-    assert done.sheet_file(newer["key"]).is_file() and check.check(root, doubts).problems == []
+    assert done.sheet_file(newer["key"]).is_file() and check.check(root, annotate).problems == []
 
 
 # ---- recomputation --------------------------------------------------------------------------------------------------
@@ -157,12 +157,12 @@ def test_a_share_without_values_must_be_a_whole_count_with_its_own_interval() ->
 
 
 def problems(root: Path, page: Path | None = None) -> list[str]:
-    return [str(problem) for problem in check.check(root, doubts, page).problems]
+    return [str(problem) for problem in check.check(root, annotate, page).problems]
 
 
 def test_sound_results_and_their_page_pass_the_check(sealed: Path, tmp_path: Path) -> None:
     site.build(results.read(sealed), tmp_path / "page")
-    found = check.check(sealed, doubts, tmp_path / "page")
+    found = check.check(sealed, annotate, tmp_path / "page")
     assert found.problems == [] and found.records == 13 and found.recomputed > 100
 
 

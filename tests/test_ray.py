@@ -25,8 +25,9 @@ from harness.engine.driver import Interrupted, JobResult, run
 from harness.engine.supervise import Limits
 from harness.job import Failure, Job
 from harness.store import Store
-from tests import engine_tools
-from tests.engine_tools import TESTS, chain, digests, do, graph, job, marked, undisturbed, value
+from tests import engine_tools, whole_runs
+from tests.engine_tools import TESTS, chain, digests, do, graph, job, marked, value
+from tests.engine_tools import undisturbed as alone
 
 MARK, TOKEN = secrets.token_hex(16), secrets.token_hex(16)
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0"}  # read on import
@@ -130,12 +131,28 @@ def test_both_engines_give_the_same_results_and_failures(
         assert (there.status, there.failure) == (here[each.label].status, here[each.label].failure)
         assert [a["failure"] for a in there.attempts] == [a["failure"] for a in here[each.label].attempts]
     assert {path.name.replace("|", "/") for path in told.iterdir()} == {str(store.root), str(apart)}
-    assert digests(store, good) == undisturbed(tmp_path, good)
+    assert digests(store, good) == alone(tmp_path, good)
     assert "box of side 14" in store.log_path(bad[0].key, 1).read_text()
     assert store.verify_all() == {} and Store(apart).verify_all() == {}
     assert_no_job_is_left()
     written = b"".join(path.read_bytes() for path in store.root.rglob("*") if path.is_file())
     assert TOKEN not in "".join(capfd.readouterr()) and TOKEN.encode() not in written
+
+
+def test_a_suite_gives_the_same_records_on_two_nodes_as_here(
+    cluster: Cluster, suite: Path, undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    given = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+    there = whole_runs.run(
+        tmp_path, str(suite), "--engine", "ray", "--address", str(cluster.address), env=os.environ | given
+    )
+    assert there["jobs"]["done"] > 10 and not there["failed_cells"]
+    store, here = undisturbed
+    for ours, theirs in zip(here["records"], there["records"], strict=True):
+        sheets = [Store(root).open_artifact(ours["key"]) / "sheet.png" for root in (store, tmp_path)]
+        assert sheets[0].read_bytes() == sheets[1].read_bytes()
+        apart = ("provenance", "attempts", "sheet")
+        assert {k: v for k, v in theirs.items() if k not in apart} == {k: v for k, v in ours.items() if k not in apart}
 
 
 def test_after_kills_of_a_ray_worker_and_of_a_ray_node_the_results_are_the_same(
@@ -163,7 +180,7 @@ def test_after_kills_of_a_ray_worker_and_of_a_ray_node_the_results_are_the_same(
     lost = [attempt for attempt in attempts if attempt["status"] == "failed"]
     assert lost and {attempt["failure"] for attempt in lost} == {"killed"}
     assert "lost" in lost[0]["error"]
-    assert digests(store, jobs) == undisturbed(tmp_path, jobs)
+    assert digests(store, jobs) == alone(tmp_path, jobs)
     assert_no_job_is_left()
     second(cluster, apart)
     cluster.wait_for_nodes()

@@ -201,6 +201,12 @@ def test_a_sound_record_raises_no_doubt_and_a_failed_one_has_none():
     assert doubts(record(error="boom", n=3), records) == []
 
 
+def test_a_detector_removes_nothing_and_needs_no_control_of_removal():
+    detector = {**record("bb", defense="x()", knowledge=("trigger",)), "provenance": {"delivers": ["suspicion"]}}
+    assert doubts(detector, [record(), detector]) == []
+    assert doubts(detector, [detector]) == ["control missing: none"]
+
+
 def test_a_dirty_working_tree_is_doubted():
     assert any("uncommitted" in words for words in doubts({**record(), "provenance": {"dirty": True}}, []))
 

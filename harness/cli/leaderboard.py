@@ -62,12 +62,12 @@ def build(out: Path, root: Path | None, as_json: bool) -> None:
 def check(root: Path | None, page: Path | None, as_json: bool) -> int:
     """Check results: schema, digests, every score from its per-sample values, one protocol a table, controls, nothing
     dirty or partial. Ends with 5 where anything is wrong, each problem with its file."""
-    from harness.doubts import doubts
+    from harness.doubts import annotate
     from leaderboard import check as checks
     from leaderboard.results import ResultsError
 
     try:
-        found = checks.check(results_root(root), doubts, page)
+        found = checks.check(results_root(root), annotate, page)
     except ResultsError as error:
         raise RegistryError(str(error)) from None
     if as_json:
