@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from harness.cli import call, reproduce
+from harness.doubts import annotate
 from leaderboard import check, results
 from tests.records import record, score, write_suite
 
@@ -52,7 +53,7 @@ def test_a_row_is_run_again_from_its_record_and_attested(tmp_path: Path, capsys:
     assert {line["score"] for line in found["scores"]} >= {"asr", "clean_model_hits"}
     suite = results.read_suite(out)
     assert suite.reproduced[row["key"]]["within"] is True
-    sealed = [str(p) for p in check.check(out, list).problems]
+    sealed = [str(p) for p in check.check(out, annotate).problems]
     assert [line for line in sealed if "sha256" in line or "attest" in line] == []
     path = out / "records" / f"{row['key']}.json"
     path.write_text(
