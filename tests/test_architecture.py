@@ -18,8 +18,9 @@ LAYERS = (
     {"published", "scan", "scanpage"},
     {"registry"},
     {"grid", "store", "job", "doubts", "estimate"},
-    {"jobs", "testing"},
+    {"jobs"},
     {"engine"},
+    {"testing"},
     {"cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

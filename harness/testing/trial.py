@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from harness.diffusion import DiffusionModel
+from harness.engine.local import PRELOAD
 from harness.samplers import DDIM
 from harness.seeds import generator
 from harness.testing import tiny
@@ -67,8 +68,9 @@ def given_model(stamps: Stamps, seed: int = 0) -> DiffusionModel:
 
 @cache
 def warm(stamps: Stamps) -> None:
-    """Make the models and import all that sampling and training need, here rather than in every fork."""
-    importlib.import_module("diffusers.optimization")
+    """Make the models and import what a job finds imported, here rather than in every fork."""
+    for name in PRELOAD:
+        importlib.import_module(name)
     for seed in (0, 1):
         model = given_model(stamps, seed)
         model.sample(tiny.inputs(model, 1), DDIM(steps=1))
