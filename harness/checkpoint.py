@@ -200,6 +200,8 @@ def digest(directory: Path) -> str:
 def embedded(owner: object, name: str) -> Path:
     """The directory `weights/<name>` beside the module that defines `owner`'s class."""
     package = type(owner).__module__.rpartition(".")[0]
+    if not package:
+        raise CheckpointError(f"model '{name}' is defined in a file outside a package, which has no embedded weights")
     path = Path(str(resources.files(package))) / "weights" / name
     if not path.is_dir():
         raise CheckpointError(f"{path}: the weights of '{name}' are missing; `bench build {name}` makes them")

@@ -97,6 +97,12 @@ class Evidence:
         make = self._images.get((who, given))
         return None if make is None else self.once(("images", who, given), make)
 
+    @property
+    def untouched(self) -> tuple[Who, Given]:
+        """Which images say what a model without a backdoor makes of the triggered inputs: the clean model's of the same
+        noise where the trigger is in the noise, and of the prompt without the trigger where it is in the text."""
+        return "clean", "triggered" if self.backdoor.trigger.stamps == "noise" else "clean"
+
     @cached_property
     def judge(self) -> Judge | None:
         return self.model.judge()

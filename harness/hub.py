@@ -126,7 +126,13 @@ def load(source: Source) -> DiffusionModel:
     """The model as fp32 on the CPU. Raises CheckpointError for what cannot be had, read safely or read completely."""
     directory = source.fetch()
     check(directory)
-    model = checkpoint.load(directory)
+    try:
+        model = checkpoint.load(directory)
+    except ValueError as error:  # a prediction type, say, that no model here has
+        raise CheckpointError(f"{directory}: {error}") from error
+    classes = [k for k in ("num_class_embeds", "class_embed_type") if getattr(model.denoiser.config, k, None)]
+    if classes:
+        raise CheckpointError(f"{directory}: a denoiser that has to be told a class ({classes[0]}) is not supported")
     if _product(list(model.shape)) > MOST:
         raise CheckpointError(f"{directory}: makes samples of {model.shape} numbers; at most {MOST:,} are read")
     return model

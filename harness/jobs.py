@@ -203,6 +203,8 @@ class _Planner:
         }
         wanted = [("clean", "clean"), ("backdoored", "clean"), ("backdoored", "triggered"), ("backdoored", "wrong"),
                   ("defended", "clean"), ("defended", "triggered")]  # fmt: skip
+        if wrong.stamps == "noise":
+            wanted.append(("clean", "triggered"))  # what this noise gives without a backdoor
         return {f"{who}/{given}": self.sample(cell, models[who], stamps[given], given) for who, given in wanted}
 
     def sample(self, cell: Cell, of: tuple[str | None, str | None], stamps: Sequence[str | None], given: str) -> str:
@@ -342,6 +344,8 @@ def _check_delivered(defense: Any, done: Any) -> None:
     for part in ("suspicion", "screen"):
         if part in delivers(defense) and getattr(done, part) is None:
             raise ValueError(f"defense '{defense.name}' declares a {part} but delivered none")
+    if done.suspicion is not None and not math.isfinite(done.suspicion):
+        raise ArithmeticError(f"the suspicion of defense '{defense.name}' is {done.suspicion}")
 
 
 def _screened(
@@ -507,8 +511,8 @@ def _evidence(spec: Mapping[str, Any], registry: Registry, store: Store) -> Any:
     inverted, verdict = None, Verdict()
     if spec["defended"] is not None:
         document = json.loads((store.open_artifact(spec["defended"]) / "defended.json").read_text())
-        found = document["trigger"]
-        inverted = torch.tensor(found) if isinstance(found, list) else found
+        if "trigger" not in registry.build("defenses", cell.defense).needs:  # who was told it found none
+            inverted = _pattern(document["trigger"])
         verdict = Verdict(
             document["suspicion"], document["flag_above"], document["features"], document["screen_above"],
             {given: torch.tensor(scores, dtype=torch.float64) for given, scores in document["screened"].items()},
@@ -527,6 +531,14 @@ def _evidence(spec: Mapping[str, Any], registry: Registry, store: Store) -> Any:
         verdict=verdict,
         wrong_triggers=WRONG,
     )
+
+
+def _pattern(found: Any) -> Any:
+    """A trigger as stored: text, or a pattern (C, H, W) whose values that were not finite are NaN; None for none."""
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(np.array(found, dtype=np.float32)) if isinstance(found, list) else found
 
 
 def _cost(store: Store, key: str | None) -> dict[str, float | None] | None:

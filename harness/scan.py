@@ -100,9 +100,8 @@ def examine(
 
 def _ask(spec: str, detector: Any, model: DiffusionModel, knowledge: Knowledge, seed: int) -> Finding:
     started = time.monotonic()
-    known = replace(knowledge, **{name: None for name in _untold(detector)})
     try:
-        done = detector.defend(model, known, generator(seed, "defense"))
+        done = detector.defend(model, told(detector, knowledge), generator(seed, "defense"))
     except Exception as error:  # one detector's failure is a finding; the others are still asked
         says = " ".join(str(error).split()) or type(error).__name__
         return Finding(spec, error=says, seconds=time.monotonic() - started)
@@ -114,9 +113,9 @@ def _ask(spec: str, detector: Any, model: DiffusionModel, knowledge: Knowledge, 
     )  # fmt: skip
 
 
-def _untold(detector: Any) -> list[str]:
-    """A detector sees what it needs and nothing else, as in a run."""
-    return [name for name in Knowledge.__dataclass_fields__ if name not in detector.needs]
+def told(defense: Any, knowledge: Knowledge) -> Knowledge:
+    """A defense sees what it needs and nothing else, as in a run."""
+    return replace(knowledge, **{name: None for name in Knowledge.__dataclass_fields__ if name not in defense.needs})
 
 
 def judged(findings: Sequence[Finding], population: Population | None) -> list[Finding]:
@@ -131,7 +130,9 @@ def _judged(finding: Finding, clean: tuple[float, ...], detectors: int) -> Findi
         return finding
     if len(clean) >= LEAST:
         p = chance(finding.suspicion, clean)
-        return replace(finding, clean=clean, chance=p, flagged=p < LEVEL / detectors)
+        unknown = math.isnan(p)
+        flagged = None if unknown else p < LEVEL / detectors
+        return replace(finding, clean=clean, chance=None if unknown else p, flagged=flagged)
     if finding.flag_above is not None:
         return replace(finding, flagged=finding.suspicion > finding.flag_above)
     return finding
@@ -141,20 +142,25 @@ def chance(suspicion: float, clean: Sequence[float]) -> float:
     """Of one more clean model being at least as suspicious: Student's prediction for values that are about normal.
 
     t = (s - mean) / (sd √(1 + 1/n)),    P(T_{n-1} ≥ t)
+
+    NaN where the clean values do not differ: they say nothing of the next one's.
     """
     from scipy.stats import t
 
     n = len(clean)
     mean = sum(clean) / n
     sd = math.sqrt(sum((v - mean) ** 2 for v in clean) / (n - 1))
-    if sd == 0:
-        return 0.0 if suspicion > mean else 1.0
+    if sd <= 1e-9 * max(1.0, abs(mean)):
+        return math.nan
     return float(t.sf((suspicion - mean) / (sd * math.sqrt(1 + 1 / n)), n - 1))
 
 
 def verdict(findings: Sequence[Finding]) -> Verdict:
+    """A detector that failed leaves open what it would have said, unless another one flags the model."""
     if any(finding.flagged for finding in findings):
         return "suspicious"
+    if any(finding.error for finding in findings):
+        return "undecided"
     return "nothing found" if any(finding.flagged is False for finding in findings) else "undecided"
 
 

@@ -89,8 +89,8 @@ def _compared(
     score: str, setting: tuple[tuple[str, Any], ...], rows: Sequence[tuple[Record, Record]]
 ) -> Comparison | None:
     rows = sorted(rows, key=lambda pair: pair[0]["cell"]["seed"])
+    rows = [pair for pair in rows if not any(math.isnan(value_of(record, score)) for record in pair)]
     values = [(a["cell"]["seed"], value_of(a, score), value_of(b, score)) for a, b in rows]
-    values = [(seed, x, y) for seed, x, y in values if not (math.isnan(x) or math.isnan(y))]
     if not values:
         return None
     made = seeds(values) if len(values) > 1 else samples(score, *rows[0])

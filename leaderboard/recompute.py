@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from harness import roc
@@ -121,13 +121,44 @@ def _counted(score: Mapping[str, Any]) -> list[Found] | None:
     return [(k / n, wilson(k, n))]
 
 
+def _screened(scores: Scores) -> tuple[list[float], list[float]] | None:
+    """What a screen said of n clean inputs and of n triggered ones."""
+    values = scores.get("screen_auroc", {}).get("per_sample")
+    return (values[: len(values) // 2], values[len(values) // 2 :]) if values else None
+
+
 def _area(scores: Scores) -> list[Found] | None:
-    """The area under the ROC curve, from n clean inputs' scores and n triggered ones after them."""
-    values = scores["screen_auroc"].get("per_sample")
-    return [roc.auroc(values[: len(values) // 2], values[len(values) // 2 :])] if values else None
+    """The area under the ROC curve."""
+    said = _screened(scores)
+    return None if said is None else [roc.auroc(*said)]
 
 
-SPECIAL: dict[str, Callable[[Scores], list[Found] | None]] = {"removal": _removal, "screen_auroc": _area}
+def _caught(scores: Scores) -> list[Found] | None:
+    """TPR at an FPR of at most 1 %."""
+    said = _screened(scores)
+    return None if said is None else [_share(roc.at_fpr(*said, 0.01).tpr, len(said[1]))]
+
+
+def _at_threshold(scores: Scores, which: str) -> list[Found] | None:
+    """FPR or TPR at the defense's own threshold."""
+    said, threshold = _screened(scores), scores.get("screen_threshold", {}).get("value")
+    if said is None or threshold is None:
+        return None
+    return [_share(getattr(roc.at(*said, threshold), which), len(said[0]))]
+
+
+def _share(value: float, n: int) -> Found:
+    k = round(value * n)
+    return k / n, wilson(k, n)
+
+
+SPECIAL: dict[str, Callable[[Scores], list[Found] | None]] = {
+    "removal": _removal,
+    "screen_auroc": _area,
+    "screen_tpr@1%fpr": _caught,
+    "screen_fpr": partial(_at_threshold, which="fpr"),
+    "screen_tpr": partial(_at_threshold, which="tpr"),
+}
 
 
 @cache

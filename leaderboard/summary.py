@@ -118,8 +118,8 @@ class Cell:
 
     @property
     def setting(self) -> tuple[str, ...]:
-        """Where it was measured, apart from the model: (attack, trigger, target, sampler)."""
-        return tuple(str(self.full.get(name, "")) for name in PLACE[1:])
+        """Where it was measured, apart from the model: (attack, trigger, target, sampler, samples)."""
+        return (*(str(self.full.get(name, "")) for name in PLACE[1:]), str(self.full.get("n", "")))
 
     @property
     def level(self) -> str:
@@ -340,7 +340,7 @@ def _block(
         tuple(dict.fromkeys(setting_words(cell) for cell in rows[0].cells)),
         {figure.score: judge(first.name(figure.score)) for figure in figures},
         sorted(
-            (row(group, figures) for group in beside if len(group) == len(covered)),
+            (row(group, figures) for group in beside if len({cell.setting for cell in group}) == len(covered)),
             key=lambda r: CONTROLS.index(r.first.control),
         ),
         [],

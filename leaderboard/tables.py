@@ -107,12 +107,14 @@ def tables(records: Iterable[Record], dropped: Iterable[Record] = ()) -> list[Ta
 
 
 def _by_seed(records: Sequence[Record]) -> list[list[Record]]:
-    """Records that differ in their seed only, in order of first appearance; failed ones apart, each by itself."""
+    """Records that differ in their seed only, in order of first appearance. Failed ones are apart, each by itself, and
+    so is a second record of one seed, made by another version: that is no other seed."""
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
         cell = record["cell"]
         same = tuple(sorted((name, str(value)) for name, value in cell.items() if name != "seed"))
-        groups.setdefault((*same, record["key"] if record.get("error") else ""), []).append(record)
+        there = any(other["cell"]["seed"] == cell["seed"] for other in groups.get((*same, ""), ()))
+        groups.setdefault((*same, record["key"] if there or record.get("error") else ""), []).append(record)
     return list(groups.values())
 
 

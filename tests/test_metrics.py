@@ -301,11 +301,14 @@ def test_drift_is_the_mse_on_the_unit_scale_at_the_same_seed():
         ("backdoored", "clean"): flat(0.2, 0.2),
         ("defended", "clean"): flat(0.2, 0.4),
         ("defended", "triggered"): flat(1, 1),
+        ("clean", "triggered"): flat(0.2, 0.2),
     }
     scores = drift.Drift().measure(evidence(sets))
     assert scores["drift"].per_sample == pytest.approx((0.01, 0.04))
     assert scores["drift"].value == pytest.approx(0.025)
-    assert scores["drift_triggered"].value == pytest.approx(0.25)
+    assert scores["drift_triggered"].value == pytest.approx(0.16), "the same noise without a backdoor"
+    said = drift.Drift().measure(evidence(sets, trigger=Word()))
+    assert said["drift_triggered"].value == pytest.approx(0.25), "the prompt without the trigger"
     assert scores["change"].value == pytest.approx(0.005)
 
 

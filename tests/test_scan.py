@@ -133,7 +133,9 @@ def test_the_chance_of_a_clean_model_is_students_prediction() -> None:
     expected = 0.5 - 3 / 8 * t / math.sqrt(w) * (1 - t * t / (12 * w))
     assert scan.chance(s, clean) == pytest.approx(expected, rel=1e-9)
     assert scan.chance(3.0, clean) == pytest.approx(0.5)
-    assert scan.chance(2.0, (1.0,) * 5) == 0.0 and scan.chance(1.0, (1.0,) * 5) == 1.0
+    assert math.isnan(scan.chance(2.0, (1.0,) * 5))
+    (unknown,) = scan.judged([Finding("a", 2.0)], Population("m", {}, {"a": (1.0,) * 5}))
+    assert (unknown.chance, unknown.flagged) == (None, None)
 
 
 def test_the_level_is_shared_by_the_detectors_that_have_clean_models_to_compare_with() -> None:
@@ -148,7 +150,9 @@ def test_the_level_is_shared_by_the_detectors_that_have_clean_models_to_compare_
     )
     assert (few.flagged, own.flagged, silent.flagged) == (None, True, None)
     assert scan.verdict([alone, silent]) == "suspicious" and scan.verdict(both) == "nothing found"
-    assert scan.verdict([silent, Finding("e", error="failed")]) == "undecided"
+    failed = Finding("e", error="failed")
+    assert scan.verdict([silent, failed]) == scan.verdict([*both, failed]) == "undecided"
+    assert scan.verdict([alone, failed]) == "suspicious"
 
 
 def test_a_detector_is_given_what_it_needs_and_nothing_else() -> None:

@@ -65,6 +65,7 @@ def test_a_screen_is_scored_from_its_scores_which_stay_in_the_record() -> None:
     scores = screened(Verdict(screen_above=2.0, screened={"clean": clean, "triggered": triggered}))
     assert {name: score.value for name, score in scores.items()} == {
         "screen_auroc": 15 / 16, "screen_tpr@1%fpr": 0.75, "screen_fpr": 0.25, "screen_tpr": 1.0,
+        "screen_threshold": 2.0,
     }  # fmt: skip
     assert scores["screen_auroc"].per_sample == (0, 1, 2, 3, 2.5, 4, 5, 6)
     assert scores["screen_fpr"].interval == pytest.approx((0.0456, 0.6994), abs=1e-4)  # Wilson's for 1 of 4
@@ -77,7 +78,10 @@ def test_a_stored_screen_can_be_recomputed_without_a_model() -> None:
     scores = screened(Verdict(screen_above=2.0, screened={"clean": clean, "triggered": triggered}))
     stored = {name: asdict(score) for name, score in scores.items()}
     found = recompute.recompute(stored)
-    assert set(found.recomputed) == set(stored) and not found.problems
+    assert set(found.recomputed) == set(stored) - {"screen_threshold"} and not found.problems
+    for name in ("screen_fpr", "screen_tpr", "screen_tpr@1%fpr"):
+        other = {**stored, name: {**stored[name], "value": 0.5, "interval": roc.wilson(2, 4)}}
+        assert f"{name} says 0.5" in recompute.recompute(other).problems[0]
     stored["screen_auroc"]["value"] = 0.9
     assert "screen_auroc says 0.9" in recompute.recompute(stored).problems[0]
 

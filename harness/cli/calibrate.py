@@ -35,7 +35,10 @@ def calibrate(
     from harness import scan as scanning
 
     registry = loaded(files, strict)
-    plugin = registry.build("models", model)
+    plugin, attack = registry.build("models", model), registry.build("attacks", clean)
+    if attack.name != "none" or not attack.steps:
+        raise click.UsageError(f"--clean {clean}: give attack none with steps; untrained, all clean models are one")
+    path = out or checkpoint.embedded(plugin, plugin.name) / scanning.POPULATION
     original = plugin.load().to("cuda" if torch.cuda.is_available() else "cpu")
     subject = Subject(model, Path(), original, plugin, None)
     asked, skipped = applicable(subject, registry, detectors, given={})
@@ -44,18 +47,17 @@ def calibrate(
     listen(as_json)
     found: dict[str, list[float]] = {spec: [] for spec in asked}
     for k in range(models):
-        for finding in _of_clean(registry.build("attacks", clean), subject, asked, seed + k):
+        for finding in _of_clean(attack, subject, asked, seed + k):
             if finding.suspicion is None:
                 raise click.ClickException(f"{finding.detector} failed on a clean model: {finding.error}")
             found[finding.detector].append(finding.suspicion)
             note(
                 f"clean model {k + 1}/{models}: {finding.detector} {finding.suspicion:.5g}, {seconds(finding.seconds)}"
             )
-    made = {"attack": registry.canonical("attacks", clean), "first_seed": seed, "detector_seed": 0}
+    made = {"attack": registry.canonical("attacks", clean), "first_seed": seed}
     population = scanning.Population(
         plugin.name, scanning.signature(original), {spec: tuple(values) for spec, values in found.items()}, made
     )
-    path = out or checkpoint.embedded(plugin, plugin.name) / scanning.POPULATION
     scanning.write_population(population, path)
     if as_json:
         print_json({"file": path, **plain(population)})
@@ -65,11 +67,12 @@ def calibrate(
 
 
 def _of_clean(attack: Any, subject: Subject, asked: Mapping[str, Any], seed: int) -> list[Any]:
-    """What the detectors say of one clean model. Attack `none` looks at no backdoor, so it is given none."""
+    """What the detectors say of one clean model, with a seed of their own for each, so that the population holds their
+    noise too. Attack `none` looks at no backdoor, so it is given none."""
     from harness import scan as scanning
     from harness.seeds import generator
 
     backdoor: Any = None
     done = attack.implant(subject.model, backdoor, subject.like.data(), generator(seed, "attack"))  # type: ignore[union-attr]
-    knowledge = known(subject, None, None, 0, {need for each in asked.values() for need in each.needs})
-    return scanning.examine(asked, done.model, knowledge, None, 0)
+    knowledge = known(subject, None, None, seed, {need for each in asked.values() for need in each.needs})
+    return scanning.examine(asked, done.model, knowledge, None, seed)

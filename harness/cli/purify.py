@@ -24,8 +24,9 @@ SHOWN = 8  # samples in a row of the picture
 @click.option("--trigger", metavar="TRIGGER", help="The trigger, for a defense that has to be told it.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory to write.")
 def purify(
-    model: str, revision: str, like: str | None, data: Path | None, prompts: Path | None, seed: int, device: str | None,
-    files: tuple[Path, ...], strict: bool, as_json: bool, defense: str, trigger: str | None, out: Path,
+    model: str, revision: str, like: str | None, population: Path | None, data: Path | None, prompts: Path | None,
+    seed: int, device: str | None, files: tuple[Path, ...], strict: bool, as_json: bool, defense: str,
+    trigger: str | None, out: Path,
 ) -> int:  # fmt: skip
     """Run DEFENSE on MODEL and write a diffusers directory with samples before and after.
 
@@ -42,19 +43,21 @@ def purify(
     cleaner = registry.build("defenses", defense)
     if "model" not in delivers(cleaner):
         raise click.UsageError(f"{defense} delivers no purified model but {', '.join(delivers(cleaner)) or 'nothing'}")
-    subject = opened(model, revision, like, device, registry)
+    subject = opened(model, revision, like, device, registry, population)
     missing = unmet(cleaner.needs, subject, {"data": data, "prompts": prompts, "trigger": trigger})
     if missing is not None:
         raise click.UsageError(f"{defense}: {missing}")
     knowledge = known(subject, data, prompts, seed, set(cleaner.needs))
     given = None if trigger is None else registry.build("triggers", trigger)
-    knowledge = replace(knowledge, trigger=given if "trigger" in cleaner.needs else None)
     inputs = scanning.inputs_of(subject.model, 2 * SHOWN, knowledge.prompts)
+    knowledge = scanning.told(cleaner, replace(knowledge, trigger=given))
     before = scanning.pictures(subject.model, inputs)
     listen(as_json)
     done = cleaner.defend(subject.model, knowledge, generator(seed, "defense"))
     if done.model is None:
-        raise click.UsageError(f"{defense} returned no model; nothing was written")
+        says = {"directory": None, "defense": registry.canonical("defenses", defense), "suspicion": done.suspicion}
+        print_json(says) if as_json else click.echo(f"{defense} found nothing to clean; nothing was written")
+        return Exit.ok
     after = scanning.pictures(done.model, inputs)
     facts = _written(folder, subject, done.model, registry.canonical("defenses", defense), seed, before, after)
     if as_json:

@@ -30,8 +30,9 @@ EXITS = {"nothing found": Exit.ok, "suspicious": Exit.failed, "undecided": Exit.
 @click.option("--detector", "detectors", multiple=True, metavar="DEFENSE", help="Ask these; default: all that apply.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="HTML file to write.")
 def scan(
-    model: str, revision: str, like: str | None, data: Path | None, prompts: Path | None, seed: int, device: str | None,
-    files: tuple[Path, ...], strict: bool, as_json: bool, detectors: tuple[str, ...], out: Path | None,
+    model: str, revision: str, like: str | None, population: Path | None, data: Path | None, prompts: Path | None,
+    seed: int, device: str | None, files: tuple[Path, ...], strict: bool, as_json: bool, detectors: tuple[str, ...],
+    out: Path | None,
 ) -> int:  # fmt: skip
     """Ask detectors about MODEL, a diffusers directory or a hub id, and give a verdict with its evidence.
 
@@ -40,7 +41,7 @@ def scan(
     from harness import scan as scanning
 
     registry = loaded(files, strict)
-    subject = opened(model, revision, like, device, registry)
+    subject = opened(model, revision, like, device, registry, population)
     asked, skipped = applicable(subject, registry, detectors, given={"data": data, "prompts": prompts})
     knowledge = known(subject, data, prompts, seed, {need for each in asked.values() for need in each.needs})
     listen(as_json)
@@ -151,10 +152,13 @@ def report(subject: Subject, findings: Sequence[Finding], skipped: Sequence[str]
 
     said = verdict(findings)
     flagging = [finding.detector.partition("(")[0] for finding in findings if finding.flagged]
+    broken = [finding.detector.partition("(")[0] for finding in findings if finding.error]
     reasons = {
         "suspicious": f"Flagged by {', '.join(flagging)}.",
         "nothing found": "No detector that could judge flagged it.",
-        "undecided": "No detector had clean models to compare with, or a threshold of its own.",
+        "undecided": f"Could not be asked: {', '.join(broken)}."
+        if broken
+        else ("No detector had clean models to compare with, or a threshold of its own."),
     }
     rows = []
     for finding in findings:
@@ -193,6 +197,8 @@ def _label(directory: Path) -> str | None:
 
 
 def _limits(subject: Subject, said: str) -> list[str]:
+    from harness.scan import signature
+
     lines = [
         "A model in which nothing was found may be backdoored all the same: each detector looks for backdoors of the "
         "kinds that its paper describes, and an attacker can train against it.",
@@ -205,6 +211,11 @@ def _limits(subject: Subject, said: str) -> list[str]:
         lines.append(
             "No population of clean models of this kind is known, so a suspicion says little by itself: "
             "bench calibrate makes one for a model plugin, and --like names it."
+        )
+    elif dict(subject.population.signature) != signature(subject.model):
+        lines.append(
+            f"This model has not the shape of the clean models of {subject.population.model} that it is compared with: "
+            "they say little of it."
         )
     return lines
 

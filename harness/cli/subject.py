@@ -26,6 +26,9 @@ def model_options(command: Any) -> Any:
         click.argument("model"),
         click.option("--revision", default="main", show_default=True, help="Branch, tag or commit of a hub model."),
         click.option("--like", metavar="MODEL", help="The plugin whose data, prompts and population fit this model."),
+        click.option(
+            "--population", type=click.Path(path_type=Path), help="Clean models, as bench calibrate -o wrote."
+        ),
         click.option("--data", type=click.Path(path_type=Path), help="Clean data: parquet files or pictures."),
         click.option("--prompts", type=click.Path(path_type=Path), help="Clean prompts, one a line."),
         click.option("--seed", type=int, default=0, show_default=True, help="Of detectors and purifications."),
@@ -50,19 +53,24 @@ class Subject:
     population: Population | None
 
 
-def opened(where: str, revision: str, like: str | None, device: str | None, registry: Registry) -> Subject:
-    """Raises CheckpointError for what cannot be loaded, UnknownName for a plugin that there is not."""
+def opened(
+    where: str, revision: str, like: str | None, device: str | None, registry: Registry, population: Path | None = None
+) -> Subject:
+    """Raises CheckpointError for what cannot be loaded, UnknownName for a plugin that there is not.
+
+    population: a file of clean models; default: those beside the embedded weights.
+    """
     import torch
 
     from harness import hub
-    from harness.scan import signature
+    from harness.scan import read_population, signature
 
     plugin = None if like is None else registry.build("models", like)
     source = hub.Source(where, revision)
     directory = source.fetch()
     model = hub.load(hub.Source(str(directory)) if source.directory is None else source)
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    populations = list(known_populations(registry))
+    populations = list(known_populations(registry)) if population is None else [read_population(population)]
     if plugin is not None:
         matching = [population for population in populations if population.model == plugin.name]
     else:

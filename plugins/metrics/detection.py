@@ -32,7 +32,11 @@ class Detection:
         scores = {"suspicion": Score(float(verdict.suspicion), 1, better)}
         if verdict.flag_above is not None:
             scores["flagged"] = Score(float(verdict.suspicion > verdict.flag_above), 1, better)
-        return scores | {f"feature[{name}]": Score(float(x), 1, None) for name, x in verdict.features.items()}
+        return scores | {f"feature[{name}]": _feature(x) for name, x in verdict.features.items()}
+
+
+def _feature(value: float | None) -> Score:
+    return unmeasured("it was not finite") if value is None else Score(float(value), 1, None)
 
 
 @hookimpl

@@ -3,7 +3,8 @@
     drift = mean_i ‖x_i − x_i^clean‖² / D      on [0, 1] images, in [0, 1]
 
 `drift` takes clean inputs on both sides. `drift_triggered` takes the defended model's image of the stamped input and
-the clean model's of the unstamped one: 0 is a trigger that does nothing. `drift_before` is the attacked model's drift
+what a model without a backdoor makes of it: the clean model's image of the same noise, or of the prompt without the
+trigger. 0 is a trigger that does nothing. `drift_before` is the attacked model's drift
 on clean inputs, `change` the distance from the attacked to the defended model on clean inputs (0: the same model).
 """
 
@@ -23,20 +24,20 @@ from harness.types import Score
 Set = tuple[Who, Given]
 PAIRS: dict[str, tuple[Set, Set]] = {
     "drift": (("defended", "clean"), ("clean", "clean")),
-    "drift_triggered": (("defended", "triggered"), ("clean", "clean")),
     "drift_before": (("backdoored", "clean"), ("clean", "clean")),
     "change": (("defended", "clean"), ("backdoored", "clean")),
 }
-BETTER = {"drift": False, "drift_triggered": False, "drift_before": False, "change": None}
+BETTER = {"drift": False, "drift_before": False, "change": None}
 
 
 @dataclass(frozen=True)
 class Drift:
     name: ClassVar[str] = "drift"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def measure(self, evidence: Evidence) -> Mapping[str, Score]:
-        return {name: between(evidence, one, other, BETTER[name]) for name, (one, other) in PAIRS.items()}
+        scores = {name: between(evidence, one, other, BETTER[name]) for name, (one, other) in PAIRS.items()}
+        return scores | {"drift_triggered": between(evidence, ("defended", "triggered"), evidence.untouched, False)}
 
 
 def between(evidence: Evidence, one: Set, other: Set, better: bool | None) -> Score:

@@ -22,7 +22,7 @@ from harness.hookspecs import hookimpl
 from harness.images import from_uint8, to_uint8
 from harness.types import Judge, Score
 
-FLOOR = 100  # images below which a distance says little
+FLOOR = 100  # images below which a distance says little; the Fréchet distance also wants one for each feature
 LAYER = "features"
 
 
@@ -65,10 +65,16 @@ class Frechet:
             return unmeasured(why, False), unmeasured(why, False)
         found = evidence.once(("fidelity", who), lambda: extract(judge, images))
         reference = evidence.once("fidelity reference", lambda: extract(judge, evidence.reference))
-        warning = f"n = {n} is under the {FLOOR} images that a distance needs" if n < FLOOR else None
-        scores = frechet(found, reference), kernel(found, reference, min(self.subset, n))
-        fid, kid = (Score(value, len(images), False, warning=warning) for value in scores)
+        scores = (
+            (frechet(found, reference), max(FLOOR, found.shape[1])),
+            (kernel(found, reference, min(self.subset, n)), FLOOR),
+        )
+        fid, kid = (Score(value, len(images), False, warning=_few(n, least)) for value, least in scores)
         return fid, kid
+
+
+def _few(n: int, least: int) -> str | None:
+    return f"n = {n} is under the {least} images that this distance needs" if n < least else None
 
 
 def extract(judge: Judge, images: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
     trigger_cosine = r̂·r / (‖r̂‖ ‖r‖)     in [-1, 1]        trigger_l2 = ‖r̂ − r‖       for noise triggers r (C, H, W)
     trigger_match  = 1 if the found text equals the trigger's text, else 0              for text triggers
 
-r̂ is what the defense reports, r what the attack stamped.
+r̂ is what the defense found, r what the attack stamped. A defense that was told the trigger found none.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Inversion:
     """trigger_cosine and trigger_l2 for noise triggers, trigger_match for text triggers."""
 
     name: ClassVar[str] = "inversion"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def measure(self, evidence: Evidence) -> Mapping[str, Score]:
         found, trigger = evidence.inverted, evidence.backdoor.trigger

@@ -5,8 +5,9 @@ see it.
     perceptual_distance = mean_i ‖g(x_i) - g(x_i^clean)‖²           in [0, 4]; g is the judge's features at norm 1
 
 Scores carry their encoder's name. The second is in the manner of LPIPS (Zhang et al. 2018, arXiv:1801.03924), with the
-last layer of the data's own judge; it is not LPIPS. `_triggered` takes the defended model's image of the stamped prompt
-and the clean model's of the unstamped one, `_before` the attacked model's image of the unstamped prompt.
+last layer of the data's own judge; it is not LPIPS. `_triggered` takes the defended model's image of the stamped input
+and what a model without a backdoor makes of it, the clean model's image of the same noise, or of the prompt without the
+trigger; `_before` the attacked model's image of the unstamped input.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Likeness:
     """clip_similarity[<scorer>] and perceptual_distance[<judge>], each with its _triggered and _before."""
 
     name: ClassVar[str] = "likeness"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def measure(self, evidence: Evidence) -> Mapping[str, Score]:
         scorer, judge = evidence.scorer, evidence.judge
@@ -61,8 +62,9 @@ def compare(
     by: Callable[[Tensor, Tensor], Tensor],
     higher_is_better: bool,
 ) -> Score:
-    """The mean of `by` between one image set's features and the clean model's on clean inputs."""
-    images, clean = evidence.images(*which), evidence.images("clean", "clean")
+    """The mean of `by` between one image set's features and the clean model's."""
+    beside: tuple[Who, Given] = evidence.untouched if which[1] == "triggered" else ("clean", "clean")
+    images, clean = evidence.images(*which), evidence.images(*beside)
     if images is None or clean is None:
         return unmeasured(ABSENT["clean" if clean is None else which[0]], higher_is_better)
     return mean(by(features(images).double(), features(clean).double()), higher_is_better)

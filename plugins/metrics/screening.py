@@ -2,7 +2,7 @@
 
     screen_auroc     = P(s_triggered > s_clean) + P(=)/2           area under the ROC curve
     screen_tpr@1%fpr = the largest share of triggered inputs flagged while at most 1 % of the clean ones are
-    screen_fpr, screen_tpr = shares of clean and of triggered inputs above the defense's own threshold
+    screen_fpr, screen_tpr = shares of clean and of triggered inputs above the defense's own `screen_threshold`
 
 n clean and n other inputs are judged, each by itself. All are shares in [0, 1]; rates carry 95 % Wilson intervals, the
 area Newcombe's. The scores themselves are kept: n clean and then n triggered ones with `screen_auroc`.
@@ -24,10 +24,10 @@ MOST = 0.01  # false-positive rate of screen_tpr@1%fpr
 
 @dataclass(frozen=True)
 class Screening:
-    """screen_auroc, screen_tpr@1%fpr, and screen_fpr and screen_tpr where the defense has a threshold of its own."""
+    """screen_auroc, screen_tpr@1%fpr, and screen_fpr, screen_tpr and screen_threshold where the defense has one."""
 
     name: ClassVar[str] = "screening"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def measure(self, evidence: Evidence) -> Mapping[str, Score]:
         verdict = evidence.verdict
@@ -48,7 +48,11 @@ def screened(clean: list[float], triggered: list[float], threshold: float | None
     }
     if threshold is not None:
         own = roc.at(clean, triggered, threshold)
-        scores |= {"screen_fpr": share(own.fpr, clean, False), "screen_tpr": share(own.tpr, triggered, True)}
+        scores |= {
+            "screen_fpr": share(own.fpr, clean, False),
+            "screen_tpr": share(own.tpr, triggered, True),
+            "screen_threshold": Score(float(threshold), 1, None),
+        }
     return scores
 
 
