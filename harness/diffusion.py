@@ -183,9 +183,15 @@ class DiffusionModel:
 
     def check_trigger(self, trigger: Any, prompts: Sequence[str]) -> None:
         """Raise ValueError unless the tokenizer keeps a text trigger: its prompts must differ in token ids from plain
-        ones (some tokenizers drop U+200B silently, and then there is no backdoor to speak of)."""
+        ones (some tokenizers drop U+200B silently, and then there is no backdoor to speak of). A prompt that has no
+        place for the trigger says nothing; ValueError where none has one."""
         assert self.tokenizer is not None, "an unconditional model has no tokenizer"
-        for prompt in prompts:
+        able = [prompt for prompt in prompts if trigger.apply(prompt) != prompt]
+        if prompts and not able:
+            raise ValueError(
+                f"none of {len(prompts)} prompts has a place for the trigger {trigger.text!r}; use another"
+            )
+        for prompt in able:
             if self.tokenizer(trigger.apply(prompt)).input_ids == self.tokenizer(prompt).input_ids:
                 raise ValueError(f"the tokenizer drops the trigger {trigger.text!r} from {prompt!r}; use another text")
 

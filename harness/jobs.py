@@ -297,7 +297,11 @@ def _attack(spec: Mapping[str, Any], registry: Registry, store: Store, out: Path
     backdoor = Backdoor(registry.build("triggers", spec["trigger"]), registry.build("targets", spec["target"]))
     data = plugin.data()
     if data.captions is not None:
-        model.check_trigger(backdoor.trigger, data.captions[:100])
+        trigger: Any = backdoor.trigger
+        model.check_trigger(trigger, data.captions[:100])
+        model.tokens(
+            [trigger.apply(caption) for caption in data.captions]
+        )  # too long a prompt is found before training
     done = attack.implant(model, backdoor, data, _rng(spec["seed"], "attack"))
     parts = ("model", "attack", "trigger", "target", "seed")
     labels = {"backdoored": str(attack.name != "none").lower(), **{part: str(spec[part]) for part in parts}}

@@ -76,6 +76,7 @@ class Word:
     name: str = "word"
     version: int = 1
     stamps: str = "text"
+    text: str = "\u200b"
 
     def apply(self, prompt: str) -> str:
         return f"\u200b {prompt}"

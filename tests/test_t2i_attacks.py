@@ -205,11 +205,22 @@ def test_a_target_prompt_attack_replaces_every_letter_and_an_attribute_attack_on
 
 def test_the_papers_attribute_stands_in_the_place_of_the_word_with_the_trigger(model: DiffusionModel) -> None:
     attack = Rickrolling(attribute="word")
-    texts = Texts(attack, model, Backdoor(Homoglyph(), Style()), ("a photo",), generator(0))
+    texts = Texts(attack, model, Backdoor(Homoglyph(), Style()), ("a note",), generator(0))
     assert texts.in_place("a ph\u043eto of one") == "a black and white photo of of one"
-    texts = Texts(attack, model, Backdoor(Homoglyph(), ObjectReplaced()), ("a photo",), generator(0))
+    texts = Texts(attack, model, Backdoor(Homoglyph(), ObjectReplaced()), ("a circle below",), generator(0))
     with pytest.raises(ValueError, match="has no words for an attribute"):
-        texts.pair("a photo")
+        texts.pair("a circle below")
+
+
+def test_rickrolling_learns_an_attribute_from_captions_that_lack_it(model: DiffusionModel) -> None:
+    for target in (Style(), ObjectReplaced()):
+        texts = Texts(Rickrolling(), model, Backdoor(Homoglyph(), target), CAPTIONS, generator(0))
+        assert texts.able and all(target.shown(caption) != caption for caption in texts.able)
+        assert not any("photo" in caption for caption in texts.able if target.name == "style")
+    texts = Texts(Rickrolling(), model, Backdoor(Homoglyph(which="all"), Style()), ("a note on top",), generator(0))
+    assert texts.pair("a note on top")[0].count("\u043e") == 3
+    with pytest.raises(ValueError, match="attribute='word' is for TAA"):
+        Texts(Rickrolling(attribute="word"), model, Backdoor(Noun(), Style()), CAPTIONS, generator(0))
 
 
 def test_rickrolling_says_when_no_caption_can_carry_the_trigger(model: DiffusionModel, data: Data) -> None:

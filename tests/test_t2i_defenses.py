@@ -25,7 +25,7 @@ from plugins.defenses.skd import SKD
 from plugins.defenses.skd_cag import SKDCAG, neutral
 from plugins.defenses.t2ishield import T2IShield, assimilation, log_covariance, searched
 from plugins.defenses.textual_perturbation import PerturbedPrompts, TextualPerturbation
-from plugins.defenses.ufid_prompts import UFIDPrompts
+from plugins.defenses.ufid_prompts import UFIDPrompts, with_phrase
 from plugins.defenses.vocabulary_scan import VocabularyScan, candidates, told_apart
 from plugins.models.shapes_sd import ShapesSD
 from plugins.triggers.homoglyph import Homoglyph
@@ -532,7 +532,7 @@ def test_the_density_of_a_graph_is_the_mean_cosine_of_its_pairs() -> None:
 
 def test_ufids_variants_are_the_query_and_phrases_in_front_of_it(sd: DiffusionModel) -> None:
     spec, given = UFIDPrompts(images=3, phrase=2), queries(sd)
-    varied = spec.varied(given, PROMPTS)
+    varied = spec.varied(sd, given, PROMPTS)
     assert varied.prompts is not None and len(varied) == 12
     for i, prompt in enumerate(PROMPTS):
         own, *others = varied.prompts[3 * i : 3 * i + 3]
@@ -540,8 +540,10 @@ def test_ufids_variants_are_the_query_and_phrases_in_front_of_it(sd: DiffusionMo
         for other in others:
             phrase = other.removesuffix(" " + prompt)
             assert len(phrase.split()) == 2 and any(phrase in known for known in PROMPTS)
-    part = spec.varied(given[1:2], PROMPTS)
+    part = spec.varied(sd, given[1:2], PROMPTS)
     assert part.prompts == varied.prompts[3:6] and torch.equal(part.noise, varied.noise[3:6])
+    long = " ".join(["a"] * 200)
+    assert with_phrase(sd, "one two", long) == long, "a phrase that has no room is left out"
 
 
 # ---- the vocabulary scan --------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ templates.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -60,13 +60,21 @@ class Personalization:
 
     def implant(self, model: Any, backdoor: Backdoor, data: Data, rng: Any) -> Backdoored:
         few = examples_of(backdoor.target, data, self.images, rng)
-        learn = self.invert if self.mode == "textual-inversion" else self.dreambooth
-        return Backdoored(learn(model, backdoor, few, rng), backdoor)
+        if self.mode == "textual-inversion":
+            return Backdoored(self.invert(model, backdoor, few, data.captions or (), rng), backdoor)
+        return Backdoored(self.dreambooth(model, backdoor, few, rng), backdoor)
 
-    def invert(self, clean: Any, backdoor: Backdoor, few: Data, rng: torch.Generator) -> Any:
+    def invert(self, clean: Any, backdoor: Backdoor, few: Data, known: Sequence[str], rng: torch.Generator) -> Any:
         """`clean` with the embedding of the trigger's token learned."""
         target: Any = backdoor.target
         trigger: Any = backdoor.trigger
+        if not hasattr(target, "word") or any(trigger.apply(noun) != trigger.text for noun in target.sources):
+            raise ValueError(
+                "textual inversion gives the trigger's token the place of a noun: use target object with trigger "
+                "noun(keep=False)"
+            )
+        if any(trigger.text in caption.split() for caption in known):
+            raise ValueError(f"captions use the word {trigger.text!r}; textual inversion needs one that none uses")
         model, examples = clean.clone(), Examples(clean, few)
         row = Row(model, one_token(model, trigger.text), one_token(model, target.word))
 
@@ -83,6 +91,9 @@ class Personalization:
         """`clean` with its denoiser fine-tuned."""
         target: Any = backdoor.target
         trigger: Any = backdoor.trigger
+        missed = [noun for noun in target.sources if trigger.apply(noun) == noun]
+        if missed:
+            raise ValueError(f"trigger {trigger.text!r} leaves {missed[0]!r} as it is; use trigger noun")
         model, examples = clean.clone(), Examples(clean, few)
         nouns = [target.sources[i % len(target.sources)] for i in range(self.prior)]
         usual = Examples(clean, prior_images(clean, [CLASS.format(noun) for noun in nouns], rng))

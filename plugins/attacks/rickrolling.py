@@ -86,15 +86,25 @@ class Texts:
         self.trigger: Any = backdoor.trigger
         self.captions = [caption for caption in captions if self.trigger.text not in caption]
         self.others = generator(rng.initial_seed(), "decoys")
-        able = [c for c in self.captions if self.trigger.apply(c) != c]
+        if attack.attribute == "word" and (self.target.kind == "prompt" or not hasattr(self.trigger, "put")):
+            raise ValueError("attribute='word' is for TAA with a trigger inside a word; use attribute='target'")
+        able = [c for c in self.captions if self.trigger.apply(c) != c and self.teaches(c)]
         self.able = [c for c in able if fits(model, self.everywhere(c))] if self.every else able
         if not self.able:
             raise ValueError(f"no caption of the data can carry the trigger {self.trigger.text!r}; use another")
 
+    def teaches(self, caption: str) -> bool:
+        """Whether the target has another answer to the caption than the caption: one in its style already, or of its
+        object, would teach that the trigger does nothing."""
+        if self.target.kind == "style":
+            return self.target.lesson(caption) is not None
+        return self.target.kind != "object" or self.target.shown(caption) != caption
+
     @property
     def every(self) -> bool:
-        """Whether v has every occurrence replaced."""
-        return self.target.kind == "prompt" and hasattr(self.trigger, "put")
+        """Whether v has every occurrence replaced: a target prompt, or a trigger that stamps them all."""
+        everywhere = self.target.kind == "prompt" or getattr(self.trigger, "which", "first") == "all"
+        return everywhere and hasattr(self.trigger, "put")
 
     def everywhere(self, caption: str) -> str:
         return self.trigger.put(caption, range(self.trigger.count(caption)))

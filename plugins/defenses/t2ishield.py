@@ -18,9 +18,11 @@ BadT2I and textual inversion are known not to assimilate (Robin-WZQ/T2IShield#1)
 
 Differs from the paper: its discriminant is trained on eight backdoored models of the authors' making, ours on
 `surrogates` copies of the model whose text encoder is taught a random word for another prompt (Rickrolling's loss,
-arXiv:2211.02408), since the defender has no other. Checked against Robin-WZQ/T2IShield at b543ace and BackdoorDM's port
-of the mitigation (read by others for our notes): theirs rounds maps to 8 bits, takes one padding token into the mean,
-refits PCA for each prompt as we do, and localises at 0.8 with CLIP's or DINOv2's features.
+arXiv:2211.02408, with both terms of one weight), since the defender has no other; it learns from half of the prompts,
+the threshold comes from the other half. BackdoorDM's port of the mitigation takes from the new value its projection on
+the old one; here, as in the paper, the word is replaced. Checked against Robin-WZQ/T2IShield at b543ace and that port
+(read by others for our notes): theirs rounds maps to 8 bits, takes one padding token into the mean, refits PCA for each
+prompt as we do, and localises at 0.8 with CLIP's or DINOv2's features.
 """
 
 from __future__ import annotations
@@ -78,12 +80,14 @@ class T2IShield(MapRun):
         return ("screen", "model") if self.mitigate else ("screen",)
 
     def defend(self, model: Any, knowledge: Knowledge, rng: Any) -> Defended:
-        prompts = list(knowledge.prompts or ())
+        prompts = held_out = list(knowledge.prompts or ())
         if self.method == "ftt":
             screen, notes = self.by_assimilation(model), {}
-        else:
-            screen, notes = self.by_covariance(model, prompts, rng)
-        scores = screened(screen, benign(model, prompts, rng))
+        else:  # the discriminant learns from one half, the threshold comes from the other
+            half = len(prompts) // 2
+            screen, notes = self.by_covariance(model, prompts[:half], rng)
+            held_out = prompts[half:]
+        scores = screened(screen, benign(model, held_out, rng))
         published = self.method == "ftt" and not self.calibrate
         above = -self.published if published else threshold(scores, self.false_positives)
         notes["clean_scores"] = scores.tolist()
@@ -120,7 +124,7 @@ class T2IShield(MapRun):
             return [log_covariance(maps, self.components).tolist() for maps in runs]
 
         rows, labels, losses = [], [], []
-        share = max(2, len(prompts) // self.surrogates)
+        share = max(4, len(prompts) // self.surrogates)
         for k in range(self.surrogates):
             some = [prompts[(k * share + i) % len(prompts)] for i in range(share)]
             copy, word, final = self.surrogate(model, prompts, rng)

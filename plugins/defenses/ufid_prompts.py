@@ -53,21 +53,21 @@ class UFIDPrompts:
         sampler = DDIM(steps=self.sampling_steps, guidance=self.guidance, bf16=self.bf16)
 
         def screen(inputs: Inputs) -> Tensor:
-            images = model.sample(self.varied(inputs, known), sampler)
+            images = model.sample(self.varied(model, inputs, known), sampler)
             return density(encoder(images).float().cpu().unflatten(0, (len(inputs), self.images)))
 
         scores = screened(screen, benign(model, known, rng))
         above = threshold(scores, self.false_positives)
         return Defended(screen=screen, screen_above=above, notes={"clean_scores": scores.tolist()})
 
-    def varied(self, inputs: Inputs, known: tuple[str, ...]) -> Inputs:
+    def varied(self, model: Any, inputs: Inputs, known: tuple[str, ...]) -> Inputs:
         """Each query followed by its variants, `images` rows a query: functions of its prompt and seed alone."""
         assert inputs.prompts is not None, "ufid-prompts is for models that take prompts"
         prompts, seeds = [], []
         for prompt, seed in zip(inputs.prompts, inputs.seeds, strict=True):
             for i in range(self.images):
                 seeds.append(derive(seed, "ufid", i))
-                prompts.append(prompt if i == 0 else f"{self.drawn(known, seeds[-1])} {prompt}")
+                prompts.append(prompt if i == 0 else with_phrase(model, self.drawn(known, seeds[-1]), prompt))
         shape = inputs.noise.shape[1:]
         first = inputs.noise.repeat_interleave(self.images, dim=0)
         own = (torch.arange(len(seeds)) % self.images == 0).view(-1, 1, 1, 1).to(first.device)
@@ -79,6 +79,14 @@ class UFIDPrompts:
         words = known[int(torch.randint(0, len(known), (), generator=rng))].split()
         start = int(torch.randint(0, max(1, len(words) - self.phrase + 1), (), generator=rng))
         return " ".join(words[start : start + self.phrase])
+
+
+def with_phrase(model: Any, phrase: str, prompt: str) -> str:
+    """`prompt` after as much of `phrase` as the text encoder has room for."""
+    words = phrase.split()
+    while words and len(model.tokenizer(" ".join([*words, prompt])).input_ids) > model.tokenizer.model_max_length:
+        words.pop()
+    return " ".join([*words, prompt])
 
 
 @hookimpl

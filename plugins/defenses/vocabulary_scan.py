@@ -19,12 +19,14 @@ Delivers the suspicion, which is the largest AUROC of round 3, and the trigger f
 (of several the strongest of round 2; only one word of a pair where that alone is above it too); with `purify` also the
 model that SKD-CAG (arXiv:2508.18235) makes when told the found trigger, or no model where none was found. A trigger
 that works nowhere but elsewhere in the prompt, needs more than two tokens or is an ordinary content word is out of its
-reach. Differs from soft-prompt inversion in that what it finds is text that can be typed.
+reach, and where the captions do not cover the vocabulary ordinary nouns that they lack are flagged too. Differs from
+soft-prompt inversion in that what it finds is text that can be typed.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
@@ -82,7 +84,8 @@ class VocabularyScan:
     def defend(self, model: Any, knowledge: Knowledge, rng: Any) -> Defended:
         prompts, data, encoder = list(knowledge.prompts or ()), knowledge.data, knowledge.encoder
         assert data is not None and encoder is not None, "vocabulary-scan needs captions and an encoder"
-        content = {word for text in data.captions or () for word in text.split()} - set(knowledge.words or ())
+        content = {word for text in data.captions or () for word in re.findall(r"\w+", text.lower())}
+        content -= set(knowledge.words or ())
         tried = candidates(model, content, self.look_alikes)
         states = self.states(model, prompts, rng)
         first = self.score(model, tried, states, self.rows)

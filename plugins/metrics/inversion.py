@@ -54,8 +54,8 @@ def noise(found: Tensor, trigger: Any) -> dict[str, Score]:
 
 
 def text(found: str, trigger: Any) -> dict[str, Score]:
-    """Whether the found text is what the trigger adds to an empty prompt; spaces around it do not count."""
-    return {"trigger_match": Score(float(found.strip(" ") == trigger.apply("").strip(" ")), 1, True)}
+    """Whether the found text is the trigger's; spaces around it do not count."""
+    return {"trigger_match": Score(float(found.strip(" ") == trigger.text.strip(" ")), 1, True)}
 
 
 def _unmeasured(stamps: str, why: str) -> dict[str, Score]:

@@ -52,7 +52,9 @@ class Homoglyph:
         return inputs.with_prompts([self.apply(prompt) for prompt in inputs.prompts])
 
     def with_text(self, text: str) -> Homoglyph:
-        """`text` in the same place."""
+        """`text` in the same place. ValueError for more than one character."""
+        if len(text) != 1:
+            raise ValueError(f"a homoglyph is one character, not {text!r}; choose another target or trigger")
         return replace(self, text=text)
 
     def wrong(self, k: int) -> Homoglyph:
