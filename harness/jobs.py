@@ -609,6 +609,7 @@ def _record(
             "delivers": list(planned.delivers),
             "nfe": _nfe(planned, plan, store),
             "sampled": _sampled(planned, plan, store),
+            "accelerators": _accelerators(planned, store),
             "unchanged": result.ok and defended is not None and _unchanged(planned, plan, store),
         },
         "sheet": sheet,
@@ -629,6 +630,12 @@ def _nfe(planned: PlannedCell, plan: Plan, store: Store) -> int | None:
         if plan.jobs[key].kind == "sample" and store.has(key):
             return store.manifest(key)["facts"]["nfe"]
     return None
+
+
+def _accelerators(planned: PlannedCell, store: Store) -> list[str]:
+    """Names of the GPUs that the cell's jobs computed on; none where all ran on a CPU."""
+    keys = [key for key in planned.behind if store.has(key)]
+    return sorted({name for key in keys if (name := store.manifest(key)["facts"].get("accelerator"))})
 
 
 def _sampled(planned: PlannedCell, plan: Plan, store: Store) -> dict[str, Any]:

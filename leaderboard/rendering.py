@@ -93,12 +93,13 @@ def provenance(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     """What a reader needs of a record's provenance."""
     found = found or {}
     versions = ", ".join(f"{name} {version}" for name, version in sorted((found.get("versions") or {}).items()))
+    machine = ("processor", "machine", "platform")
     state = {"True": " with uncommitted changes", "False": ""}.get(
         str(found.get("dirty")), " (unknown whether changed)"
     )
     return [
         ("commit", f"{found.get('commit') or 'unknown'}{state}"),
-        ("machine", ", ".join(str(found[k]) for k in ("processor", "machine", "platform") if found.get(k))),
+        ("machine", ", ".join([*(str(found[k]) for k in machine if found.get(k)), *(found.get("accelerators") or ())])),
         ("versions", versions),
         ("network evaluations", str(found.get("nfe") or "unknown")),
     ]

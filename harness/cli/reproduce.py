@@ -101,7 +101,7 @@ def publish(
         raise click.ClickException(f"the row could not be run again: {new['error']}")
     lines = compared(record["scores"], new["scores"])
     within = all(line.within for line in lines)
-    kept = ("commit", "dirty", "processor", "platform", "versions")
+    kept = ("commit", "dirty", "processor", "accelerators", "platform", "versions")
     attestation = {
         "key": record["key"],
         "within": within,

@@ -96,7 +96,7 @@ def _run(request: dict[str, Any], store: Store, started: float) -> None:
 
     def fill(out: Path) -> dict[str, Any]:
         facts = dict(execute(job["spec"], store, out))
-        return facts | {"cost": _cost(started)}
+        return facts | {"cost": _cost(started), "accelerator": _accelerator()}
 
     store.publish(job["key"], fill, {"kind": job["kind"], "label": job["label"]})
 
@@ -139,6 +139,12 @@ def _with_gpu_memory(sink: events.Sink) -> events.Sink:
         sink(event)
 
     return told
+
+
+def _accelerator() -> str | None:
+    """Name of the GPU that this process computed on, None on a CPU."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.get_device_name() if torch is not None and torch.cuda.is_initialized() else None
 
 
 def _cost(started: float) -> dict[str, Any]:
