@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 
 from leaderboard import report, summary
 from leaderboard.summary import Cell, Figure, Row
-from leaderboard.tables import Number, bare
+from leaderboard.tables import bare, ends
 
 ASSETS = Path(__file__).parent / "assets"
 SAFE_NAME = re.compile(r"[A-Za-z0-9][\w-]{0,60}")
@@ -47,7 +47,8 @@ def environment() -> Environment:
         lstrip_blocks=True, finalize=_visible, keep_trailing_newline=True,
     )  # fmt: skip
     made.filters |= {
-        "shown": shown, "ends": ends, "bare": bare, "inside": inside, "slug": slug, "whisker": whisker, "nfe": nfe,
+        "shown": shown, "ends": lambda number, figure: ends(number, figure.percent), "bare": bare, "inside": inside,
+        "slug": slug, "whisker": whisker, "nfe": nfe,
         "fixed": lambda x: "" if x is None else f"{x:.1f}", "inside_square": summary.judge,
         "megabytes": lambda x: "" if x is None else f"{x / 1e6:.0f}", "provenance": provenance,
     }  # fmt: skip
@@ -63,14 +64,6 @@ def shown(value: float | None, figure: Figure) -> str:
     if value is None or math.isnan(value):
         return "n/a"
     return f"{value * (100 if figure.percent else 1):.{figure.digits}f}"
-
-
-def ends(number: Number, figure: Figure) -> tuple[float, ...]:
-    """The interval's ends, () for none; those of a share within 0 and 1, where the interval of a mean may not be."""
-    if number.low is None or number.high is None:
-        return ()
-    pair = (number.low, number.high)
-    return tuple(min(1.0, max(0.0, end)) for end in pair) if figure.percent else pair
 
 
 def inside(spec: str) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from leaderboard import population, results
-from leaderboard.tables import COLUMNS, Column, Number, Record, Row, Table, tables
+from leaderboard.tables import COLUMNS, Column, Number, Record, Row, Table, ends, tables
 
 LEGEND = (
     "Places (#) go by ASR to a tenth, then by drift; T-places are defenses that were told the trigger. Controls, "
@@ -208,10 +208,8 @@ def _number(number: Number, column: Column, notes: Notes) -> str:
         return f"n/a ({notes.mark(f'n/a: {number.warning}')})"
     scale = 100 if column.percent else 1
     value = f"{number.value * scale:.{column.digits}f}"
-    if not column.interval or number.low is None or number.high is None:
-        return value
-    low, high = (f"{bound * scale:.{column.digits}f}" for bound in (number.low, number.high))
-    return f"{value} ({low}–{high})"
+    said = [f"{end * scale:.{column.digits}f}" for end in ends(number, column.percent)]
+    return f"{value} ({'–'.join(said)})" if column.interval and said else value
 
 
 def _wide(text: str) -> int:

@@ -20,10 +20,10 @@ from markupsafe import Markup
 
 from leaderboard import pages, population, report, summary
 from leaderboard.drawings import drawings, population_drawings
-from leaderboard.rendering import asset, ends, environment, inside, png_size, policy, script_json, shown
+from leaderboard.rendering import asset, environment, inside, png_size, policy, script_json, shown
 from leaderboard.results import Results, write_text
 from leaderboard.summary import TASK_WORDS, TASKS, TRACK_WORDS, TRACKS, Block, Cell, Figure, Row
-from leaderboard.tables import CONTROLS, Number, bare
+from leaderboard.tables import CONTROLS, Number, bare, ends
 
 TOLD_WORDS = (("any", "Any"), ("blind", "Not told"), ("told", "Told"))
 READING = {
@@ -264,7 +264,7 @@ def _data(cells: Sequence[Cell]) -> str:
 def _packed(number: Number, figure: Figure) -> list[float | None]:
     if math.isnan(number.value):
         return [None]
-    return [_five(number.value), *(_five(end) for end in ends(number, figure))]
+    return [_five(number.value), *(_five(end) for end in ends(number, figure.percent))]
 
 
 def _five(value: float) -> float:
@@ -340,5 +340,5 @@ def _line(row: Row, figures: Sequence[Figure]) -> list[str]:
 
 
 def _with_ends(number: Number, figure: Figure) -> str:
-    around = "–".join(shown(end, figure) for end in ends(number, figure))
+    around = "–".join(shown(end, figure) for end in ends(number, figure.percent))
     return f"{shown(number.value, figure)} ({around})" if around else shown(number.value, figure)

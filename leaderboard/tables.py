@@ -171,6 +171,14 @@ def seed_interval(values: Sequence[float]) -> tuple[float, float] | tuple[None, 
     return float(low), float(high)
 
 
+def ends(number: Number, share: bool) -> tuple[float, ...]:
+    """The interval's ends, () for none; those of a share within 0 and 1, where the interval of a mean may not be."""
+    if number.low is None or number.high is None:
+        return ()
+    pair = (number.low, number.high)
+    return tuple(min(1.0, max(0.0, end)) for end in pair) if share else pair
+
+
 def number(score: Mapping[str, Any] | None) -> float:
     """A score's value as a float; NaN for null or an absent score."""
     value = None if score is None else score.get("value")

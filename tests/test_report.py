@@ -69,7 +69,8 @@ def test_several_seeds_become_one_row_with_mean_and_t_interval():
     asr = row.numbers["asr"]
     assert row.seeds == (0, 1, 2) and asr.value == pytest.approx(0.9)
     assert (asr.low, asr.high) == pytest.approx((0.9 - half, 0.9 + half))
-    assert "3 seeds" in report.terminal(records, width=200)
+    text = report.terminal(records, width=200)
+    assert "3 seeds" in text and "90.0 (65.2–100.0)" in text, "a share has its interval within 0 and 100 %"
 
 
 def test_an_unmeasured_number_is_shown_as_such_with_its_reason_and_never_as_zero():
