@@ -610,6 +610,7 @@ def _record(
             "nfe": _nfe(planned, plan, store),
             "sampled": _sampled(planned, plan, store),
             "accelerators": _accelerators(planned, store),
+            "notes": _notes(plan.jobs[planned.key].spec["defended"], store) if result.ok else {},
             "unchanged": result.ok and defended is not None and _unchanged(planned, plan, store),
         },
         "sheet": sheet,
@@ -630,6 +631,20 @@ def _nfe(planned: PlannedCell, plan: Plan, store: Store) -> int | None:
         if plan.jobs[key].kind == "sample" and store.has(key):
             return store.manifest(key)["facts"]["nfe"]
     return None
+
+
+def _notes(defended: str | None, store: Store) -> dict[str, Any]:
+    """What the defense says of its own work: losses, norms, realised shares, seconds; six digits, curves thinned."""
+    path = None if defended is None else store.open_artifact(defended) / "defended.json"
+    return _thinned(json.loads(path.read_text())["notes"]) if path is not None and path.is_file() else {}
+
+
+def _thinned(value: Any, most: int = 50) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _thinned(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_thinned(inner) for inner in value[:: math.ceil(len(value) / most) or 1]]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _accelerators(planned: PlannedCell, store: Store) -> list[str]:

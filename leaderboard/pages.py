@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from leaderboard import reported, summary
@@ -15,6 +15,8 @@ from leaderboard.tables import arguments, bare
 if TYPE_CHECKING:
     from leaderboard.site import Site
 
+_MOST_NOTES, _LONGEST_NOTE = 8, 200  # of a list of texts or parts; characters
+
 
 def cell_page(site: Site, cell: Cell) -> None:
     sheets = [(s, p) for k, s in zip(cell.keys, cell.seeds, strict=True) if (p := site.sheet(k, "../")) is not None]
@@ -23,7 +25,7 @@ def cell_page(site: Site, cell: Cell) -> None:
     site.page(
         f"cells/{cell.id}.html", "cell.html.jinja", "../", cell=cell, sheets=sheets,
         figures=summary.figures_of(cell.track, task), scores=_scores(cell), unmeasured=_unmeasured(cell),
-        parameters=_parameters(cell), files=files,
+        parameters=_parameters(cell), notes=_notes(cell), files=files,
     )  # fmt: skip
 
 
@@ -44,6 +46,27 @@ def _scores(cell: Cell) -> list[dict[str, Any]]:
 def _unmeasured(cell: Cell) -> list[tuple[str, str]]:
     scores = (cell.records[0].get("scores") or {}) if cell.records else {}
     return sorted((name, str(s.get("warning") or "")) for name, s in scores.items() if s.get("value") is None)
+
+
+def _notes(cell: Cell) -> list[tuple[str, list[str]]]:
+    """What the defense said of its own work: (name, a text a seed)."""
+    found = [dict(_flat((record.get("provenance") or {}).get("notes") or {})) for record in cell.records]
+    names = dict.fromkeys(name for notes in found for name in notes)
+    return [(name, [notes.get(name, "") for notes in found]) for name in sorted(names)]
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """(name.inner, text) of nested notes; a curve is its first and last value."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list) and value and all(isinstance(x, (int, float)) for x in value):
+        yield name, f"{_plainly(value[0])} … {_plainly(value[-1])} ({len(value)} values)"
+    elif isinstance(value, list):
+        for i, inner in enumerate(value[:_MOST_NOTES]):
+            yield from _flat(inner, f"{name}.{i}")
+    else:
+        yield name, _plainly(value) if isinstance(value, (int, float)) else str(value)[:_LONGEST_NOTE]
 
 
 def _plainly(value: float | None) -> str:

@@ -290,7 +290,7 @@ class Clips:
     delivers: ClassVar[tuple] = ("sampler",)
 
     def defend(self, model, knowledge, rng):
-        return Defended(sampler=Clipped())
+        return Defended(sampler=Clipped(), notes={"curve": [i / 3 for i in range(120)], "kept": {"channels": 0.75}})
 
 
 @hookimpl
@@ -320,6 +320,9 @@ def test_trojdiff_runs_under_its_own_sampler_and_under_the_vanilla_one(tmp_path:
     def distances(attack: str, cell_sampler: str, score: str) -> Any:
         return cells[attack, cell_sampler, "none"]["scores"][score]["per_sample"]
 
+    notes = cells["trojdiff", "ddim", "clips"]["provenance"]["notes"]
+    assert notes == {"curve": [float(f"{i / 3:.6g}") for i in range(0, 120, 3)], "kept": {"channels": 0.75}}
+    assert cells["trojdiff", "ddim", "none"]["provenance"]["notes"] == {}
     for attack in ("none", "trojdiff"):
         for images in ("backdoored/triggered", "backdoored/wrong", "defended/triggered"):
             assert sampler(attack, "trojan-ddim", images) == ("trojan-ddim", 2)

@@ -406,6 +406,17 @@ def test_the_page_has_every_cell_and_its_one_line_of_reproduction(page: Path) ->
     assert len(rows) == 13 and "worst" in (page / "LEADERBOARD.md").read_text()
 
 
+def test_a_cells_page_shows_what_the_defense_says_of_its_own_work(tmp_path: Path) -> None:
+    rows = small()
+    told = next(row for row in rows if row["cell"]["defense"].startswith("elijah"))
+    told["provenance"]["notes"] = {"loss": [0.5, 0.3, 0.25], "kept": {"channels": 0.875}, "found": ["<b>", "sks"]}
+    site.build(results.read(write_suite(tmp_path / "results" / "small", rows).parent), tmp_path / "page")
+    pages = [file.read_text() for file in (tmp_path / "page" / "cells").glob("*.html")]
+    (text,) = [text for text in pages if "says of its own work" in text]
+    for said in ("0.5 … 0.25 (3 values)", "kept.channels", "0.875", "&lt;b&gt;"):
+        assert said in text
+
+
 def test_a_defenses_page_shows_what_papers_report_beside_ours(page: Path) -> None:
     text = (page / "defenses" / "elijah.html").read_text()
     assert "2407.21316" in text and "Table 1" in text and "not yet checked in the paper" in text
@@ -439,6 +450,7 @@ def hostile() -> list[dict[str, Any]]:
         return value if not isinstance(value, str) or keep else f"=cmd(){HOSTILE}"
 
     rows = [record("none"), record("finetune()"), record("x()", 50, knowledge=["a"])]
+    rows[2]["provenance"]["notes"] = {"said": ["a", {"b": "c"}]}
     failed = {**record("y()"), "scores": {}, "error": "boom"}
     return [*(spoil(row) for row in rows[2:]), *rows[:2], spoil({**failed, "doubts": ["doubt"], "warnings": ["w"]})]
 
