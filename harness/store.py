@@ -328,7 +328,9 @@ class Store:
         except Exception as error:
             code = error.errno if isinstance(error, OSError) else None
             if code in _FULL or "os error 28" in str(error):
-                way_out = "free some, run `bench store gc`, or name another store by --store or BENCH_STORE"
+                artifacts = self.root / "artifacts"
+                way_out = f"free some, delete {artifacts} (all in it can be computed again), or name another store"
+                way_out += " by --store or BENCH_STORE"
                 raise StoreError(f"{path}: no space left; {way_out}") from error
             if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR) and _below(error, self.root):
                 raise StoreError(

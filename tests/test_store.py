@@ -200,8 +200,9 @@ def test_a_full_disk_is_one_clear_error_and_nothing_half_written(
     other = key_of({"another": 1})
     if where == "fsync":
         monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StoreError, match=r"no space left; free some.*--store"):
+    with pytest.raises(StoreError, match=r"no space left; free some, delete .*--store") as caught:
         store.publish(other, broken, {})
+    assert f"delete {store.artifact(KEY).parents[1]} (" in str(caught.value)
     if where == "fsync":
         with pytest.raises(StoreError, match="no space left"):
             store.write_record(other, {"a": 1})
