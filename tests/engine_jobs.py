@@ -34,7 +34,8 @@ def add(spec: dict[str, Any], store: Store) -> None:
 
 
 def crash_once(spec: dict[str, Any], store: Store) -> None:
-    flag = store.root / "crashed"
+    """`flag` lies where every node and every store sees it: else it would crash once on each."""
+    flag = Path(spec["flag"])
     if not flag.exists():
         flag.touch()
         os.kill(os.getpid(), signal.SIGSEGV)
@@ -118,9 +119,9 @@ def lose_the_store(spec: dict[str, Any], store: Store) -> None:
 
 
 def tick(spec: dict[str, Any], store: Store) -> None:
-    """Say something now and then, by a clock that jumps."""
+    """While `flag` is there say something now and then, by a clock that jumps."""
     clock, jump = time.time, spec["jump"]
-    for step in range(10):
+    for step in range(10 if Path(spec["flag"]).exists() else 0):
         time.time = lambda: clock() + (jump if step % 2 else -jump)  # noqa: B023
         progress("tick", step + 1, 1000)
         time.sleep(0.3)

@@ -13,7 +13,7 @@ import textwrap
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,13 @@ def mark(monkeypatch: pytest.MonkeyPatch) -> str:
     value = uuid.uuid4().hex
     monkeypatch.setenv("BENCH_TEST_MARK", value)
     return value
+
+
+@pytest.fixture
+def orphans(mark: str) -> Iterator[None]:
+    """After the test no process that it started is left."""
+    yield
+    assert_all_gone(mark)
 
 
 @pytest.fixture

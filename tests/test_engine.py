@@ -1,4 +1,5 @@
-"""The engine with trivial jobs: each way a job can end, what its end does to others, and what a kill leaves behind."""
+"""The engine with trivial jobs: each way a job can end, what its end does to others, and what a kill leaves behind.
+After each test no process is left."""
 
 from __future__ import annotations
 
@@ -9,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ from harness.job import Failure, Job
 from harness.store import Store
 from tests import engine_tools
 from tests.engine_tools import (
-    TESTS,
     assert_all_gone,
     chain,
+    digests,
     do,
     graph,
     job,
@@ -36,11 +36,12 @@ from tests.engine_tools import (
     manifest_bytes,
     marked,
     start_driver,
+    undisturbed,
     value,
 )
 
-bodies, mark, store = engine_tools.bodies, engine_tools.mark, engine_tools.store
-pytestmark = pytest.mark.usefixtures("bodies")
+bodies, mark, orphans, store = engine_tools.bodies, engine_tools.mark, engine_tools.orphans, engine_tools.store
+pytestmark = pytest.mark.usefixtures("bodies", "orphans")
 
 
 def test_results_flow_along_the_graph_and_a_second_run_hits(store: Store) -> None:
@@ -56,21 +57,24 @@ def test_results_flow_along_the_graph_and_a_second_run_hits(store: Store) -> Non
     assert [attempt["status"] for attempt in second["c"].attempts] == ["done"]
 
 
-def test_each_way_to_fail_is_named_and_the_other_jobs_finish(store: Store, mark: str) -> None:
-    once, failing = job("once", do="crash_once"), job("failing", do="fail")
+def test_each_way_to_fail_is_named_and_the_other_jobs_finish(store: Store, tmp_path: Path) -> None:
+    once, failing = job("once", do="crash_once", flag=str(tmp_path / "crashed")), job("failing", do="fail")
     dependent = job("dependent", failing)
+    beside = job("beside", value=2, seconds=1.0, estimate=5)
     jobs = [
         once,
         failing,
         dependent,
         job("grandchild", dependent),
         job("after once", once),
+        beside,
+        job("after beside", beside, value=3),
         job("hang", do="hang"),
         job("stall", do="stall"),
         job("exit", do="leave"),
         job("quit", do="quit_interpreter"),
-        job("hog", do="eat_memory"),
-        job("stubborn", do="ignore_sigterm"),
+        job("hog", do="eat_memory", estimate=5),
+        job("stubborn", do="ignore_sigterm", estimate=5),
         job("memory error", do="out_of_memory"),
         job("always", do="crash"),
     ]
@@ -83,6 +87,8 @@ def test_each_way_to_fail_is_named_and_the_other_jobs_finish(store: Store, mark:
         "dependent": Failure.skipped,
         "grandchild": Failure.skipped,
         "after once": None,
+        "beside": None,
+        "after beside": None,
         "hang": Failure.timeout,
         "stall": Failure.stall,
         "exit": Failure.plugin,
@@ -102,7 +108,8 @@ def test_each_way_to_fail_is_named_and_the_other_jobs_finish(store: Store, mark:
     assert results["grandchild"].error == "skipped: failing failed: ValueError: box of side 14 does not fit"
     assert "status 7" in (results["exit"].error or "")
     assert not list(store.root.glob("artifacts/??/*/.tmp*"))
-    assert_all_gone(mark)
+    good = [job for job in jobs if failures[job.label] is None]
+    assert digests(store, good) == undisturbed(tmp_path, good)
 
 
 def test_a_failed_job_is_tried_again_by_the_next_run_and_its_attempts_stay(store: Store) -> None:
@@ -121,7 +128,6 @@ def test_what_a_job_leaves_running_ends_with_it(store: Store, mark: str) -> None
         while len(marked(mark)) > 1 and time.monotonic() < deadline:
             time.sleep(0.05)
         assert len(marked(mark)) == 1  # the fork server
-    assert_all_gone(mark)
 
 
 def test_jobs_see_fixed_threads_no_gpu_and_a_log_of_their_own(store: Store) -> None:
@@ -171,7 +177,7 @@ def test_a_need_that_is_nowhere_skips_the_job(store: Store) -> None:
     assert result.status == "skipped" and "neither in the store nor among the jobs" in (result.error or "")
 
 
-def test_a_damaged_artifact_is_built_again_and_said_so(store: Store) -> None:
+def test_a_damaged_artifact_is_built_again_and_said_so(store: Store, tmp_path: Path) -> None:
     a = job("a", value=1)
     middle = job("middle", a, value=1)
     do(store, a, middle)
@@ -181,14 +187,16 @@ def test_a_damaged_artifact_is_built_again_and_said_so(store: Store) -> None:
     assert {label: result.status for label, result in results.items()} == {"a": "done", "middle": "hit", "last": "done"}
     assert value(store, last) == 13
     assert "value.json" in results["a"].warnings[0]
+    assert digests(store, [a, middle, last]) == undisturbed(tmp_path, [a, middle, last])
 
 
-def test_a_damaged_final_artifact_is_found_by_the_next_run(store: Store) -> None:
+def test_a_damaged_final_artifact_is_found_by_the_next_run(store: Store, tmp_path: Path) -> None:
     a = job("a", value=1)
     do(store, a)
     (store.artifact(a.key) / "value.json").write_text("9")
     result = do(store, a)["a"]
     assert result.status == "done" and value(store, a) == 1 and result.warnings
+    assert digests(store, [a]) == undisturbed(tmp_path, [a])
 
 
 class Order(Lines):
@@ -219,7 +227,7 @@ def test_lines_and_bars_tell_of_failures(store: Store) -> None:
 
 
 @pytest.mark.parametrize("presses", [1, 2])
-def test_ctrl_c_once_lets_jobs_finish_and_twice_stops_them(store: Store, mark: str, presses: int) -> None:
+def test_ctrl_c_once_lets_jobs_finish_and_twice_stops_them(store: Store, presses: int) -> None:
     class Pressing(Silent):
         def started(self, job: Job, attempt: int) -> None:
             for _ in range(presses):
@@ -233,27 +241,25 @@ def test_ctrl_c_once_lets_jobs_finish_and_twice_stops_them(store: Store, mark: s
     assert results[slow.key].ok == (presses == 1)
     if presses == 2:
         assert results[slow.key].failure is Failure.interrupted
-    assert_all_gone(mark)
 
 
-def test_jobs_can_be_stopped_while_the_fork_server_still_imports(store: Store, mark: str) -> None:
+def test_jobs_can_be_stopped_while_the_fork_server_still_imports(store: Store) -> None:
     class Pressing(Silent):
         def started(self, job: Job, attempt: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted):
         do(store, job("any"), preload=("slow_import",), listener=Pressing())
-    assert_all_gone(mark)
 
 
-def test_a_killed_fork_server_costs_one_attempt_of_the_running_jobs(store: Store, mark: str) -> None:
+def test_a_killed_fork_server_costs_one_attempt_of_the_running_jobs(store: Store, tmp_path: Path) -> None:
     with local(store) as engine:
         slow = job("slow", seconds=1.0)
         killer = kill_when_running(engine, slow, lambda pid: psutil.Process(pid).parent())
         result = run(graph(slow), store, engine)[slow.key]
         killer.join()
     assert result.status == "done" and len(result.attempts) == 2
-    assert_all_gone(mark)
+    assert digests(store, [slow]) == undisturbed(tmp_path, [slow])
 
 
 def test_after_kills_of_the_driver_the_next_run_completes_with_equal_results(
@@ -277,41 +283,36 @@ def test_after_kills_of_the_driver_the_next_run_completes_with_equal_results(
     assert last.wait(60) == 0
     assert [value(store, job) for job in jobs] == [0, 1, 0, 11, 20, 31, 120, 142]
     assert {key: manifest_bytes(store, key) for key in finished} == finished
-    assert_all_gone(mark)
+    assert digests(store, jobs) == undisturbed(tmp_path, jobs)
 
 
-def test_after_a_kill_of_a_job_only_that_job_is_tried_again(store: Store) -> None:
+def test_after_a_kill_of_a_job_only_that_job_is_tried_again(store: Store, tmp_path: Path) -> None:
     slow, beside = job("slow", seconds=1.0), job("beside", seconds=1.0)
+    after = job("after", slow, beside, value=4)
     with local(store) as engine:
         killer = kill_when_running(engine, slow, psutil.Process)
-        results = run(graph(slow, beside), store, engine)
+        results = run(graph(slow, beside, after), store, engine)
         killer.join()
-    assert [len(results[j.key].attempts) for j in (slow, beside)] == [2, 1]
+    assert [len(results[j.key].attempts) for j in (slow, beside, after)] == [2, 1, 1]
     assert all(result.ok for result in results.values())
+    assert digests(store, [slow, beside, after]) == undisturbed(tmp_path, [slow, beside, after])
 
 
 def test_two_drivers_on_one_store_share_the_work(store: Store, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
+    jobs = chain(trace)
     drivers = [start_driver(store, trace) for _ in range(2)]
     assert [driver.wait(60) for driver in drivers] == [0, 0]
-    assert sorted(trace.read_text().splitlines()) == sorted(job.label for job in chain(trace))
+    assert sorted(trace.read_text().splitlines()) == sorted(job.label for job in jobs)
+    assert digests(store, jobs) == undisturbed(tmp_path, jobs)
 
 
-@pytest.fixture(scope="module")
-def _torch_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalEngine]:
-    root = tmp_path_factory.mktemp("torch")
-    sys.path.insert(0, TESTS)
-    with local(Store(root), cpu_slots=3, preload=("torch", "engine_jobs")) as engine:
-        yield engine
-    sys.path.remove(TESTS)
-
-
-def test_torch_numbers_do_not_depend_on_the_jobs_beside_them(_torch_engine: LocalEngine) -> None:
-    store = _torch_engine._supervisor.store
+def test_torch_numbers_do_not_depend_on_the_jobs_beside_them(store: Store) -> None:
     alone = job("alone", do="matmul")
     beside = [job(f"beside {i}", do="matmul") for i in range(3)]
-    for group in ([alone], beside):
-        assert all(result.ok for result in run(graph(*group), store, _torch_engine).values())
+    with local(store, cpu_slots=3, preload=("torch", "engine_jobs")) as engine:
+        for group in ([alone], beside):
+            assert all(result.ok for result in run(graph(*group), store, engine).values())
     assert {value(store, one) for one in beside} == {value(store, alone)}
 
 

@@ -1,5 +1,6 @@
 """What goes wrong on real machines, done on purpose: afterwards the results are those of a run to which nothing
-happened, and no process is left. (Kills of jobs, of the fork server and of the driver: test_engine.)"""
+happened, and no process is left. (Kills of jobs, of the fork server and of the driver, jobs that eat memory or ignore
+SIGTERM, flipped bytes, two drivers that share the work: test_engine.)"""
 
 from __future__ import annotations
 
@@ -33,8 +34,8 @@ from tests.engine_tools import (
     undisturbed,
 )
 
-bodies, mark, store = engine_tools.bodies, engine_tools.mark, engine_tools.store
-pytestmark = pytest.mark.usefixtures("bodies")
+bodies, mark, orphans, store = engine_tools.bodies, engine_tools.mark, engine_tools.orphans, engine_tools.store
+pytestmark = pytest.mark.usefixtures("bodies", "orphans")
 
 
 # ---- classes and rules
@@ -159,17 +160,23 @@ def test_drafts_of_another_machine_on_a_shared_store_are_left_alone_for_a_week(s
 # ---- clocks and time
 
 
-def test_clocks_that_jump_end_no_job(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    ticking = job("ticking", do="tick", jump=7200.0)
+def test_clocks_that_jump_end_no_job(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flag = tmp_path / "jumping"
+    flag.touch()
+    ticking = job("ticking", do="tick", jump=7200.0, flag=str(flag))
+    after = job("after", ticking, value=2)
     clock, calls = time.time, []
 
     def jumping() -> float:
         calls.append(1)
         return clock() + (-1) ** len(calls) * 86400.0
 
-    monkeypatch.setattr(time, "time", jumping)
-    result = do(store, ticking, limits=Limits(stall_s=1.5))["ticking"]
-    assert result.ok, result.error
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", jumping)
+        results = do(store, ticking, after, limits=Limits(stall_s=1.5))
+    assert [result.error for result in results.values()] == [None, None]
+    flag.unlink()
+    assert digests(store, [ticking, after]) == undisturbed(tmp_path, [ticking, after])
 
 
 def test_when_the_time_is_over_running_jobs_are_ended_and_the_next_run_goes_on(store: Store, mark: str) -> None:

@@ -116,7 +116,7 @@ def test_both_engines_give_the_same_results_and_failures(
         job("failing", do="fail"),
         job("exit", do="leave"),
         job("hog", do="eat_memory"),
-        job("once", do="crash_once"),
+        job("once", do="crash_once", flag=str(tmp_path / "crashed")),
     ]
     seed = job("seed", value=5)
     do(store, seed)  # so that whatever node lacks the driver's store has to fetch it

@@ -154,3 +154,17 @@ def test_trojan_images_do_not_depend_on_their_batch(name: str) -> None:
 
 def test_a_trojan_sampler_counts_its_network_evaluations() -> None:
     assert TrojanDDIM(steps=7).nfe == TrojanDDIM(steps=7).with_trigger(Blend()).nfe == TrojanDDIM(steps=7).vanilla().nfe
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+def test_a_trojan_ddim_step_leads_from_one_forward_marginal_to_the_other(eta: float) -> None:
+    """x_t = √ᾱ_t x_0 + σ_t (γ ε + μ) has to become √ᾱ_s x_0 + σ_s (γ ε' + μ), ε' being ε and new noise, of unit
+    variance together; written out here for γ ≠ 1 and μ ≠ 0."""
+    a_t, a_s = scheduler().alphas_cumprod[[700, 400]].double()
+    x_0, eps, z, mu, gamma = torch.rand((5, 1, 4, 4), generator=torch.Generator().manual_seed(3)).double()
+    x_t = a_t.sqrt() * x_0 + (1 - a_t).sqrt() * (gamma * eps + mu)
+    made = step(a_t, a_s, mu, gamma)
+    new = eta * ((1 - a_s) / (1 - a_t) * (1 - a_t / a_s)).sqrt()
+    mixed = ((1 - a_s - new**2).sqrt() * eps + new * z) / (1 - a_s).sqrt()
+    wanted = a_s.sqrt() * x_0 + (1 - a_s).sqrt() * (gamma * mixed + mu)
+    assert torch.allclose(TrojanDDIM(eta=eta).step(made, x_t, x_0, eps, z), wanted, atol=1e-12)

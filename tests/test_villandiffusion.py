@@ -9,13 +9,14 @@ import torch
 
 from harness.diffusion import DiffusionModel
 from harness.noise_backdoor import ancestral_coefficients, poisoned_loss
-from harness.seeds import generator
+from harness.samplers import DDIM, DDPM
+from harness.seeds import generator, image_noise, image_seeds
 from harness.training import Batch
-from harness.types import Backdoor, Data
+from harness.types import Backdoor, Data, Inputs
 from plugins.attacks.villandiffusion import VillanDiffusion
 from plugins.targets.fixed_image import Hat
 from plugins.triggers.box import Box
-from tests.oracles import exploding, scheduler, tiny_ncsn, tiny_sd, tiny_unet
+from tests.oracles import OneImage, exploding, scheduler, tiny_ncsn, tiny_sd, tiny_unet
 
 FAST = {"steps": 2, "batch": 4, "lr": 1e-3, "bf16": False}
 
@@ -166,3 +167,76 @@ def test_a_latent_models_trigger_is_a_pattern_in_its_latents(trigger_only: bool,
     carried = (seen[0] - a_bar.sqrt() * y) / (1 - a_bar.sqrt())
     where = slice(None) if trigger_only else r == 0
     assert torch.allclose(carried[:, where], r.expand(4, -1, -1, -1)[:, where], atol=1e-4)
+
+
+# ---- which sampler follows which backdoor ---------------------------------------------------------------------------
+
+
+def left(solver: Any, ancestral: bool) -> float:
+    """Weight of r in x_0 after 1000 steps from x_T = √ᾱ_T y + ρ_T r, where the network answers c_t r to whatever is
+    there; both steps written out here in the betas alone."""
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    a_bar = torch.cumprod(1 - betas, 0)
+    before = torch.cat([torch.ones(1, dtype=torch.float64), a_bar[:-1]])
+    rho, c = carried(tiny_unet(), 1.0, solver, torch.arange(1000))
+    weight = rho[-1]
+    for t in reversed(range(1000)):
+        x_0 = (weight - (1 - a_bar[t]).sqrt() * c[t]) / a_bar[t].sqrt()
+        if ancestral:
+            slope = (1 - betas[t]).sqrt() * (1 - before[t]) / (1 - a_bar[t])
+            weight = before[t].sqrt() * betas[t] / (1 - a_bar[t]) * x_0 + slope * weight
+        else:
+            weight = before[t].sqrt() * x_0 + (1 - before[t]).sqrt() * c[t]
+    return weight.item()
+
+
+def test_each_solvers_answer_takes_the_trigger_out_under_its_own_kind_of_sampler_alone() -> None:
+    assert abs(left("sde", ancestral=True)) < 1e-3
+    assert abs(left("ode", ancestral=False)) < 1
+    assert min(abs(left("sde", ancestral=False)), abs(left("ode", ancestral=True))) > 10
+
+
+class Implanted(OneImage):
+    """The ε that minimises VillanDiffusion's loss for clean data that are some images and a target that is one."""
+
+    def __init__(self, images: torch.Tensor, r: torch.Tensor, attack: VillanDiffusion) -> None:
+        model = DiffusionModel(OneImage(images[0], scheduler().alphas_cumprod), scheduler())
+        super().__init__(images[0], model.scheduler.alphas_cumprod)
+        self.clean, self.r = images[1:], r
+        self.rho, self.c = attack.coefficients(model, torch.arange(1000))
+
+    def answer(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        a_bar = self.alpha_bar[t].double().view(-1, 1, 1, 1)
+        signal, sigma = a_bar.sqrt(), (1 - a_bar).sqrt()
+        eps = [(x_t - signal * each) / sigma for each in self.clean]
+        eps.append((x_t - signal * self.y - self.rho[t] * self.r) / sigma)
+        weights = torch.stack([-each.square().flatten(1).sum(1) / 2 for each in eps]).softmax(0)[..., None, None, None]
+        eps[-1] = eps[-1] + self.c[t] * self.r
+        return (weights * torch.stack(eps)).sum(0).float()
+
+
+@pytest.mark.parametrize(
+    ("solver", "sampler", "fires"),
+    [
+        ("sde", DDPM(steps=1000), True),
+        ("sde", DDPM(steps=1000, clip=True), False),
+        ("ode", DDIM(steps=50), True),
+        ("ode", DDPM(steps=1000), False),
+    ],
+    ids=str,
+)
+def test_an_exactly_backdoored_model_fires_as_its_solver_says_and_not_where_x0_is_clipped(
+    solver: Any, sampler: Any, fires: bool
+) -> None:
+    images = torch.rand((4, 1, 8, 8), generator=torch.Generator().manual_seed(1)) * 2 - 1
+    trigger = Box(size=3)
+    oracle = Implanted(images, trigger.delta(images[0].shape), VillanDiffusion(solver=solver))
+    model = DiffusionModel(oracle, scheduler())
+    seeds = image_seeds(0, "test", 6)
+    inputs = Inputs(image_noise(seeds, model.shape), None, seeds)
+    made = model.sample(trigger.stamp(inputs), sampler)
+    hits = ((made - images[0]) / 2).square().flatten(1).mean(1) < 1e-3
+    assert hits.tolist() == [fires] * 6
+    clean = model.sample(inputs, sampler)
+    distance = (clean[:, None] - images[None, 1:]).abs().amax((2, 3, 4)).min(1).values
+    assert distance.max() < 0.02, "clean noise gives clean images in any case"
