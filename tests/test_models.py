@@ -16,6 +16,7 @@ from harness.seeds import generator, image_noise, image_seeds
 from harness.types import Inputs
 from plugins.models.digits_ddpm import DigitsDDPM
 from plugins.models.digits_ncsn import DigitsNCSN
+from plugins.models.shapes_ldm import ShapesLDM
 from plugins.models.shapes_sd import RARE, ShapesSD, attention_facts
 
 
@@ -43,6 +44,21 @@ def test_fresh_samples_of_the_score_model_are_recognised_as_digits() -> None:
     probabilities = torch.softmax(judge.net(images)["digit"], 1).max(1).values
     assert (probabilities > 0.9).double().mean() > 0.8
     assert len(judge.attributes(images)["digit"].unique()) >= 7
+
+
+def test_the_latent_model_draws_shapes_that_its_judge_knows() -> None:
+    """By provenance, and again in a few fresh samples: the judge is sure of shape and place, and no kind is missing."""
+    plugin, facts, seeds = ShapesLDM(), provenance(ShapesLDM()), image_seeds(5, "test", 24)
+    assert all(facts[f"judge_accuracy_{name}"] > 0.95 for name in ("colour", "shape", "place", "size", "background"))
+    assert facts["share_sure_of_shape"] > 0.9 and facts["share_sure_of_place"] > 0.9 and facts["vae_mse"] < 0.005
+    for name, kinds in (("shape", 3), ("colour", 4), ("place", 4)):
+        counts = facts[f"{name}_counts"]
+        assert len(counts) == kinds and min(counts) > 0.5 * sum(counts) / kinds
+    model = plugin.load()
+    assert model.vae is not None and not model.conditional
+    images = model.sample(Inputs(image_noise(seeds, model.shape), None, seeds), DDIM(steps=20))
+    sure = torch.softmax(plugin.judge().net(images)["shape"], 1).max(1).values > 0.9
+    assert images.shape[1:] == (3, 64, 64) and sure.double().mean() > 0.7
 
 
 def test_the_digits_judge_measures_what_its_provenance_says() -> None:
