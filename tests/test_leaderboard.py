@@ -394,7 +394,7 @@ def test_the_page_has_every_cell_and_its_one_line_of_reproduction(page: Path) ->
     cells = [path.read_text() for path in (page / "cells").glob("*.html")]
     assert len(cells) == 13
     keys = {r["key"] for r in small()}
-    assert {key for text in cells for key in re.findall(r"bench reproduce ([0-9a-f]{12})", text)} == {
+    assert {key for text in cells for key in re.findall(r"<pre>bench reproduce ([0-9a-f]{12})</pre>", text)} == {
         k[:12] for k in keys
     }
     assert all("poison_rate" in text or "none" in text for text in cells)
