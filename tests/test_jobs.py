@@ -18,7 +18,11 @@ from harness import jobs, registry
 from harness.grid import Suite
 from harness.store import Store
 from harness.types import Cell, Defended
-from tests.whole_runs import ATTACK, SUITE, bench, numbers, run
+from tests import engine_tools
+from tests.engine_tools import assert_all_gone
+from tests.whole_runs import ATTACK, SUITE, bench, numbers, run, unplaced
+
+mark = engine_tools.mark
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +224,7 @@ def test_numbers_do_not_depend_on_the_number_of_parallel_jobs(suite: Path, undis
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_completes_with_the_same_numbers(
-    suite: Path, undisturbed, tmp_path: Path
+    suite: Path, undisturbed, tmp_path: Path, mark: str
 ) -> None:
     rng, finished = random.Random(0), {}
     for _ in range(3):
@@ -230,9 +234,11 @@ def test_a_run_killed_at_random_moments_completes_with_the_same_numbers(
         time.sleep(rng.uniform(6, 22))
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
+        assert_all_gone(mark)
         store = Store(tmp_path)
         finished |= {key: store.manifest(key)["created"] for key in sorted(store.keys())}
-    assert numbers(run(tmp_path, str(suite))) == numbers(undisturbed[1])
+    assert unplaced(run(tmp_path, str(suite))) == unplaced(undisturbed[1])
+    assert_all_gone(mark)
     assert all(Store(tmp_path).manifest(key)["created"] == created for key, created in finished.items())
     assert not Store(tmp_path).verify_all()
 

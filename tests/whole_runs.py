@@ -43,3 +43,9 @@ def numbers(report: dict[str, Any]) -> dict[str, Any]:
         }
         for r in report["records"]
     }
+
+
+def unplaced(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What of the records may not depend on where and how often their jobs ran."""
+    apart = ("provenance", "attempts", "sheet")
+    return [{name: value for name, value in record.items() if name not in apart} for record in report["records"]]
