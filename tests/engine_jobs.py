@@ -38,7 +38,7 @@ def crash_once(spec: dict[str, Any], store: Store) -> None:
     flag = Path(spec["flag"])
     if not flag.exists():
         flag.touch()
-        os.kill(os.getpid(), signal.SIGSEGV)
+        os.kill(os.getpid(), spec.get("signal", signal.SIGSEGV))
 
 
 def crash(spec: dict[str, Any], store: Store) -> None:
@@ -103,14 +103,14 @@ def matmul(spec: dict[str, Any], store: Store) -> None:
 
 
 def write_to_a_full_disk(spec: dict[str, Any], store: Store) -> None:
-    if (store.root / "full").exists():
+    if Path(spec["flag"]).exists():
         with open("/dev/full", "w") as file:
             file.write("x")
 
 
 def lose_the_store(spec: dict[str, Any], store: Store) -> None:
     """As if the store's disk were full from now on, for the job's artifact and for its outcome."""
-    if (store.root / "full").exists():
+    if Path(spec["flag"]).exists():
 
         def full(*_: Any) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")

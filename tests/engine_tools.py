@@ -5,6 +5,7 @@ A test module makes the fixtures its own by assigning them to names of its own.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -116,6 +117,12 @@ def kill_when_running(engine: Any, job: Job, victim: Callable[[int], psutil.Proc
     return thread
 
 
+def jumping_clock() -> Callable[[], float]:
+    """Like time.time, but a day late and a day early by turns."""
+    clock, days = time.time, itertools.cycle([-86400.0, 86400.0])
+    return lambda: clock() + next(days)
+
+
 DRIVER = """
     import sys
     sys.path[:0] = [{tests!r}]
@@ -137,6 +144,12 @@ def chain(trace: Path) -> list[Job]:
     heads = [job(f"head {i}", value=i, **extra) for i in range(2)]
     middle = [job(f"middle {i}", heads[i % 2], value=10 * i, **extra) for i in range(4)]
     return [*heads, *middle, *(job(f"tail {i}", middle[i], middle[i + 2], value=100, **extra) for i in range(2))]
+
+
+def held(folder: Path) -> list[Job]:
+    """A quick job, one that is held until `folder`/go is there, and one that needs both."""
+    jobs = [job("quick", value=7), job("held", do="learn", value=2, until=str(folder / "go"))]
+    return [*jobs, job("last", *jobs, value=10)]
 
 
 def start_driver(store: Store, trace: Path) -> subprocess.Popen[bytes]:

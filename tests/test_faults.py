@@ -30,6 +30,7 @@ from tests.engine_tools import (
     do,
     graph,
     job,
+    jumping_clock,
     local,
     undisturbed,
 )
@@ -96,15 +97,15 @@ def test_the_attempts_keep_class_and_advice(store: Store) -> None:
 def test_a_job_on_a_full_disk_fails_as_environment_and_the_next_run_completes(
     store: Store, tmp_path: Path, body: str
 ) -> None:
-    jobs = [job("filler", do=body, value=4)]
+    full = tmp_path / "full"
+    full.touch()
+    jobs = [job("filler", do=body, value=4, flag=str(full))]
     jobs.append(job("after", *jobs))
-    store.root.mkdir()
-    (store.root / "full").touch()
     first = do(store, *jobs)
     assert first["filler"].failure is Failure.environment and first["after"].failure is Failure.skipped
     assert len(first["filler"].attempts) == 2  # one retry
     assert not list(store.root.glob("artifacts/??/.tmp*"))
-    (store.root / "full").unlink()
+    full.unlink()
     assert all(result.ok for result in do(store, *jobs).values())
     assert digests(store, jobs) == undisturbed(tmp_path, jobs)
 
@@ -165,14 +166,8 @@ def test_clocks_that_jump_end_no_job(store: Store, tmp_path: Path, monkeypatch: 
     flag.touch()
     ticking = job("ticking", do="tick", jump=7200.0, flag=str(flag))
     after = job("after", ticking, value=2)
-    clock, calls = time.time, []
-
-    def jumping() -> float:
-        calls.append(1)
-        return clock() + (-1) ** len(calls) * 86400.0
-
     with monkeypatch.context() as patch:
-        patch.setattr(time, "time", jumping)
+        patch.setattr(time, "time", jumping_clock())
         results = do(store, ticking, after, limits=Limits(stall_s=1.5))
     assert [result.error for result in results.values()] == [None, None]
     flag.unlink()

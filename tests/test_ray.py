@@ -26,7 +26,7 @@ from harness.engine.supervise import Limits
 from harness.job import Failure, Job
 from harness.store import Store
 from tests import engine_tools, whole_runs
-from tests.engine_tools import TESTS, chain, digests, do, graph, job, marked, value
+from tests.engine_tools import TESTS, chain, digests, do, graph, held, job, jumping_clock, marked, value
 from tests.engine_tools import undisturbed as alone
 
 MARK, TOKEN = secrets.token_hex(16), secrets.token_hex(16)
@@ -37,7 +37,7 @@ from ray.cluster_utils import Cluster  # noqa: E402
 from harness.engine.ray import ClusterError, RayEngine, pack, unpack  # noqa: E402
 
 bodies, store = engine_tools.bodies, engine_tools.store
-pytestmark = [pytest.mark.usefixtures("bodies"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("bodies", "orphans"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -74,16 +74,21 @@ def do_on_ray(store: Store, cluster: Cluster, *jobs: Job, listener: Any = None, 
 
 
 def job_processes() -> list[psutil.Process]:
-    """Fork servers and jobs, not Ray's own processes."""
+    """Fork servers, jobs and what they started, not Ray's own processes."""
     found = []
     for pid in marked(MARK):
         try:
             process = psutil.Process(pid)
-            if any("harness.engine." in word for word in process.cmdline()):
+            if not is_rays(process):
                 found.append(process)
         except psutil.Error:
             continue
     return found
+
+
+def is_rays(process: psutil.Process) -> bool:
+    words = " ".join(process.cmdline())
+    return words.startswith("ray::") or "/ray/" in words
 
 
 def assert_no_job_is_left(within: float = 20.0) -> None:
@@ -93,17 +98,18 @@ def assert_no_job_is_left(within: float = 20.0) -> None:
     assert left == []
 
 
-def when(condition: Callable[[], Any], act: Callable[[], object]) -> threading.Thread:
-    """Act as soon as the condition holds."""
+@pytest.fixture
+def orphans() -> Iterator[None]:
+    """After the test no job, fork server or child of theirs is left on the nodes."""
+    yield
+    assert_no_job_is_left()
 
-    def wait() -> None:
-        while not condition():
-            time.sleep(0.05)
-        act()
 
-    thread = threading.Thread(target=wait, daemon=True)
-    thread.start()
-    return thread
+def wait_for(condition: Callable[[], Any], within: float = 60.0) -> None:
+    deadline = time.monotonic() + within
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.05)
 
 
 def test_both_engines_give_the_same_results_and_failures(
@@ -111,12 +117,13 @@ def test_both_engines_give_the_same_results_and_failures(
 ) -> None:
     told = tmp_path / "told"
     told.mkdir()
-    good = chain(tmp_path / "trace")
+    good, flags = chain(tmp_path / "trace"), [tmp_path / "crashed", tmp_path / "killed"]
     bad = [
         job("failing", do="fail"),
         job("exit", do="leave"),
         job("hog", do="eat_memory"),
-        job("once", do="crash_once", flag=str(tmp_path / "crashed")),
+        job("crashed once", do="crash_once", flag=str(flags[0])),
+        job("killed once", do="crash_once", flag=str(flags[1]), signal=9),
     ]
     seed = job("seed", value=5)
     do(store, seed)  # so that whatever node lacks the driver's store has to fetch it
@@ -124,6 +131,8 @@ def test_both_engines_give_the_same_results_and_failures(
     good += [seed, *placed, job("last", *placed)]
     limits = Limits(stall_s=60, rss_bytes=150 * 2**20)
     results = do_on_ray(store, cluster, *good, *bad, limits=limits)
+    for flag in flags:
+        flag.unlink()
     here = do(Store(tmp_path / "local"), *bad, limits=limits)
     assert all(results[each.label].ok for each in good)
     for each in bad:
@@ -131,10 +140,10 @@ def test_both_engines_give_the_same_results_and_failures(
         assert (there.status, there.failure) == (here[each.label].status, here[each.label].failure)
         assert [a["failure"] for a in there.attempts] == [a["failure"] for a in here[each.label].attempts]
     assert {path.name.replace("|", "/") for path in told.iterdir()} == {str(store.root), str(apart)}
+    good += bad[-2:]
     assert digests(store, good) == alone(tmp_path, good)
     assert "box of side 14" in store.log_path(bad[0].key, 1).read_text()
     assert store.verify_all() == {} and Store(apart).verify_all() == {}
-    assert_no_job_is_left()
     written = b"".join(path.read_bytes() for path in store.root.rglob("*") if path.is_file())
     assert TOKEN not in "".join(capfd.readouterr()) and TOKEN.encode() not in written
 
@@ -157,45 +166,88 @@ def test_a_suite_gives_the_same_records_on_two_nodes_as_here(
 def test_after_kills_of_a_ray_worker_and_of_a_ray_node_the_results_are_the_same(
     store: Store, cluster: Cluster, apart: Path, tmp_path: Path
 ) -> None:
-    jobs = [job(f"slow {i}", value=i, seconds=1.5) for i in range(4)]
+    go = tmp_path / "go"
+    jobs = [job(f"held {i}", do="learn", value=i, until=str(go)) for i in range(4)]
 
-    def kill_a_worker() -> None:
-        worker = psutil.Process(job_processes()[0].ppid())
-        while "harness.engine." in " ".join(worker.cmdline()):
-            worker = worker.parent() or worker
-        worker.kill()
+    def lost() -> list[Any]:
+        attempts = [attempt for job in jobs for attempt in store.attempts(job.key)]
+        return [attempt for attempt in attempts if attempt["status"] == "failed"]
 
-    def kill_the_node() -> None:
-        cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
+    def kill_both(engine: RayEngine) -> None:
+        def both_nodes_are_at_work() -> bool:
+            return len(engine.running) == 2 and all(handle.started for handle in engine.running)
 
-    with on_ray(store, cluster) as engine:
-        first = when(lambda: len(engine.running) == 2 and all(h.started for h in engine.running), kill_a_worker)
-        second_act = when(lambda: store.has(jobs[0].key) or store.has(jobs[1].key), kill_the_node)
-        results = run(graph(*jobs), store, engine)
-        first.join(10)
-        second_act.join(10)
-    attempts = [attempt for result in results.values() for attempt in result.attempts]
-    assert all(result.ok for result in results.values())
-    lost = [attempt for attempt in attempts if attempt["status"] == "failed"]
-    assert lost and {attempt["failure"] for attempt in lost} == {"killed"}
-    assert "lost" in lost[0]["error"]
-    assert digests(store, jobs) == alone(tmp_path, jobs)
-    assert_no_job_is_left()
-    second(cluster, apart)
-    cluster.wait_for_nodes()
+        try:
+            wait_for(both_nodes_are_at_work)
+            next(process for process in job_processes()[0].parents() if is_rays(process)).kill()
+            wait_for(lambda: len(lost()) == 1 and both_nodes_are_at_work())
+            cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
+            wait_for(lambda: len(lost()) == 2)
+        finally:
+            go.touch()
+
+    try:
+        with on_ray(store, cluster) as engine:
+            killer = threading.Thread(target=kill_both, args=[engine], daemon=True)
+            killer.start()
+            results = run(graph(*jobs), store, engine)
+            killer.join(10)
+        assert all(result.ok for result in results.values())
+        assert [attempt["failure"] for attempt in lost()] == ["killed"] * 2
+        assert all("its Ray worker or node was lost" in attempt["error"] for attempt in lost())
+        assert digests(store, jobs) == alone(tmp_path, jobs)
+        assert_no_job_is_left()
+    finally:
+        second(cluster, apart)
+        cluster.wait_for_nodes()
 
 
-def test_a_damaged_artifact_is_built_again_wherever_it_is_found(store: Store, cluster: Cluster, tmp_path: Path) -> None:
+def test_a_stubborn_job_a_clock_that_jumps_and_a_full_disk_harm_no_other_job(
+    store: Store, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jumping, full = tmp_path / "jumping", tmp_path / "full"
+    jumping.touch()
+    full.touch()
+    stubborn = job("stubborn", do="ignore_sigterm", estimate=9)
+    ticking = job("ticking", do="tick", jump=7200.0, flag=str(jumping), estimate=9)
+    full_disks = ("write_to_a_full_disk", "lose_the_store")
+    fillers = [job(body, do=body, value=i, flag=str(full)) for i, body in enumerate(full_disks)]
+    good = [ticking, job("beside", ticking, value=2), *fillers, job("after", ticking, *fillers, value=3)]
+    with on_ray(store, cluster, limits=Limits(stall_s=2.5, grace_s=0.3)) as engine, monkeypatch.context() as patch:
+        patch.setattr(time, "time", jumping_clock())
+        results = run(graph(stubborn, *good), store, engine)
+    assert [results[each.key].failure for each in (stubborn, *good)] == [
+        Failure.stall, None, None, Failure.environment, Failure.environment, Failure.skipped,
+    ]  # fmt: skip
+    assert_no_job_is_left()  # the stubborn job had a stubborn child
+    full.unlink()
+    assert all(result.ok for result in do_on_ray(store, cluster, *good).values())
+    jumping.unlink()
+    assert digests(store, good) == alone(tmp_path, good)
+
+
+def test_damaged_and_half_written_artifacts_are_built_again_wherever_they_are_found(
+    store: Store, cluster: Cluster, apart: Path, tmp_path: Path
+) -> None:
     told = tmp_path / "told"
     told.mkdir()
-    seed = job("seed", value=6)
-    readers = [job(f"reader {i}", seed, do="where", told=str(told), stores=2, value=i) for i in range(2)]
-    do(store, seed)
-    (store.artifact(seed.key) / "value.json").write_text("9")
-    results = do_on_ray(store, cluster, seed, *readers)
-    assert [result.status for result in results.values()] == ["done"] * 3
-    assert "value.json" in results["seed"].warnings[0]
-    assert [value(store, reader) for reader in readers] == [6, 7]
+    damaged, torn, both = job("damaged", value=6), job("torn", value=7), job("damaged everywhere", value=8)
+    jobs = [damaged, torn, both]
+    readers = [job(f"reader {i}", *jobs, do="where", told=str(told), stores=2, value=i) for i in range(2)]
+    do(store, *jobs)
+    do(Store(apart), torn, both)
+    for each, key in ((store, damaged.key), (store, both.key), (Store(apart), both.key)):
+        (each.artifact(key) / "value.json").write_text("9")
+    for each in (store, Store(apart)):
+        manifest = each.artifact(torn.key) / "manifest.json"
+        manifest.write_text(manifest.read_text()[:99])
+    results = do_on_ray(store, cluster, *jobs, *readers)
+    assert [result.status for result in results.values()] == ["done"] * 5
+    assert "value.json" in results["damaged"].warnings[0]
+    assert [value(store, reader) for reader in readers] == [21, 22]
+    assert {path.name.replace("|", "/") for path in told.iterdir()} == {str(store.root), str(apart)}
+    assert digests(store, [*jobs, *readers]) == alone(tmp_path, [*jobs, *readers])
+    assert store.verify_all() == {} and Store(apart).verify_all() == {}
 
 
 def test_ctrl_c_twice_ends_the_jobs_on_the_nodes(store: Store, cluster: Cluster) -> None:
@@ -208,7 +260,6 @@ def test_ctrl_c_twice_ends_the_jobs_on_the_nodes(store: Store, cluster: Cluster)
     with pytest.raises(Interrupted) as caught:
         do_on_ray(store, cluster, hanging, listener=Pressing())
     assert caught.value.results[hanging.key].failure is Failure.interrupted
-    assert_no_job_is_left()
 
 
 def test_demands_that_no_node_can_meet_are_refused_with_what_there_is(store: Store, cluster: Cluster) -> None:
@@ -219,29 +270,58 @@ def test_demands_that_no_node_can_meet_are_refused_with_what_there_is(store: Sto
 
 
 DRIVER = """
-    import sys
+    import os, sys, time
     sys.path[:0] = [{tests!r}, {root!r}]
     from pathlib import Path
     from harness.engine.driver import run
     from harness.engine.ray import RayEngine
     from harness.store import Store
-    from tests.engine_tools import graph, job
-    store = Store(Path({store!r}))
+    from tests.engine_tools import chain, graph, held
+    store, folder = Store(Path({store!r})), Path({folder!r})
     with RayEngine(store, address={address!r}, execute="engine_jobs:execute", preload=("engine_jobs",)) as engine:
-        run(graph(job("hanging", do="hang"), job("quick", value=7)), store, engine)
+        (folder / f"driver {{os.getpid()}}").touch()
+        while len(list(folder.glob("driver *"))) < {drivers}:
+            time.sleep(0.02)
+        results = run(graph(*{jobs}), store, engine)
+    sys.exit(0 if all(result.ok for result in results.values()) else 1)
 """
 
 
-def test_after_a_kill_of_the_driver_no_job_is_left_and_the_next_run_goes_on(store: Store, cluster: Cluster) -> None:
-    quick, hanging = job("quick", value=7), job("hanging", do="hang")
+def start_driver(store: Store, cluster: Cluster, folder: Path, jobs: str, drivers: int = 1) -> subprocess.Popen[bytes]:
+    """A driver of its own for the jobs that the expression `jobs` makes of `folder`; it begins when there are `drivers`
+    of them."""
     where = {"tests": TESTS, "root": str(Path(TESTS).parent), "store": str(store.root), "address": cluster.address}
-    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(DRIVER.format(**where))]) as driver:
-        while not (store.has(quick.key) and store.attempts(hanging.key)) and driver.poll() is None:
-            time.sleep(0.1)
+    code = textwrap.dedent(DRIVER.format(**where, folder=str(folder), jobs=jobs, drivers=drivers))
+    return subprocess.Popen([sys.executable, "-c", code])
+
+
+def test_after_a_kill_of_the_driver_no_job_is_left_and_the_next_run_completes_with_equal_results(
+    store: Store, cluster: Cluster, tmp_path: Path
+) -> None:
+    quick, waits, last = jobs = held(tmp_path)
+    driver = start_driver(store, cluster, tmp_path, "held(folder)")
+    try:
+        wait_for(lambda: store.has(quick.key) and store.attempts(waits.key))
+    finally:
         driver.kill()
+        driver.wait()
+    assert not store.has(waits.key)
     assert_no_job_is_left()
-    results = do_on_ray(store, cluster, quick)
-    assert results["quick"].status == "hit" and value(store, quick) == 7
+    (tmp_path / "go").touch()
+    results = do_on_ray(store, cluster, *jobs)
+    assert [result.status for result in results.values()] == ["hit", "done", "done"]
+    assert value(store, last) == 19
+    assert digests(store, jobs) == alone(tmp_path, jobs)
+
+
+def test_two_drivers_on_one_store_share_the_work(store: Store, cluster: Cluster, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    jobs = chain(trace)
+    drivers = [start_driver(store, cluster, tmp_path, "chain(folder / 'trace')", drivers=2) for _ in range(2)]
+    assert [driver.wait(60) for driver in drivers] == [0, 0]
+    assert sorted(trace.read_text().splitlines()) == sorted(job.label for job in jobs)
+    assert {attempt["driver"]["pid"] for job in jobs for attempt in store.attempts(job.key)} == {d.pid for d in drivers}
+    assert digests(store, jobs) == alone(tmp_path, jobs)
 
 
 def test_an_address_without_a_cluster_is_one_clear_error(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
