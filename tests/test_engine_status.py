@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import click
 import pytest
 
 from harness.cli import Exit, call
@@ -110,15 +111,15 @@ def test_logs_names_what_is_wrong_with_a_key(store: Store, bench: Callable[..., 
 
 
 def test_retry_runs_again_what_failed_as_it_was_run(
-    store: Store, bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    store: Store, bench: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store.root.mkdir()
-    (store.root / "full").touch()
-    bad, other = job("bad", do="write_to_a_full_disk"), job("other", do="fail")
+    full = tmp_path / "full"
+    full.touch()
+    bad, other = job("bad", do="write_to_a_full_disk", flag=str(full)), job("other", do="fail")
     after = job("after", bad)
     ready = remember(store, bad, other, after)
     do(store, bad, other, after)
-    (store.root / "full").unlink()
+    full.unlink()
     asked: list[Any] = []
     published: list[Any] = []
     monkeypatch.setattr(cli_status, "prepare", lambda *words: asked.append(words) or ready)
@@ -140,6 +141,14 @@ def test_gpus_that_are_not_there_are_refused_before_anything_is_remembered(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(Exception, match="run without --gpus"):
         cli_run.engine_of(store, cli_run.Settings("local", None, "0", 1.0, None, 100.0, 50.0, None, 1))
+
+
+@pytest.mark.parametrize("gpus", ["0,1", "2", "GPU-aa", "all,0"])
+def test_under_ray_cards_that_are_named_are_a_usage_error_with_the_way_out(store: Store, gpus: str) -> None:
+    says = f"--gpus {gpus}: Ray itself chooses the cards; give --gpus all"
+    with pytest.raises(click.UsageError, match=says) as caught:
+        cli_run.engine_of(store, cli_run.Settings("ray", None, gpus, 1.0, None, 100.0, 50.0, None, 1))
+    assert "\n" not in caught.value.message
 
 
 def test_the_event_file_has_one_object_a_line(store: Store, tmp_path: Path) -> None:

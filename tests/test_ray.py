@@ -324,11 +324,23 @@ def test_two_drivers_on_one_store_share_the_work(store: Store, cluster: Cluster,
     assert digests(store, jobs) == alone(tmp_path, jobs)
 
 
-def test_an_address_without_a_cluster_is_one_clear_error(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", ["variable", "named file", "file at home"])
+def test_an_address_without_a_cluster_is_one_clear_error_without_the_token(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise ConnectionError(f"cannot reach it with token {TOKEN}\nand more")
 
-    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if place == "variable":
+        monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    else:
+        monkeypatch.delenv("RAY_AUTH_TOKEN")
+        file = tmp_path / (".ray/auth_token" if place == "file at home" else "token")
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"{TOKEN}\n")
+    if place == "named file":
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(file))
     monkeypatch.setattr(ray, "init", refuse)
     with pytest.raises(ClusterError, match=r"no Ray cluster at 127.0.0.1:1: cannot reach it with token \*\*\*$"):
         RayEngine(store, address="127.0.0.1:1")

@@ -95,7 +95,10 @@ def engine_options(command: Any) -> Any:
             "--address", metavar="ADDRESS",
             help="Ray: HOST:PORT, 'auto' for a cluster that runs here; default: RAY_ADDRESS, else its own.",
         ),
-        click.option("--gpus", default="", metavar="0,1", help="GPUs: numbers, UUIDs or 'all'; none by default."),
+        click.option(
+            "--gpus", default="", metavar="0,1",
+            help="GPUs: numbers, UUIDs or 'all' (under Ray only 'all'); none by default.",
+        ),
         click.option(
             "--gpu-share", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True,
             help="What a job gets of a GPU and of its memory: 0.25 puts four jobs on a card.",
@@ -220,6 +223,11 @@ def engine_of(store: Store, settings: Settings) -> LocalEngine | RayEngine:
     names = [part.strip() for part in settings.gpus.split(",") if part.strip()]
     try:
         if settings.engine == "ray":
+            if names and names != ["all"]:
+                raise ValueError(
+                    f"--gpus {settings.gpus}: Ray itself chooses the cards; give --gpus all, and leave cards out by "
+                    "CUDA_VISIBLE_DEVICES where the nodes are started"
+                )
             from harness.engine.ray import RayEngine
 
             return RayEngine(

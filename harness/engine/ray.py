@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -308,9 +309,22 @@ def _connect(address: str | None, cpus: int | None) -> Any:
 
 
 def _hidden(text: str) -> str:
-    """The text without the cluster's token."""
-    token = os.environ.get("RAY_AUTH_TOKEN")
-    return text.replace(token, "***") if token else text
+    """The text without the cluster's token, wherever Ray may have found it."""
+    for token in _tokens():
+        text = text.replace(token, "***")
+    return text
+
+
+def _tokens() -> Iterator[str]:
+    """The tokens in the places where Ray looks for one; all of them, as a message may hold one that Ray passed over."""
+    yield from filter(None, [os.environ.get("RAY_AUTH_TOKEN", "").strip()])
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    files = [Path(named)] if named else []
+    with suppress(RuntimeError):  # nobody's home
+        files.append(Path.home() / ".ray" / "auth_token")
+    for file in files:
+        with suppress(OSError):
+            yield from filter(None, [file.read_text(errors="replace").strip()])
 
 
 # ---- artifacts on their way
