@@ -24,8 +24,9 @@ from harness.samplers import (
     UniPC,
 )
 from harness.seeds import image_noise, image_seeds
-from harness.types import Inputs
+from harness.types import Inputs, TargetContext
 from plugins.models.digits_ddpm import DigitsDDPM
+from plugins.targets.fixed_image import Hat
 from tests.oracles import exploding, one_image_model, one_image_ve_model, scheduler, tiny_ncsn, tiny_sd, tiny_unet
 
 ORDERED = [cls(steps=20, order=order) for cls in (DEIS, DPMSolver, DPMSolverPP, UniPC) for order in (1, 2, 3)]
@@ -136,9 +137,12 @@ def test_a_scheduler_of_another_class_than_asked_for_is_refused(sampler: Any, mo
 
 @pytest.mark.parametrize("sampler", [*VP[:2], DDPM(steps=20), *VP[3:5], *ORDERED[1::3]], ids=words)
 def test_an_image_does_not_depend_on_its_batch(sampler: Any) -> None:
-    model = DigitsDDPM().load()
+    model, judge = DigitsDDPM().load(), DigitsDDPM().judge()
     together, alone = (model.sample(inputs(model, 5), sampler, batch=size) for size in (5, 2))
     assert (together - alone).abs().max() < 1e-4
+    distances = [Hat().distances(images, TargetContext(together, None)) for images in (together, alone)]
+    assert all(torch.equal(*(each <= threshold for each in distances)) for threshold in (0.05, 0.1, 0.15, 0.2))
+    assert torch.equal(*(judge.attributes(images)["digit"] for images in (together, alone)))
 
 
 @pytest.mark.parametrize("sampler", VE, ids=words)
