@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 from harness import checkpoint, imagedata
 from harness.diffusion import DiffusionModel

@@ -445,7 +445,7 @@ def test_the_script_of_the_docs_trains_what_the_small_suite_names(
     script = Path(__file__).parents[1] / "docs" / "train_cifar10.py"
     words = ["cifar10", "cifar10-9m", "--minutes", "0", "--batch", "2", "--device", "cpu"]
     told = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, check=True).stdout
-    assert "9.0 M parameters, 1 steps" in told
+    assert "9.0 M parameters" in told
     suite = grid.load_suite("cifar10-small", plugins)
     (named,) = {cell.model for cell in suite.cells}
     model = plugins.build("models", named)
