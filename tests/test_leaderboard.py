@@ -514,5 +514,5 @@ def test_ranges_of_a_share_stay_within_it() -> None:
     from leaderboard.rendering import ends
 
     figure = summary.Figure("Attributes", "attribute_accuracy", percent=True)
-    assert ends(Number(0.99, 0.98, 1.004), figure) == (0.98, 1.0)
-    assert ends(Number(0.99), figure) == ()
+    assert ends(Number(0.99, 0.98, 1.004), figure.percent) == (0.98, 1.0)
+    assert ends(Number(0.99), figure.percent) == ()
