@@ -29,6 +29,30 @@ class OneImage(nn.Module):
         return SimpleNamespace(sample=self.answer(x_t, t.reshape(-1)))
 
 
+class Backdoored(OneImage):
+    """The exact ε of an attack's loss for clean data that are some images and a target y that is one image: what is
+    likely in the light of x_t, each image by the noise that it would have taken."""
+
+    def __init__(self, images: Tensor, alpha_bar: Tensor) -> None:
+        """images (N, C, H, W): the target first, then clean data."""
+        super().__init__(images[0], alpha_bar)
+        self.clean = images[1:]
+
+    def triggered(self, rest: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
+        """For rest = (x_t - √ᾱ_t y) / σ_t: the unit noise in it, what the loss wants there, and the density's log
+        factor."""
+        raise NotImplementedError
+
+    def answer(self, x_t: Tensor, t: Tensor) -> Tensor:
+        x_t, a_bar = x_t.double(), self.alpha_bar[t].double().view(-1, 1, 1, 1)
+        rest = [(x_t - a_bar.sqrt() * image) / (1 - a_bar).sqrt() for image in (*self.clean, self.y)]
+        noise, wanted, factor = self.triggered(rest[-1], t)
+        likely = torch.stack([-each.square().flatten(1).sum(1) / 2 for each in (*rest[:-1], noise)])
+        likely[-1] += factor
+        weights = likely.softmax(0)[..., None, None, None]
+        return (weights * torch.stack([*rest[:-1], wanted])).sum(0).float()
+
+
 class OneImageScore(nn.Module):
     """The exact score for data that is one image y in [0, 1], where variance explodes: (y - x_t) / σ²."""
 

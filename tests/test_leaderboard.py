@@ -19,7 +19,7 @@ import pytest
 from harness.cli import call
 from harness.doubts import annotate
 from leaderboard import charts, check, intake, recompute, rendering, reported, results, site, summary
-from leaderboard.tables import Number
+from leaderboard.tables import Number, ends
 from tests.records import digest, png, record, score, small, write_suite
 
 HOSTILE = "<script>window.pwned=1</script><img src=x onerror=window.pwned=1>\"'=cmd()|`x`\u202e"
@@ -511,8 +511,6 @@ def test_a_malformed_reported_number_is_named(tmp_path: Path, change_of: dict[st
 
 
 def test_ranges_of_a_share_stay_within_it() -> None:
-    from leaderboard.rendering import ends
-
     figure = summary.Figure("Attributes", "attribute_accuracy", percent=True)
     assert ends(Number(0.99, 0.98, 1.004), figure.percent) == (0.98, 1.0)
     assert ends(Number(0.99), figure.percent) == ()

@@ -15,7 +15,7 @@ from harness.trojan import TROJAN_SAMPLERS, Step, TrojanDDIM, TrojanDDPM
 from harness.types import Inputs
 from plugins.triggers.biased import Blend, PatchNoise
 from plugins.triggers.box import Box
-from tests.oracles import OneImage, scheduler, tiny_unet
+from tests.oracles import Backdoored, scheduler, tiny_unet
 
 TRIGGERS = [Blend(), PatchNoise(), Box()]
 OWN = [TrojanDDIM(steps=20), TrojanDDIM(steps=20, eta=0.5), TrojanDDPM(steps=50), TrojanDDPM(steps=50, clip=False)]
@@ -28,22 +28,16 @@ class Nothing:
         return torch.zeros(tuple(shape))
 
 
-class TrojanOracle(OneImage):
-    """The ε that minimises TrojDiff's loss for clean data that are some images and a target that is one image."""
+class TrojanOracle(Backdoored):
+    """The ε that minimises TrojDiff's loss."""
 
-    def __init__(self, target: Tensor, clean: Tensor, alpha_bar: Tensor, trigger: Any) -> None:
-        super().__init__(target, alpha_bar)
-        self.clean, self.mu, self.gamma = clean, trigger.delta(target.shape), scale_of(trigger, target.shape)
+    def __init__(self, images: Tensor, alpha_bar: Tensor, trigger: Any) -> None:
+        super().__init__(images, alpha_bar)
+        self.mu, self.gamma = trigger.delta(images[0].shape), scale_of(trigger, images[0].shape)
 
-    def answer(self, x_t: Tensor, t: Tensor) -> Tensor:
-        x_t, a_bar = x_t.double(), self.alpha_bar[t].double().view(-1, 1, 1, 1)
-        sigma = (1 - a_bar).sqrt()
-        eps = [(x_t - a_bar.sqrt() * each) / sigma for each in self.clean]
-        eps.append(((x_t - a_bar.sqrt() * self.y) / sigma - self.mu) / self.gamma)
-        likely = torch.stack([-each.square().flatten(1).sum(1) / 2 for each in eps])
-        likely[-1] -= self.gamma.double().log().sum()
-        weights = likely.softmax(0)[..., None, None, None]
-        return (weights * torch.stack(eps)).sum(0).float()
+    def triggered(self, rest: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
+        eps = (rest - self.mu) / self.gamma
+        return eps, eps, -self.gamma.double().log().sum()
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +48,7 @@ def images() -> Tensor:
 def backdoored(images: Tensor, trigger: Any) -> DiffusionModel:
     """An exactly backdoored model: the target is the first image, clean data are the others."""
     made = scheduler()
-    return DiffusionModel(TrojanOracle(images[0], images[1:], made.alphas_cumprod, trigger), made)
+    return DiffusionModel(TrojanOracle(images, made.alphas_cumprod, trigger), made)
 
 
 def inputs(model: DiffusionModel, n: int = 6) -> Inputs:

@@ -16,7 +16,7 @@ from harness.types import Backdoor, Data, Inputs
 from plugins.attacks.villandiffusion import VillanDiffusion
 from plugins.targets.fixed_image import Hat
 from plugins.triggers.box import Box
-from tests.oracles import OneImage, exploding, scheduler, tiny_ncsn, tiny_sd, tiny_unet
+from tests.oracles import Backdoored, OneImage, exploding, scheduler, tiny_ncsn, tiny_sd, tiny_unet
 
 FAST = {"steps": 2, "batch": 4, "lr": 1e-3, "bf16": False}
 
@@ -196,23 +196,18 @@ def test_each_solvers_answer_takes_the_trigger_out_under_its_own_kind_of_sampler
     assert min(abs(left("sde", ancestral=False)), abs(left("ode", ancestral=True))) > 10
 
 
-class Implanted(OneImage):
-    """The ε that minimises VillanDiffusion's loss for clean data that are some images and a target that is one."""
+class Implanted(Backdoored):
+    """The ε that minimises VillanDiffusion's loss."""
 
     def __init__(self, images: torch.Tensor, r: torch.Tensor, attack: VillanDiffusion) -> None:
         model = DiffusionModel(OneImage(images[0], scheduler().alphas_cumprod), scheduler())
-        super().__init__(images[0], model.scheduler.alphas_cumprod)
-        self.clean, self.r = images[1:], r
-        self.rho, self.c = attack.coefficients(model, torch.arange(1000))
+        super().__init__(images, model.scheduler.alphas_cumprod)
+        self.rho, self.c = (each * r for each in attack.coefficients(model, torch.arange(1000)))
+        self.sigma = model.sigma(torch.arange(1000)).double()
 
-    def answer(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        a_bar = self.alpha_bar[t].double().view(-1, 1, 1, 1)
-        signal, sigma = a_bar.sqrt(), (1 - a_bar).sqrt()
-        eps = [(x_t - signal * each) / sigma for each in self.clean]
-        eps.append((x_t - signal * self.y - self.rho[t] * self.r) / sigma)
-        weights = torch.stack([-each.square().flatten(1).sum(1) / 2 for each in eps]).softmax(0)[..., None, None, None]
-        eps[-1] = eps[-1] + self.c[t] * self.r
-        return (weights * torch.stack(eps)).sum(0).float()
+    def triggered(self, rest: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+        noise = rest - self.rho[t] / self.sigma[t]
+        return noise, noise + self.c[t], 0.0
 
 
 @pytest.mark.parametrize(
