@@ -118,8 +118,8 @@ class DiffusionModel:
     def _need_preserving(self) -> None:
         if self.family == "ve":
             raise ValueError(
-                "a variance-exploding model has no α_t and no ᾱ_t: take a method for such models, as the attack "
-                "villandiffusion(psi=0), and in a plugin signal(t) and sigma(t)"
+                "a variance-exploding model has no α_t and no ᾱ_t; use signal(t) and sigma(t) in a plugin, or a method "
+                "for such models, as the attack villandiffusion(psi=0)"
             )
 
     # ---- parts ----------------------------------------------------------------------------------------------------
