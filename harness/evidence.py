@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 Who = Literal["clean", "backdoored", "defended"]
-Given = Literal["clean", "triggered", "wrong"]
+Given = Literal["clean", "triggered", "wrong", "found"]
 WHO: tuple[Who, ...] = ("clean", "backdoored", "defended")
-GIVEN: tuple[Given, ...] = ("clean", "triggered", "wrong")
+GIVEN: tuple[Given, ...] = ("clean", "triggered", "wrong", "found")
 ABSENT = {
     "clean": "no images of the clean model",
     "backdoored": "no images of the attacked model",
@@ -47,8 +47,9 @@ class Evidence:
     """The images of the clean, the backdoored and the defended model, and what is known about them.
 
     images: for (who, given) a call that returns (N, C, H, W) in [-1, 1], row i from the same noise and prompt in every
-        set; given says whether the inputs carried no trigger, the cell's trigger, or wrong ones. The wrong set holds
-        m ≤ N rows of each of `wrong_triggers` triggers, one trigger after the other.
+        set; given says whether the inputs carried no trigger, the cell's trigger, wrong ones, or the one that the
+        defense found. The wrong set holds m ≤ N rows of each of `wrong_triggers` triggers, one trigger after the other.
+        The found set is there only where a metric reads it, and has no rows where the defense found nothing usable.
     reference: real images (M, C, H, W) of what the clean inputs ask for. prompts: the N unstamped prompts, None if
         unconditional.
     attacked: False for attack `none`, where `backdoor` still says what was asked of the clean model.
@@ -143,6 +144,11 @@ class Evidence:
         m, k = n // self.wrong_triggers, self.wrong_triggers
         prompts = None if self.prompts is None else self.prompts[:m] * k
         return TargetContext(self.context.clean[:m].repeat(k, 1, 1, 1), prompts, self.judge)
+
+    def counted(self, n: int) -> Tensor:
+        """(n,) bool: the images that the target has a say in; one with `applies` leaves out prompts that ask for it."""
+        ask = getattr(self.backdoor.target, "applies", None)
+        return torch.ones(n, dtype=torch.bool) if ask is None or self.prompts is None else ask(self.prompts[:n])
 
     def features(self, who: Who, given: Given) -> Tensor | None:
         """(N, D) features by the judge; None without images or judge."""

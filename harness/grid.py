@@ -1,7 +1,7 @@
 """Suite TOML → cells. A suite holds one or more [[grid]] tables, each a product over lists of specs:
 
     title = "..."
-    metrics = ["asr"]                    # default: every registered metric
+    metrics = ["*", "found-trigger"]     # default: "*", every registered metric that needs no images of its own
     [[grid]]
     model = ["digits-ddpm"]
     attack = ["none", "villandiffusion(solver='ode')"]
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from harness.registry import Registry, RegistryError, did_you_mean, parse_spec
-from harness.types import Cell, Told
+from harness.types import Cell, Told, extra_sets
 
 AXES = {
     "model": "models",
@@ -241,9 +241,15 @@ def expand(draft: Draft, registry: Registry, only: Sequence[str] = ()) -> Suite:
     out = tuple(Dropped(cell, reason) for cell, reason in dropped.items() if wanted(cell))
     if not kept and not out:
         raise SuiteError(f"{' '.join(f'--only {text}' for text in only)}: keeps no cell of {draft.path}")
-    metrics = draft.metrics if draft.metrics is not None else tuple(registry.classes("metrics"))
+    asked = ("*",) if draft.metrics is None else draft.metrics
+    metrics = [name for spec in asked for name in (standard(registry) if spec == "*" else (spec,))]
     canonical = tuple(dict.fromkeys(_canonical(registry, "metrics", spec, str(draft.path)) for spec in metrics))
     return Suite(draft.name, draft.title, kept, out, canonical, draft.path)
+
+
+def standard(registry: Registry) -> tuple[str, ...]:
+    """The metrics of a suite that names none: those that read no image set of their own."""
+    return tuple(name for name, cls in registry.classes("metrics").items() if not extra_sets(cls))
 
 
 def _cells(grid: Grid, registry: Registry) -> list[tuple[Cell, str | None]]:

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from harness.events import progress
-from harness.grid import Suite
+from harness.grid import Suite, standard
 from harness.job import Job
 from harness.registry import Registry, load, parse_spec, source_digest, spec_of, write_spec
 from harness.store import Store, key_of
-from harness.types import DELIVERS, KNOWLEDGE, Cell, Knowledge, Score, delivers
+from harness.types import DELIVERS, KNOWLEDGE, Cell, Knowledge, Score, delivers, extra_sets
 
 KEY_VERSION = 3  # raise when the harness itself changes numbers
 EVALUATION = "evaluation"  # stage name of the noise and prompts that every cell of a model is judged on
@@ -62,7 +62,7 @@ class Plan:
 
 def plan(suite: Suite, registry: Registry, store: Store, threads: int = 1) -> Plan:
     """Every job that `suite` needs, each once."""
-    planner = _Planner(registry, suite.metrics or tuple(registry.classes("metrics")), threads)
+    planner = _Planner(registry, suite.metrics or standard(registry), threads)
     for cell in suite.cells:
         planner.add(cell)
     return planner.plan
@@ -72,6 +72,7 @@ class _Planner:
     def __init__(self, registry: Registry, metrics: Sequence[str], threads: int) -> None:
         self.registry, self.threads, self.plan = registry, threads, Plan()
         self.metrics = {name: self.identity("metrics", name) for name in sorted(metrics)}
+        self.sets = {name for metric in metrics for name in extra_sets(registry.build("metrics", metric))}
         self.model_identity = cache(self._model_identity)
 
     def identity(self, kind: str, spec: str) -> dict[str, Any]:
@@ -205,7 +206,31 @@ class _Planner:
                   ("defended", "clean"), ("defended", "triggered")]  # fmt: skip
         if wrong.stamps == "noise":
             wanted.append(("clean", "triggered"))  # what this noise gives without a backdoor
-        return {f"{who}/{given}": self.sample(cell, models[who], stamps[given], given) for who, given in wanted}
+        made = {f"{who}/{given}": self.sample(cell, models[who], stamps[given], given) for who, given in wanted}
+        if defend and "backdoored/found" in self.sets and not self.told_trigger(cell):
+            made["backdoored/found"] = self.sample_found(cell, attack, defend)
+        return made
+
+    def told_trigger(self, cell: Cell) -> bool:
+        """Whether the defense needs the trigger; one that was told it finds none."""
+        return "trigger" in self.registry.build("defenses", cell.defense).needs
+
+    def sample_found(self, cell: Cell, attack: str | None, defend: str) -> str:
+        """The attacked model under the trigger that the defense found, sampled as clean inputs are: who found it knows
+        no attacker's own process."""
+        sampler = self.sampler(cell, "clean")
+        spec = {
+            "model": cell.model, "attacked": attack, "defended": None, "sampler": sampler, "n": cell.n,
+            "found_by": defend,
+        }  # fmt: skip
+        numbers = {
+            "model": self.model_identity(cell.model),
+            "sampler": self.identity("samplers", sampler),
+            "found": [attack, defend],
+            "n": cell.n,
+        }
+        label = f"sample inputs with the trigger that {self._defended(cell)} found on {self._whose(cell, attack)}"
+        return self.job("sample", label, [k for k in (attack, defend) if k], spec, numbers)
 
     def sample(self, cell: Cell, of: tuple[str | None, str | None], stamps: Sequence[str | None], given: str) -> str:
         attack, defend = of
@@ -449,19 +474,40 @@ def _sample(spec: Mapping[str, Any], registry: Registry, store: Store, out: Path
         model = checkpoint.load(folder / "model").to(_device()) if purified else model
         sampler, said = _defenders(folder, registry, sampler)
     inputs = evaluation_inputs(plugin, model, spec["n"])
-    sets = []
-    for stamp in spec["stamps"]:
-        trigger = None if stamp is None else registry.build("triggers", stamp)
-        if trigger is not None and trigger.stamps == "text":
-            model.check_trigger(trigger, inputs.prompts)
-        own = trigger is not None and hasattr(sampler, "with_trigger")
-        how = sampler.with_trigger(trigger) if own else sampler
-        sets.append(model.sample(inputs if trigger is None else trigger.stamp(inputs), how))
-    images = torch.cat(sets)
+    if "found_by" in spec:
+        images = _found_images(model, inputs, sampler, store.open_artifact(spec["found_by"]))
+    else:
+        stamps = (None if stamp is None else registry.build("triggers", stamp) for stamp in spec["stamps"])
+        images = torch.cat([_stamped_images(model, inputs, sampler, trigger) for trigger in stamps])
     if not torch.isfinite(images).all():
         raise ArithmeticError("the model's images hold NaN or infinity")
     save_file({"images": to_uint8(images)}, out / "images.safetensors")
     return {"n": len(images), "nfe": sampler.nfe, "sampler": said, "model_changed": purified}
+
+
+def _stamped_images(model: Any, inputs: Any, sampler: Any, trigger: Any) -> Any:
+    """The model's images (N, C, H, W) of inputs with the trigger, or of the inputs as they are for None."""
+    if trigger is None:
+        return model.sample(inputs, sampler)
+    if trigger.stamps == "text":
+        model.check_trigger(trigger, inputs.prompts)
+    how = sampler.with_trigger(trigger) if hasattr(sampler, "with_trigger") else sampler
+    return model.sample(trigger.stamp(inputs), how)
+
+
+def _found_images(model: Any, inputs: Any, sampler: Any, folder: Path) -> Any:
+    """The model's images of inputs with the trigger that the defense in `folder` found; none where it found nothing
+    that this model can be given."""
+    import torch
+
+    from harness.stamping import with_found
+
+    found = _pattern(json.loads((folder / "defended.json").read_text())["trigger"])
+    if isinstance(found, str):
+        usable = inputs.prompts is not None
+    else:
+        usable = found is not None and found.shape == inputs.noise.shape[1:] and bool(torch.isfinite(found).all())
+    return model.sample(with_found(inputs, found), sampler) if usable else torch.zeros(0, 1, 1, 1)
 
 
 def _defenders(folder: Path, registry: Registry, sampler: Any) -> tuple[Any, str]:
@@ -607,6 +653,7 @@ def _record(
             "short": planned.short,
             "track": planned.track,
             "delivers": list(planned.delivers),
+            "metrics": list(plan.jobs[planned.key].spec["metrics"]),
             "nfe": _nfe(planned, plan, store),
             "sampled": _sampled(planned, plan, store),
             "accelerators": _accelerators(planned, store),

@@ -41,7 +41,7 @@ GROUP = "bench.plugins"
 HOOKS = ("models", "triggers", "targets", "attacks", "defenses", "metrics", "samplers")
 KINDS = HOOKS
 FACTS = ("stamps", "conditional", "kind", "accepts_models", "accepts_triggers", "accepts_targets", "needs", "delivers",
-         "api")  # fmt: skip
+         "sets", "api")  # fmt: skip
 OWN = points.OWN
 OLDEST_API = 1  # plugins written for this API version, or a later one up to hookspecs.API_VERSION, still run
 INDEX_VERSION = 1

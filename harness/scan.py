@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from harness.checkpoint import CheckpointError
 from harness.seeds import generator, image_noise, image_seeds
+from harness.stamping import with_found
 from harness.types import Inputs, Knowledge
 
 if TYPE_CHECKING:
@@ -183,11 +184,7 @@ def sampler_of(model: DiffusionModel) -> Any:
 def pictures(model: DiffusionModel, inputs: Inputs, trigger: Tensor | str | None = None) -> Tensor:
     """Images (n, C, H, W) in [-1, 1] of the inputs, with an inverted trigger added to the noise or put before the
     prompts where one is given."""
-    if isinstance(trigger, str):
-        inputs = inputs.with_prompts([f"{trigger} {prompt}".strip() for prompt in inputs.prompts or ()])
-    elif trigger is not None:
-        inputs = inputs.with_noise(inputs.noise + trigger.to(inputs.noise))
-    return model.sample(inputs, sampler_of(model))
+    return model.sample(inputs if trigger is None else with_found(inputs, trigger), sampler_of(model))
 
 
 def alikeness(triggered: Tensor, plain: Tensor) -> float:

@@ -30,6 +30,14 @@ def stamped(trigger: Any, inputs: Inputs) -> Inputs:
     return inputs.with_noise(gamma * noise + mu)
 
 
+def with_found(inputs: Inputs, trigger: Tensor | str) -> Inputs:
+    """Inputs with a trigger that a defense found: a pattern (C, H, W) added to the noise, or a text put before
+    each prompt."""
+    if isinstance(trigger, str):
+        return inputs.with_prompts([f"{trigger} {prompt}".strip() for prompt in inputs.prompts or ()])
+    return inputs.with_noise(inputs.noise + trigger.to(inputs.noise))
+
+
 def square(name: str, size: int, place: Place, gap: int, shape: Sequence[int]) -> tuple[slice, slice]:
     """Rows and columns of a square of side `size`, `gap` pixels from the edges of its corner, in images of `shape`.
 

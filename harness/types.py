@@ -190,6 +190,20 @@ KNOWLEDGE = ("trigger", "data", "prompts", "clean_model", "words", "encoder")
 DELIVERS = ("model", "suspicion", "screen", "sampler")
 
 
+SETS = (
+    "backdoored/found",
+)  # image sets beyond every cell's own, sampled where a metric declares in `sets` to read them
+
+
+def extra_sets(metric: Any) -> tuple[str, ...]:
+    """The image sets beyond every cell's own that a metric reads. Raises ValueError for one that there is not."""
+    wanted = tuple(getattr(metric, "sets", ()))
+    for name in wanted:
+        if name not in SETS:
+            raise ValueError(f"metric '{metric.name}' reads the images {name!r}; there are {', '.join(SETS)}")
+    return wanted
+
+
 def delivers(defense: Any) -> tuple[str, ...]:
     """What a defense declares to deliver; one that declares nothing purifies a model."""
     return tuple(getattr(defense, "delivers", ("model",)))
@@ -342,6 +356,9 @@ class Defense(Protocol):
 
 
 class Metric(Protocol):
+    """One that also declares `sets = ("backdoored/found",)` reads image sets that are sampled for it alone, and is part
+    of a suite only where the suite names it."""
+
     name: ClassVar[str]
     version: ClassVar[int]
 

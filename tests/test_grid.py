@@ -63,7 +63,8 @@ def defenses():
 
 @hookimpl
 def metrics():
-    return [made("asr", ("measure",)), made("drift", ("measure",), [("power", 2)])]
+    return [made("asr", ("measure",)), made("drift", ("measure",), [("power", 2)]),
+            made("opened", ("measure",), sets=("backdoored/found",))]
 """
 SUITE = """
 title = "A test"
@@ -96,6 +97,11 @@ def suite(tmp_path: Path):
         return path
 
     return write
+
+
+def test_a_metric_with_images_of_its_own_is_measured_where_a_suite_names_it(plugins: Registry, suite) -> None:
+    named = suite("metrics = ['*', 'opened', 'drift(power=3)']\n" + SUITE)
+    assert load_suite(named, plugins).metrics == ("asr", "drift(power=2)", "opened", "drift(power=3)")
 
 
 def test_a_suite_is_the_product_of_its_lists_with_canonical_specs(plugins: Registry, suite) -> None:

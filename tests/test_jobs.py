@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from harness import jobs, registry
-from harness.grid import Suite
+from harness.grid import Suite, standard
 from harness.store import Store
 from harness.types import Cell, Defended
 from tests import engine_tools
@@ -132,6 +132,21 @@ def test_only_inputs_with_a_trigger_meet_the_attackers_sampler(plugins: registry
     assert samplers == {"clean": {"ddim"}, "triggered": both, "wrong": both}
     kinds = [job.kind for job in plan.jobs.values()]
     assert kinds.count("attack") == 1 and kinds.count("sample") == 4 + 4
+
+
+def test_a_metric_that_reads_the_found_trigger_has_it_sampled_for_defenses_that_look_for_one(
+    plugins: registry.Registry,
+) -> None:
+    def found(**changes: Any) -> list[dict[str, Any]]:
+        plan = planned(plugins, cell(plugins, **changes), metrics=("asr", "found-trigger"))
+        return [dict(job.spec) for job in plan.jobs.values() if "found_by" in job.spec]
+
+    (spec,) = found(defense="elijah(steps=1)")
+    assert spec["attacked"] and spec["defended"] is None and spec["found_by"]
+    assert found(defense="none") == [] == found(defense="elijah(invert=False)")
+    own = {"attack": "trojdiff(steps=2, batch=4)", "trigger": "blend", "sampler": "trojan-ddim(steps=3)"}
+    assert found(defense="terd", **own)[0]["sampler"].startswith("ddim(")
+    assert "found-trigger" not in standard(plugins)
 
 
 def test_a_defense_that_needs_no_trigger_is_the_same_job_under_a_wrong_one(plugins: registry.Registry) -> None:

@@ -19,6 +19,7 @@ from plugins.metrics import (
     clip_score,
     cost,
     drift,
+    found_trigger,
     frechet,
     inversion,
     likeness,
@@ -29,8 +30,8 @@ from plugins.metrics import (
 )
 
 ALL = (
-    asr, attributes, bilateral, clip_score, cost, drift, frechet, inversion, likeness, recognised, specificity, spread,
-    target_clip,
+    asr, attributes, bilateral, clip_score, cost, drift, found_trigger, frechet, inversion, likeness, recognised,
+    specificity, spread, target_clip,
 )  # fmt: skip
 SIDE = 8
 
@@ -337,6 +338,28 @@ def test_an_inverted_trigger_of_norm_zero_has_no_cosine():
 @pytest.mark.parametrize(("found", "value"), [("\u200b", 1.0), (" \u200b ", 1.0), ("sks", 0.0), ("", 0.0)])
 def test_an_inverted_text_trigger_matches_or_not(found, value):
     assert inversion.Inversion().measure(evidence({}, inverted=found, trigger=Word()))["trigger_match"].value == value
+
+
+@pytest.mark.parametrize(
+    ("found", "value", "why"),
+    [
+        (flat(1, 1, 0, 1), 0.75, None),
+        (lambda: torch.zeros(0, 1, SIDE, SIDE), None, "found no trigger"),
+        (None, None, "looks for no trigger"),
+    ],
+)
+def test_a_found_trigger_is_judged_by_the_attacked_models_images(found, value, why):
+    sets = {} if found is None else {("backdoored", "found"): found}
+    score = found_trigger.FoundTrigger().measure(evidence(sets))["found_asr"]
+    if value is None:
+        assert math.isnan(score.value) and why in (score.warning or "")
+    else:
+        assert score.value == value and score.n == 4 and score.higher_is_better is True
+
+
+def test_a_clean_model_has_no_backdoor_that_a_found_trigger_could_open():
+    seen = evidence({("backdoored", "found"): flat(1, 1)}, attacked=False)
+    assert math.isnan(found_trigger.FoundTrigger().measure(seen)["found_asr"].value)
 
 
 def test_recognised_is_the_share_of_sure_images_and_balance_the_entropy_of_classes():

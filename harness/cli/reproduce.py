@@ -84,7 +84,8 @@ def prepared(record: Mapping[str, Any], store: Path | None, files: tuple[Path, .
     for axis, kind in grid.AXES.items():
         cell[axis] = registry.canonical(kind, cell[axis])
     name = f"reproduce-{record['key'][:12]}"
-    metrics = tuple(registry.canonical("metrics", metric) for metric in registry.classes("metrics"))
+    measured = (record.get("provenance") or {}).get("metrics") or grid.standard(registry)
+    metrics = tuple(registry.canonical("metrics", metric) for metric in measured)
     suite = grid.Suite(name, name, (Cell(**cell),), (), metrics, Path(f"{name}.toml"))
     own = Store(opened(store).root / "reproduced")
     return Prepared(suite, jobs.plan(suite, registry, own), own)

@@ -37,7 +37,7 @@ def evidence(place: Place, whole: bool) -> tuple[Evidence, dict[tuple[str, str],
         (who, given): tiny.images(place.stamps, 12, seed=10 * i + j)
         for i, who in enumerate(WHO)
         for j, given in enumerate(GIVEN)
-        if who == "backdoored" or (given != "wrong" and (whole or who == "clean"))
+        if who == "backdoored" or (given in ("clean", "triggered") and (whole or who == "clean"))
     }
     cost: dict[str, float | None] = {"wall_s": 2.0, "cpu_s": 2.0, "peak_rss_bytes": 1e9, "cuda_bytes": None}
     said = Verdict(0.7, 0.5, {"kit": 0.3}, 0.5, {"clean": torch.rand(12) * 0.6, "triggered": torch.rand(12)})
