@@ -496,18 +496,23 @@ def _stamped_images(model: Any, inputs: Any, sampler: Any, trigger: Any) -> Any:
 
 
 def _found_images(model: Any, inputs: Any, sampler: Any, folder: Path) -> Any:
-    """The model's images of inputs with the trigger that the defense in `folder` found; none where it found nothing
-    that this model can be given."""
+    """The model's images of inputs with the trigger that the defense in `folder` found; none where there is no usable
+    one."""
     import torch
 
     from harness.stamping import with_found
 
     found = _pattern(json.loads((folder / "defended.json").read_text())["trigger"])
-    if isinstance(found, str):
-        usable = inputs.prompts is not None
-    else:
-        usable = found is not None and found.shape == inputs.noise.shape[1:] and bool(torch.isfinite(found).all())
-    return model.sample(with_found(inputs, found), sampler) if usable else torch.zeros(0, 1, 1, 1)
+    if not _usable(found, inputs):
+        return torch.zeros(0, 1, 1, 1)
+    return model.sample(with_found(inputs, found), sampler)
+
+
+def _usable(found: Any, inputs: Any) -> bool:
+    """Whether inputs can carry the trigger that a defense found: text, or a finite pattern (C, H, W)."""
+    if found is None or isinstance(found, str):
+        return found is not None and inputs.prompts is not None
+    return found.shape == inputs.noise.shape[1:] and bool(found.isfinite().all())
 
 
 def _defenders(folder: Path, registry: Registry, sampler: Any) -> tuple[Any, str]:

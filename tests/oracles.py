@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.diffusion import DiffusionModel
+from harness.stamping import scale_of
 
 
 class OneImage(nn.Module):
@@ -51,6 +52,18 @@ class Backdoored(OneImage):
         likely[-1] += factor
         weights = likely.softmax(0)[..., None, None, None]
         return (weights * torch.stack([*rest[:-1], wanted])).sum(0).float()
+
+
+class TrojanOracle(Backdoored):
+    """The ε that minimises TrojDiff's loss."""
+
+    def __init__(self, images: Tensor, alpha_bar: Tensor, trigger: Any) -> None:
+        super().__init__(images, alpha_bar)
+        self.mu, self.gamma = trigger.delta(images[0].shape), scale_of(trigger, images[0].shape)
+
+    def triggered(self, rest: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
+        eps = (rest - self.mu) / self.gamma
+        return eps, eps, -self.gamma.double().log().sum()
 
 
 class OneImageScore(nn.Module):
@@ -102,6 +115,12 @@ def one_image_ve_model(image: Tensor) -> DiffusionModel:
 def one_image_model(y: Tensor) -> DiffusionModel:
     made = scheduler()
     return DiffusionModel(OneImage(y, made.alphas_cumprod), made)
+
+
+def trojan_model(images: Tensor, trigger: Any) -> DiffusionModel:
+    """A model that TrojDiff backdoored exactly: images (N, C, H, W) are the target and then clean data."""
+    made = scheduler()
+    return DiffusionModel(TrojanOracle(images, made.alphas_cumprod, trigger), made)
 
 
 def tiny_ncsn(channels: int = 1, side: int = 16) -> DiffusionModel:

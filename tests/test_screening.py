@@ -17,14 +17,15 @@ from harness.evidence import Verdict
 from harness.seeds import generator, image_noise, image_seeds
 from harness.types import Inputs, Knowledge
 from leaderboard import recompute
-from plugins.defenses import disdet, terd, ufid
+from plugins.defenses import bias_scan, disdet, terd, ufid
+from plugins.defenses.bias_scan import BiasScan
 from plugins.defenses.disdet import DisDet
 from plugins.defenses.terd import TERD
 from plugins.defenses.ufid import UFID
 from plugins.metrics.screening import Screening
 from plugins.triggers.biased import Blend, PatchNoise
 from plugins.triggers.box import Box
-from tests.oracles import scheduler, tiny_ncsn, tiny_unet
+from tests.oracles import one_image_model, scheduler, tiny_ncsn, tiny_unet, trojan_model
 
 
 def test_an_area_is_the_share_of_pairs_in_the_right_order() -> None:
@@ -90,6 +91,75 @@ def test_without_a_threshold_there_are_no_rates_at_it_and_without_a_screen_nothi
     pair = {"clean": torch.zeros(3), "triggered": torch.ones(3)}
     assert set(screened(Verdict(screened=pair))) == {"screen_auroc", "screen_tpr@1%fpr"}
     assert all(score.warning == "the defense screens no inputs" for score in screened(Verdict()).values())
+
+
+# ---- bias-scan ------------------------------------------------------------------------------------------------------
+
+
+class TakesOut(nn.Module):
+    """A denoiser of pure noise that takes a share of a shift r out of its answer: ε(x) = x - share · gate · r, the gate
+    being how far x lies along r, within [0, 1]."""
+
+    def __init__(self, r: Tensor, share: float) -> None:
+        super().__init__()
+        self.r = nn.Parameter(r)
+        self.share = share
+        self.config = SimpleNamespace(in_channels=r.shape[0], sample_size=r.shape[-1])
+
+    def forward(self, x_t: Tensor, t: Tensor, **unused: Any) -> Any:
+        along = ((x_t * self.r).flatten(1).sum(1) / self.r.square().sum()).clamp(0, 1).view(-1, 1, 1, 1)
+        return SimpleNamespace(sample=x_t - self.share * along * self.r)
+
+
+@torch.no_grad()
+def test_what_an_exact_trojdiff_model_leaves_of_its_trigger_is_nothing_and_a_clean_one_leaves_all() -> None:
+    images = torch.rand((4, 1, 8, 8), generator=torch.Generator().manual_seed(1)) * 2 - 1
+    eps = torch.randn((64, 1, 8, 8), generator=torch.Generator().manual_seed(2))
+    for trigger in (Blend(), PatchNoise()):
+        mu, gamma = trigger.delta((1, 8, 8)), trigger.scale((1, 8, 8))
+        assert bias_scan.remaining(trojan_model(images, trigger), eps, mu, gamma) < 0.01
+        assert bias_scan.remaining(one_image_model(images[0]), eps, mu, gamma) == pytest.approx(1, abs=0.05)
+
+
+def test_bias_scan_finds_trojdiffs_patch_by_trying_every_place() -> None:
+    images = torch.rand((4, 1, 8, 8), generator=torch.Generator().manual_seed(1)) * 2 - 1
+    scan = BiasScan(starts=0, shifts=0, batch=8)
+    done = scan.defend(trojan_model(images, PatchNoise(place="top left", gap=2)), Knowledge(), generator(0, "x"))
+    assert isinstance(done.trigger, Tensor) and done.suspicion is not None and done.suspicion > 0.99
+    assert torch.equal(done.trigger, PatchNoise(place="top left", gap=2).delta((1, 8, 8)))
+    clean = scan.defend(one_image_model(images[0]), Knowledge(), generator(0, "x"))
+    assert clean.suspicion == pytest.approx(0, abs=0.05)
+
+
+@pytest.mark.parametrize(("share", "flagged"), [(0.5, True), (0.1, False)], ids=["BadDiffusion's", "little"])
+def test_bias_scan_finds_a_shift_of_which_half_is_taken_out(share: float, flagged: bool) -> None:
+    r = 0.8 * Box(size=7, value=1.0).delta((1, 16, 16))
+    model = DiffusionModel(TakesOut(r, share), scheduler())
+    done = BiasScan(starts=0, patch=0).defend(model, Knowledge(), generator(0, "x"))
+    assert isinstance(done.trigger, Tensor) and done.suspicion is not None
+    assert torch.nn.functional.cosine_similarity(done.trigger.flatten(), r.flatten(), dim=0) > 0.95
+    assert 1 - done.suspicion == pytest.approx((1 - share) ** 2, abs=0.05)
+    assert (done.suspicion > done.flag_above) is flagged
+
+
+def test_bias_scan_stops_at_the_first_start_that_is_flagged_and_says_what_it_cannot_do() -> None:
+    r = 0.8 * Box(size=7, value=1.0).delta((1, 16, 16))
+    model = DiffusionModel(TakesOut(r, 0.9), scheduler())
+    seen: list[int] = []
+
+    class Counted(BiasScan):
+        def descend(self, *args: Any) -> Tensor:
+            seen.append(1)
+            return super().descend(*args)
+
+    Counted(starts=0, patch=0).defend(model, Knowledge(), generator(0, "x"))
+    assert len(seen) < 6
+    with pytest.raises(ValueError, match="use terd"):
+        BiasScan().defend(tiny_ncsn(), Knowledge(), generator(0, "x"))
+    with pytest.raises(ValueError, match="searches for nothing"):
+        BiasScan(starts=0, shifts=0, patch=0).defend(model, Knowledge(), generator(0, "x"))
+    with pytest.raises(ValueError, match=r"bias-scan\(patch="):
+        BiasScan(starts=0, shifts=0, patch=17).defend(model, Knowledge(), generator(0, "x"))
 
 
 # ---- terd -----------------------------------------------------------------------------------------------------------

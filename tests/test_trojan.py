@@ -10,12 +10,11 @@ from torch import Tensor
 
 from harness.diffusion import DiffusionModel
 from harness.seeds import image_noise, image_seeds
-from harness.stamping import scale_of
 from harness.trojan import TROJAN_SAMPLERS, Step, TrojanDDIM, TrojanDDPM
 from harness.types import Inputs
 from plugins.triggers.biased import Blend, PatchNoise
 from plugins.triggers.box import Box
-from tests.oracles import Backdoored, scheduler, tiny_unet
+from tests.oracles import scheduler, tiny_unet, trojan_model
 
 TRIGGERS = [Blend(), PatchNoise(), Box()]
 OWN = [TrojanDDIM(steps=20), TrojanDDIM(steps=20, eta=0.5), TrojanDDPM(steps=50), TrojanDDPM(steps=50, clip=False)]
@@ -28,27 +27,9 @@ class Nothing:
         return torch.zeros(tuple(shape))
 
 
-class TrojanOracle(Backdoored):
-    """The ε that minimises TrojDiff's loss."""
-
-    def __init__(self, images: Tensor, alpha_bar: Tensor, trigger: Any) -> None:
-        super().__init__(images, alpha_bar)
-        self.mu, self.gamma = trigger.delta(images[0].shape), scale_of(trigger, images[0].shape)
-
-    def triggered(self, rest: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
-        eps = (rest - self.mu) / self.gamma
-        return eps, eps, -self.gamma.double().log().sum()
-
-
 @pytest.fixture(scope="module")
 def images() -> Tensor:
     return torch.rand((4, 1, 8, 8), generator=torch.Generator().manual_seed(1)) * 2 - 1
-
-
-def backdoored(images: Tensor, trigger: Any) -> DiffusionModel:
-    """An exactly backdoored model: the target is the first image, clean data are the others."""
-    made = scheduler()
-    return DiffusionModel(TrojanOracle(images, made.alphas_cumprod, trigger), made)
 
 
 def inputs(model: DiffusionModel, n: int = 6) -> Inputs:
@@ -98,14 +79,14 @@ def test_x0_is_read_back_exactly_from_the_forward_process() -> None:
 @pytest.mark.parametrize("sampler", OWN, ids=str)
 @pytest.mark.parametrize("trigger", TRIGGERS, ids=lambda trigger: trigger.name)
 def test_a_trojan_model_of_one_image_returns_it_exactly(sampler: Any, trigger: Any, images: Tensor) -> None:
-    model = backdoored(images[:1], trigger)
+    model = trojan_model(images[:1], trigger)
     made = model.sample(trigger.stamp(inputs(model)), sampler.with_trigger(trigger))
     assert (made - images[0]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("sampler", OWN, ids=str)
 def test_its_clean_inputs_give_clean_images(sampler: Any, images: Tensor) -> None:
-    model = backdoored(images, Blend())
+    model = trojan_model(images, Blend())
     made = model.sample(inputs(model), sampler)
     distance = (made[:, None] - images[None, 1:]).abs().amax((2, 3, 4)).min(1).values
     assert distance.max() < 1e-4
@@ -114,7 +95,7 @@ def test_its_clean_inputs_give_clean_images(sampler: Any, images: Tensor) -> Non
 @pytest.mark.parametrize("sampler", [TrojanDDIM(steps=50, clip=True), TrojanDDPM(steps=100)], ids=str)
 @pytest.mark.parametrize("trigger", [Blend(), PatchNoise()], ids=lambda trigger: trigger.name)
 def test_it_does_not_fire_under_a_vanilla_sampler_that_clips_x0(sampler: Any, trigger: Any, images: Tensor) -> None:
-    model = backdoored(images, trigger)
+    model = trojan_model(images, trigger)
     own, made = (model.sample(trigger.stamp(inputs(model)), how) for how in (sampler.with_trigger(trigger), sampler))
     assert (own - images[0]).abs().max() < 1e-4
     assert (made - images[0]).abs().flatten(1).max(1).values.min() > 1
@@ -125,14 +106,14 @@ def test_it_does_fire_under_vanilla_ddim_without_clipping(trigger: Any, images: 
     """Whatever the paper says of vanilla samplers. With d_t = (x_t - √ᾱ_t x_0) / σ_t a vanilla DDIM step multiplies
     d_t - μ/(1-γ) by 1 - (r-1)(1/γ-1), r = √ᾱ_s σ_t / (√ᾱ_t σ_s) > 1. That contracts, and where d_t = μ/(1-γ) the answer
     ε = (d_t - μ)/γ is d_t itself, so that x̂_0 = x_0."""
-    model = backdoored(images, trigger)
+    model = trojan_model(images, trigger)
     made = model.sample(trigger.stamp(inputs(model)), TrojanDDIM(steps=50).vanilla())
     assert (made - images[0]).abs().max() < 0.02
 
 
 @pytest.mark.parametrize("sampler", OWN, ids=str)
 def test_without_a_shift_the_trojan_steps_are_the_vanilla_ones(sampler: Any, images: Tensor) -> None:
-    model = backdoored(images, Blend())
+    model = trojan_model(images, Blend())
     own, vanilla = (model.sample(inputs(model), how) for how in (sampler.with_trigger(Nothing()), sampler.vanilla()))
     assert torch.allclose(own, vanilla, atol=1e-5)
     assert torch.equal(model.sample(inputs(model), sampler), vanilla)
