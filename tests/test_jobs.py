@@ -16,12 +16,15 @@ import pytest
 import torch
 
 from harness import jobs, registry
+from harness.engine import driver
+from harness.engine.local import LocalEngine
+from harness.engine.supervise import Handle, Outcome
 from harness.grid import Suite
 from harness.job import Job
 from harness.store import Store
 from harness.types import Cell, Defended
 from tests import engine_tools
-from tests.engine_tools import assert_all_gone
+from tests.engine_tools import assert_all_gone, digests
 from tests.whole_runs import ATTACK, SUITE, bench, numbers, run, unplaced
 
 mark = engine_tools.mark
@@ -267,6 +270,36 @@ def test_sample_jobs_of_one_process_load_their_model_once_and_make_the_same_imag
         loads.clear()
         assert sampled(mates, store, tmp_path / f"together {i}", True, monkeypatch) == apart
         assert len(loads) == 1
+
+
+class Watched(LocalEngine):
+    """Notes the process of each job."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store, cpu_slots=1)
+        self.pids: dict[str, int | None] = {}
+
+    def wait(self, timeout: float) -> list[tuple[Handle, Outcome]]:
+        ended = super().wait(timeout)
+        self.pids |= {handle.job.key: handle.pid for handle, _ in ended}
+        return ended
+
+
+@pytest.mark.slow
+def test_the_engine_gives_the_sample_jobs_of_a_model_to_one_process(plugins: registry.Registry, tmp_path: Path) -> None:
+    plan = planned(plugins, cell(plugins, attack="none", defense="finetune(steps=2, batch=4)", n=4)).jobs
+    work = {key: job for key, job in plan.items() if job.kind in ("defend", "sample")}
+    samples = [job for job in work.values() if job.kind == "sample"]
+    found = []
+    for name in ("together", "apart"):
+        store = Store(tmp_path / name)
+        with Watched(store) as engine:
+            todo = {key: job if name == "together" else replace(job, shares=None) for key, job in work.items()}
+            assert all(result.ok for result in driver.run(todo, store, engine).values())
+        processes = {engine.pids[job.key] for job in samples}
+        assert len(processes) == (2 if name == "together" else len(samples))  # the clean and the defended model
+        found.append(digests(store, samples))
+    assert found[0] == found[1]
 
 
 def test_a_sampler_that_leaves_a_trace_on_its_model_or_on_the_random_state_changes_no_other_job(
