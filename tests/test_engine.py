@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -423,20 +424,27 @@ def test_after_a_failure_in_the_second_job_of_a_process_the_next_gets_another(
 
 @pytest.mark.parametrize("presses", [1, 2])
 def test_ctrl_c_reaches_the_second_job_of_a_process(store: Store, mark: str, tmp_path: Path, presses: int) -> None:
-    class Pressing(Silent):
-        def started(self, job: Job, attempt: int) -> None:
-            for _ in range(presses if job.label == "second" else 0):
-                os.kill(os.getpid(), signal.SIGINT)
+    def press() -> None:
+        while not notes.exists() or len(noted(notes)) < 2:
+            time.sleep(0.02)
+        for _ in range(presses):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
 
-    first, second, third = users(tmp_path / "notes", "first", "second", "third", seconds=0.5 if presses == 1 else 5.0)
+    notes = tmp_path / "notes"
+    first, third = users(notes, "first", "third")
+    (second,) = users(notes, "second", start=8.5, seconds=1.0 if presses == 1 else 600.0)
+    pressing = threading.Thread(target=press, daemon=True)
     with local(store, cpu_slots=1) as engine:
+        pressing.start()
         with pytest.raises(Interrupted) as caught:
-            run(graph(first, second, third), store, engine, listener=Pressing())
+            run(graph(first, second, third), store, engine)
         assert_left(mark, 1)
+    pressing.join()
     results = caught.value.results
     assert [results[one.key].ok for one in (first, second, third)] == [True, presses == 1, False]
     assert results[second.key].failure is (None if presses == 1 else Failure.interrupted)
-    assert [how for *_, how in noted(tmp_path / "notes")][:2] == ["loads", "has"]
+    assert [how for *_, how in noted(notes)] == ["loads", "has"]
 
 
 @pytest.mark.parametrize("then", ["change_the_environment", "leave_a_child"])
