@@ -28,10 +28,11 @@ class Failure(StrEnum):
 
 @dataclass(frozen=True)
 class Job:
-    """What one process does: it publishes one artifact under `key`.
+    """What a process does: it publishes one artifact under `key`.
 
     needs: keys of artifacts that must exist first. spec: plain JSON, all that the process is told.
-    estimate: seconds, for the order of work and for `bench plan`.
+    estimate: seconds, for the order of work and for `bench plan`. shares: a name for what the job loads and only reads;
+    a process that has done a job of that name may be given this one next. None: a process of its own.
     """
 
     key: str
@@ -40,3 +41,4 @@ class Job:
     needs: tuple[str, ...]
     spec: Mapping[str, Any]
     estimate: float = 10.0
+    shares: str | None = None

@@ -97,7 +97,15 @@ class _Planner:
     def _defended(self, cell: Cell) -> str:
         return self.short("defense", cell) + (" (told a wrong trigger)" if cell.told == "wrong-trigger" else "")
 
-    def job(self, kind: Any, label: str, needs: Sequence[str], spec: dict[str, Any], numbers: dict[str, Any]) -> str:
+    def job(
+        self,
+        kind: Any,
+        label: str,
+        needs: Sequence[str],
+        spec: dict[str, Any],
+        numbers: dict[str, Any],
+        shares: str | None = None,
+    ) -> str:
         """Add the job whose result depends on `numbers` (and on the artifacts in `needs`); its key."""
         ingredients = {
             "key_version": KEY_VERSION,
@@ -111,7 +119,7 @@ class _Planner:
         if key not in self.plan.jobs:
             files = [str(path) for path in self.registry.files]
             told = {"kind": kind, **spec, "plugin_files": files}
-            self.plan.jobs[key] = Job(key, kind, label, tuple(needs), told, SECONDS[kind])
+            self.plan.jobs[key] = Job(key, kind, label, tuple(needs), told, SECONDS[kind], shares)
         return key
 
     def add(self, cell: Cell) -> None:
@@ -230,7 +238,8 @@ class _Planner:
             "n": cell.n,
         }
         label = f"sample inputs with the trigger that {self._defended(cell)} found on {self._whose(cell, attack)}"
-        return self.job("sample", label, [k for k in (attack, defend) if k], spec, numbers)
+        shares = _shared(cell, attack, None)
+        return self.job("sample", label, [k for k in (attack, defend) if k], spec, numbers, shares)
 
     def sample(self, cell: Cell, of: tuple[str | None, str | None], stamps: Sequence[str | None], given: str) -> str:
         attack, defend = of
@@ -247,8 +256,12 @@ class _Planner:
         }
         who = f"{self._defended(cell)} on " if defend else ""
         label = f"sample {given} inputs, {who}{self._whose(cell, attack)}"
+        needs = [k for k in (attack, defend) if k]
         # `inputs` is a set of keys, so which of them was attacked and which defended is said again
-        return self.job("sample", label, [k for k in (attack, defend) if k], spec, numbers | {"of": [attack, defend]})
+        numbers["of"] = [attack, defend]
+        changed = "model" in delivers(self.registry.build("defenses", cell.defense))
+        shares = _shared(cell, attack, defend if changed else None)
+        return self.job("sample", label, needs, spec, numbers, shares)
 
     def sampler(self, cell: Cell, given: str) -> str:
         """The cell's sampler. One that is an attacker's own reverse process is for inputs with a trigger (wrong ones
@@ -273,6 +286,11 @@ class _Planner:
         needs = [k for k in dict.fromkeys([attack, defend, *samples.values()]) if k]
         label = f"measure {self._defended(cell)} on {self._whose(cell, attack)}"
         return self.job("measure", label, needs, spec, numbers)
+
+
+def _shared(cell: Cell, attack: str | None, defend: str | None) -> str:
+    """The name of the model that a sample job loads: the defended, else the attacked, else the clean one."""
+    return f"{cell.model} {attack} {defend}"
 
 
 def is_clean(cell: Cell) -> bool:
@@ -458,21 +476,104 @@ def evaluation_inputs(plugin: Any, model: Any, n: int) -> Any:
     return Inputs(image_noise(seeds, model.shape), plugin.prompts("test", n, _rng(0, EVALUATION)), seeds)
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    """The model that this process samples. state: of torch's random generators once it was loaded. seal: of the model,
+    None where it cannot be sealed."""
+
+    of: tuple[str, str | None, str | None]  # as `_model_to_sample` has it
+    model: Any
+    state: Any
+    seal: str | None
+
+
+_loaded: _Loaded | None = None
+
+
+def _model_to_sample(model: str, attacked: str | None, defended: str | None, registry: Registry, store: Store) -> Any:
+    """The defended, else the attacked, else the clean model: the one that this process sampled last, if it is the same
+    and has not changed since. Whoever samples it finds the random state of a process that has just loaded it."""
+    global _loaded
+    of = (model, attacked, defended)
+    if _loaded is None or _loaded.of != of or _loaded.seal is None or _loaded.seal != _seal(_loaded.model):
+        _loaded = None  # before another takes its memory
+        _loaded = _load_to_sample(of, registry, store)
+    else:
+        _set_random_state(_loaded.state)
+    return _loaded.model
+
+
+def _load_to_sample(of: tuple[str, str | None, str | None], registry: Registry, store: Store) -> _Loaded:
+    from harness import checkpoint
+
+    model, attacked, defended = of
+    if defended is None:
+        found = _load_model({"model": model, "attacked": attacked}, registry, store)[1]
+    else:
+        found = checkpoint.load(store.open_artifact(defended) / "model").to(_device())
+    return _Loaded(of, found, _random_state(), _seal(found))
+
+
+def _random_state() -> Any:
+    import torch
+
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+
+def _set_random_state(state: Any) -> None:
+    import torch
+
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])
+
+
+def _seal(model: Any) -> str | None:
+    """A digest of what a sampler could change of a model: tensors, hooks, processors, modes, added tokens. None where
+    something in it cannot be written down, such as a hook that is a lambda."""
+    import hashlib
+    import io
+    import pickle
+
+    import torch
+
+    class Sealing(pickle.Pickler):
+        def persistent_id(self, obj: Any) -> Any:
+            return _tensor_seal(obj) if isinstance(obj, torch.Tensor) else None
+
+    parts, written = dict(vars(model)), io.BytesIO()
+    tokenizer = parts.pop("tokenizer")  # a fast one remembers how it was called last
+    try:
+        Sealing(written).dump((parts, None if tokenizer is None else tokenizer.get_added_vocab()))
+    except Exception:  # whatever a plugin has hung on the model; the price is another load
+        return None
+    return hashlib.sha256(written.getvalue()).hexdigest()
+
+
+def _tensor_seal(tensor: Any) -> tuple[Any, ...]:
+    """Its kind, and a checksum of its bytes that takes much less time than loading them."""
+    import zlib
+
+    import torch
+
+    data = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return type(tensor).__name__, str(tensor.dtype), str(tensor.device), tuple(tensor.shape), tensor.requires_grad, data
+
+
 def _sample(spec: Mapping[str, Any], registry: Registry, store: Store, out: Path) -> dict[str, Any]:
     import torch
     from safetensors.torch import save_file
 
-    from harness import checkpoint
     from harness.images import to_uint8
 
-    plugin, model = _load_model(spec, registry, store)
-    sampler = registry.build("samplers", spec["sampler"])
+    plugin, sampler = registry.build("models", spec["model"]), registry.build("samplers", spec["sampler"])
     purified, said = False, spec_of(sampler)
     if spec["defended"] is not None:
         folder = store.open_artifact(spec["defended"])
         purified = (folder / "model").is_dir()
-        model = checkpoint.load(folder / "model").to(_device()) if purified else model
         sampler, said = _defenders(folder, registry, sampler)
+    defended = spec["defended"] if purified else None
+    model = _model_to_sample(spec["model"], spec["attacked"], defended, registry, store)
     inputs = evaluation_inputs(plugin, model, spec["n"])
     if "found_by" in spec:
         images = _found_images(model, inputs, sampler, store.open_artifact(spec["found_by"]))

@@ -144,6 +144,30 @@ def where(spec: dict[str, Any], store: Store) -> None:
         time.sleep(0.05)
 
 
+_model: str | None = None  # what this process has loaded
+
+
+def use(spec: dict[str, Any], store: Store) -> None:
+    """Load the model unless this process has it, note who did what, and go on with `then`."""
+    global _model
+    loads, _model = _model != spec["model"], spec["model"]
+    with Path(spec["notes"]).open("a") as file:
+        file.write(f"{spec['name']},{os.getpid()},{'loads' if loads else 'has'}\n")
+    print("this is", spec["name"])
+    globals()[spec.get("then", "add")](spec, store)
+
+
+def meet(spec: dict[str, Any], store: Store) -> None:
+    """Wait until as many jobs as `of` are here."""
+    (Path(spec["folder"]) / spec["name"]).touch()
+    while len(list(Path(spec["folder"]).iterdir())) < spec["of"]:
+        time.sleep(0.02)
+
+
+def change_the_environment(spec: dict[str, Any], store: Store) -> None:
+    os.environ["BENCH_SPOILT"] = "1"
+
+
 def fail_late(spec: dict[str, Any], store: Store) -> None:
     time.sleep(spec["seconds"])
     raise ValueError("too late")

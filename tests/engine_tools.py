@@ -55,10 +55,10 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store")
 
 
-def job(name: str, *needs: Job, do: str = "add", estimate: float = 1.0, **spec: Any) -> Job:
+def job(name: str, *needs: Job, do: str = "add", estimate: float = 1.0, shares: str | None = None, **spec: Any) -> Job:
     keys = tuple(need.key for need in needs)
     key = key_of({"name": name, "needs": keys, "spec": spec})
-    return Job(key, "attack", name, keys, {"name": name, "do": do, "needs": list(keys), **spec}, estimate)
+    return Job(key, "attack", name, keys, {"name": name, "do": do, "needs": list(keys), **spec}, estimate, shares)
 
 
 def graph(*jobs: Job) -> dict[str, Job]:
@@ -139,10 +139,10 @@ DRIVER = """
 
 
 def chain(trace: Path) -> list[Job]:
-    """Eight jobs: two heads, four that need a head, two that need two of those."""
+    """Eight jobs: two heads, four that need a head and may share a process, two that need two of those."""
     extra = {"trace": str(trace), "seconds": 0.25}
     heads = [job(f"head {i}", value=i, **extra) for i in range(2)]
-    middle = [job(f"middle {i}", heads[i % 2], value=10 * i, **extra) for i in range(4)]
+    middle = [job(f"middle {i}", heads[i % 2], value=10 * i, shares="it", **extra) for i in range(4)]
     return [*heads, *middle, *(job(f"tail {i}", middle[i], middle[i + 2], value=100, **extra) for i in range(2))]
 
 

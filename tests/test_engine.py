@@ -9,7 +9,9 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import pytest
 
 from harness.engine.display import Bars, Lines, Silent
 from harness.engine.driver import Interrupted, run
-from harness.engine.gpus import Leases
+from harness.engine.gpus import PARTS, Card, Leases
 from harness.engine.local import LocalEngine
 from harness.engine.supervise import Limits
 from harness.job import Failure, Job
@@ -314,6 +316,175 @@ def test_torch_numbers_do_not_depend_on_the_jobs_beside_them(store: Store) -> No
         for group in ([alone], beside):
             assert all(result.ok for result in run(graph(*group), store, engine).values())
     assert {value(store, one) for one in beside} == {value(store, alone)}
+
+
+# ---- jobs that share a model
+
+
+def users(notes: Path, *names: str, model: str = "m", start: float = 9.0, **spec: Any) -> list[Job]:
+    """Jobs that use one model, in this order."""
+    return [
+        job(name, do="use", estimate=start - i, shares=model, model=model, notes=str(notes), **spec)
+        for i, name in enumerate(names)
+    ]
+
+
+def noted(notes: Path) -> list[list[str]]:
+    """[job, process, "loads" or "has"] for each use, in order."""
+    return [line.split(",") for line in notes.read_text().splitlines()]
+
+
+def apart(jobs: list[Job]) -> list[Job]:
+    """The same jobs, each in a process of its own."""
+    return [replace(job, shares=None) for job in jobs]
+
+
+def test_jobs_that_share_a_model_are_done_by_one_process_that_loads_it_once(store: Store, tmp_path: Path) -> None:
+    notes = tmp_path / "notes"
+    jobs = [*users(notes, "a", "b", "c"), *users(notes, "other", model="n"), *apart(users(notes, "alone"))]
+    results = do(store, *jobs, cpu_slots=1)
+    assert all(result.ok and len(result.attempts) == 1 for result in results.values())
+    done = {name: (pid, how) for name, pid, how in noted(notes)}
+    assert [done[name][1] for name in ("a", "b", "c", "other", "alone")] == ["loads", "has", "has", "loads", "loads"]
+    assert len({done[name][0] for name in ("a", "b", "c")}) == 1
+    assert len({pid for pid, _ in done.values()}) == 3
+    for one in jobs:
+        assert store.log_path(one.key, 1).read_text() == f"this is {one.label}\n"
+        assert (store.outcome(one.key, 1) or {})["ok"]
+    notes.unlink()
+    assert digests(store, jobs) == undisturbed(tmp_path, apart(jobs))
+    assert {how for *_, how in noted(notes)} == {"loads"} and len({pid for _, pid, _ in noted(notes)}) == 5
+
+
+def test_a_process_with_a_model_prefers_its_users_and_is_ended_where_there_are_none(
+    store: Store, mark: str, tmp_path: Path
+) -> None:
+    first, second = users(tmp_path / "notes", "first", "second")
+    between = job("between", estimate=8.5)
+    order = Order()
+    with local(store, cpu_slots=1) as engine:
+        run(graph(between, second, first), store, engine, listener=order)
+        assert order.labels == ["first", "second", "between"]
+        assert_left(mark, 1)  # the fork server
+        (third,) = users(tmp_path / "notes", "third")
+        run(graph(third), store, engine)
+        assert_left(mark, 1)
+    assert [how for *_, how in noted(tmp_path / "notes")] == ["loads", "has", "loads"]
+
+
+def assert_left(mark: str, processes: int) -> None:
+    deadline = time.monotonic() + 5
+    while len(marked(mark)) != processes and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(marked(mark)) == processes
+
+
+def test_users_of_one_model_run_beside_each_other_rather_than_wait(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    jobs = users(tmp_path / "notes", "a", "b", then="meet", folder=str(tmp_path / "here"), of=2)
+    results = do(store, *jobs, limits=Limits(wall_s=30))
+    assert all(result.ok for result in results.values())
+    assert len({pid for _, pid, _ in noted(tmp_path / "notes")}) == 2
+
+
+def test_a_kill_in_the_second_job_of_a_process_costs_that_job_one_attempt(store: Store, tmp_path: Path) -> None:
+    notes, flag = tmp_path / "notes", str(tmp_path / "killed")
+    first, third = users(notes, "first", "third")
+    (second,) = users(notes, "second", start=8.5, then="crash_once", flag=flag, signal=int(signal.SIGKILL))
+    results = do(store, first, second, third, cpu_slots=1)
+    assert {label: len(result.attempts) for label, result in results.items()} == {"first": 1, "second": 2, "third": 1}
+    assert all(result.ok for result in results.values())
+    assert "SIGKILL" in results["second"].attempts[0]["error"]
+    uses = noted(notes)
+    assert [use[0] for use in uses] == ["first", "second", "second", "third"]
+    assert [use[2] for use in uses] == ["loads", "has", "loads", "has"]
+    assert digests(store, [first, second, third]) == undisturbed(tmp_path, apart([first, second, third]))
+
+
+@pytest.mark.parametrize(
+    ("then", "failure"),
+    [
+        ("hang", Failure.timeout), ("stall", Failure.stall), ("fail", Failure.plugin), ("eat_memory", Failure.memory),
+        ("leave", Failure.plugin), ("ignore_sigterm", Failure.stall),
+    ],
+)  # fmt: skip
+def test_after_a_failure_in_the_second_job_of_a_process_the_next_gets_another(
+    store: Store, tmp_path: Path, then: str, failure: Failure
+) -> None:
+    notes = tmp_path / "notes"
+    first, third = users(notes, "first", "third")
+    (second,) = users(notes, "second", start=8.5, then=then)
+    limits = Limits(wall_s=4, stall_s=2, rss_bytes=100 * 2**20, grace_s=0.3)
+    results = do(store, first, second, third, cpu_slots=1, limits=limits)
+    assert [result.failure for result in results.values()] == [None, failure, None]
+    assert [len(result.attempts) for result in results.values()] == [1, 1, 1]
+    assert [how for *_, how in noted(notes)] == ["loads", "has", "loads"]
+    assert value(store, first) == value(store, third) == 1
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_reaches_the_second_job_of_a_process(store: Store, mark: str, tmp_path: Path, presses: int) -> None:
+    def press() -> None:
+        while not notes.exists() or len(noted(notes)) < 2:
+            time.sleep(0.02)
+        for _ in range(presses):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+
+    notes = tmp_path / "notes"
+    first, third = users(notes, "first", "third")
+    (second,) = users(notes, "second", start=8.5, seconds=1.0 if presses == 1 else 600.0)
+    pressing = threading.Thread(target=press, daemon=True)
+    with local(store, cpu_slots=1) as engine:
+        pressing.start()
+        with pytest.raises(Interrupted) as caught:
+            run(graph(first, second, third), store, engine)
+        assert_left(mark, 1)
+    pressing.join()
+    results = caught.value.results
+    assert [results[one.key].ok for one in (first, second, third)] == [True, presses == 1, False]
+    assert results[second.key].failure is (None if presses == 1 else Failure.interrupted)
+    assert [how for *_, how in noted(notes)] == ["loads", "has"]
+
+
+@pytest.mark.parametrize("then", ["change_the_environment", "leave_a_child"])
+def test_a_process_that_a_job_has_changed_does_no_other(store: Store, mark: str, tmp_path: Path, then: str) -> None:
+    jobs = users(tmp_path / "notes", "a", "b", then=then)
+    with local(store, cpu_slots=1) as engine:
+        assert all(result.ok for result in run(graph(*jobs), store, engine).values())
+        assert_left(mark, 1)
+    assert [how for *_, how in noted(tmp_path / "notes")] == ["loads", "loads"]
+
+
+def test_a_process_that_dies_while_it_waits_costs_nothing(store: Store, tmp_path: Path) -> None:
+    first, second = users(tmp_path / "notes", "first", "second")
+    with local(store, cpu_slots=1) as engine:
+        handle = engine.try_submit(first, 1)
+        while not engine.wait(0.1):
+            pass
+        assert handle is not None and handle.pid is not None and engine.kept == {"m"}
+        waiting = psutil.Process(handle.pid)
+        waiting.kill()
+        psutil.wait_procs([waiting], timeout=5)  # until the fork server has taken note
+        assert engine.try_submit(second, 1) is not None
+        ended: list[Any] = []
+        while not ended:
+            ended = engine.wait(0.1)
+        assert [outcome.ok for _, outcome in ended] == [True]
+    assert [how for *_, how in noted(tmp_path / "notes")] == ["loads", "loads"]
+
+
+def test_a_lease_stays_with_the_process_and_ends_with_it(store: Store, tmp_path: Path) -> None:
+    card, leases = Card("1"), Leases(tmp_path / "leases")
+    jobs = users(tmp_path / "notes", "a", "b", then="show_environment", cuda="1")
+    with local(store, gpus=[card], leases=leases) as engine:
+        assert [result.error for result in run(graph(*jobs), store, engine).values()] == [None, None]
+        deadline = time.monotonic() + 5
+        while (lease := leases.take(card, PARTS)) is None and time.monotonic() < deadline:
+            engine.wait(0.1)
+        assert lease is not None
+        lease.release()
+    assert [how for *_, how in noted(tmp_path / "notes")] == ["loads", "has"]
 
 
 def test_the_driver_does_not_import_torch() -> None:

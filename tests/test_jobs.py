@@ -13,13 +13,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from harness import jobs, registry
+from harness.engine import driver
+from harness.engine.local import LocalEngine
+from harness.engine.supervise import Handle, Outcome
 from harness.grid import Suite, standard
+from harness.job import Job
 from harness.store import Store
 from harness.types import Cell, Defended
 from tests import engine_tools
-from tests.engine_tools import assert_all_gone
+from tests.engine_tools import assert_all_gone, digests
 from tests.whole_runs import ATTACK, SUITE, bench, numbers, run, unplaced
 
 mark = engine_tools.mark
@@ -174,6 +179,171 @@ def test_a_nan_without_a_reason_gets_one() -> None:
     checked = jobs._checked_scores("m", {"x": Score(float("nan"), 0, None)})
     assert checked["x"].warning == "metric 'm' returned NaN without a reason"
     assert jobs.plain(checked)["x"]["value"] is None
+
+
+# ---- one model for several sample jobs
+
+SAMPLERS = '''
+from dataclasses import dataclass
+from typing import ClassVar
+import torch
+from harness.hookspecs import hookimpl
+from harness.samplers import DDIM
+
+
+@dataclass(frozen=True)
+class Spoils:
+    """Leaves other weights behind."""
+    name: ClassVar[str] = "spoils"
+    version: ClassVar[int] = 1
+    nfe: ClassVar[int] = 2
+
+    def run(self, model, inputs):
+        made = DDIM(steps=2).run(model, inputs)
+        for p in model.denoiser.parameters():
+            p.data.mul_(0.9)
+        return made
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """Leaves a hook behind that turns images round."""
+    name: ClassVar[str] = "hooks"
+    version: ClassVar[int] = 1
+    nfe: ClassVar[int] = 2
+
+    def run(self, model, inputs):
+        model.denoiser.conv_in.register_forward_hook(lambda module, given, made: -made)
+        return DDIM(steps=2).run(model, inputs)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Draws from the global random state."""
+    name: ClassVar[str] = "draws"
+    version: ClassVar[int] = 1
+    nfe: ClassVar[int] = 2
+
+    def run(self, model, inputs):
+        return DDIM(steps=2).run(model, inputs.with_noise(inputs.noise + torch.randn(inputs.noise.shape)))
+
+
+@hookimpl
+def samplers():
+    return [Spoils, Hooks, Draws]
+'''
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The checkpoints that jobs of this process load from now on."""
+    from harness import checkpoint
+
+    seen: list[Path] = []
+    load = checkpoint.load
+    monkeypatch.setattr(checkpoint, "load", lambda folder: seen.append(folder) or load(folder))
+    monkeypatch.setattr(jobs, "_loaded", None)
+    return seen
+
+
+def execute(job: Job, store: Store, out: Path) -> bytes:
+    """The bytes of the images that a sample job makes."""
+    out.mkdir()
+    jobs.execute(job.spec, store, out)
+    return (out / "images.safetensors").read_bytes()
+
+
+def sampled(planned: list[Job], store: Store, out: Path, together: bool, patch: pytest.MonkeyPatch) -> list[bytes]:
+    """The images of each job, done in one process or each as in a process of its own."""
+    out.mkdir()
+    made = []
+    for i, job in enumerate(planned):
+        if not together or not i:
+            patch.setattr(jobs, "_loaded", None)
+            torch.manual_seed(0)  # a process begins with some state, and always with the same
+        made.append(execute(job, store, out / str(i)))
+    return made
+
+
+@pytest.mark.slow
+def test_sample_jobs_of_one_process_load_their_model_once_and_make_the_same_images(
+    plugins: registry.Registry, loads: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "store")
+    plan = planned(plugins, cell(plugins, defense="finetune(steps=2, batch=4)", sampler="ddim(steps=2)", n=4))
+    by_model: dict[str, list[Job]] = {}
+    for job in plan.jobs.values():
+        if job.kind in ("attack", "defend"):
+            store.publish(job.key, lambda out, job=job: jobs.execute(job.spec, store, out), {})
+        elif job.kind == "sample":
+            by_model.setdefault(str(job.shares), []).append(job)
+        else:
+            assert job.shares is None
+    assert sorted(len(mates) for mates in by_model.values()) == [2, 2, 3]  # the clean, defended and backdoored model
+    for i, mates in enumerate(by_model.values()):
+        apart = sampled(mates, store, tmp_path / f"apart {i}", False, monkeypatch)
+        loads.clear()
+        assert sampled(mates, store, tmp_path / f"together {i}", True, monkeypatch) == apart
+        assert len(loads) == 1
+
+
+class Watched(LocalEngine):
+    """Notes the process of each job."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store, cpu_slots=1)
+        self.pids: dict[str, int | None] = {}
+
+    def wait(self, timeout: float) -> list[tuple[Handle, Outcome]]:
+        ended = super().wait(timeout)
+        self.pids |= {handle.job.key: handle.pid for handle, _ in ended}
+        return ended
+
+
+@pytest.mark.slow
+def test_the_engine_gives_the_sample_jobs_of_a_model_to_one_process(plugins: registry.Registry, tmp_path: Path) -> None:
+    plan = planned(plugins, cell(plugins, attack="none", defense="finetune(steps=2, batch=4)", n=4)).jobs
+    work = {key: job for key, job in plan.items() if job.kind in ("defend", "sample")}
+    samples = [job for job in work.values() if job.kind == "sample"]
+    found = []
+    for name in ("together", "apart"):
+        store = Store(tmp_path / name)
+        with Watched(store) as engine:
+            todo = {key: job if name == "together" else replace(job, shares=None) for key, job in work.items()}
+            assert all(result.ok for result in driver.run(todo, store, engine).values())
+        processes = {engine.pids[job.key] for job in samples}
+        assert len(processes) == (2 if name == "together" else len(samples))  # the clean and the defended model
+        found.append(digests(store, samples))
+    assert found[0] == found[1]
+
+
+def test_a_sampler_that_leaves_a_trace_on_its_model_or_on_the_random_state_changes_no_other_job(
+    plugins: registry.Registry, loads: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "leaves.py"
+    file.write_text(SAMPLERS)
+    spec = {
+        "kind": "sample", "model": cell(plugins).model, "attacked": None, "defended": None, "stamps": [None], "n": 3,
+        "plugin_files": [str(file)],
+    }  # fmt: skip
+    names = ("draws", "ddim(steps=2)", "draws", "spoils", "ddim(steps=2)", "hooks", "draws")
+    work = [Job(f"{i:08x}", "sample", name, (), spec | {"sampler": name}) for i, name in enumerate(names)]
+    store = Store(tmp_path / "store")
+    apart = sampled(work, store, tmp_path / "apart", False, monkeypatch)
+    loads.clear()
+    assert sampled(work, store, tmp_path / "together", True, monkeypatch) == apart
+    assert len(loads) == 3
+    assert apart[0] == apart[2] == apart[6] != apart[1] == apart[4]
+
+
+def test_samples_of_a_defense_that_only_samples_share_the_model_it_was_given(plugins: registry.Registry) -> None:
+    def shares(**changes: Any) -> dict[str, str | None]:
+        jobs = planned(plugins, cell(plugins, **changes)).jobs.values()
+        return {job.label: job.shares for job in jobs if job.kind == "sample"}
+
+    assert len(set(shares(defense="clip").values())) == 2
+    assert len(set(shares(defense="finetune").values())) == 3
+    assert not set(shares(seed=0, defense="finetune").values()) >= set(shares(seed=1, defense="finetune").values())
 
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------

@@ -139,7 +139,7 @@ def test_bias_scan_finds_a_shift_of_which_half_is_taken_out(share: float, flagge
     assert isinstance(done.trigger, Tensor) and done.suspicion is not None
     assert torch.nn.functional.cosine_similarity(done.trigger.flatten(), r.flatten(), dim=0) > 0.95
     assert 1 - done.suspicion == pytest.approx((1 - share) ** 2, abs=0.05)
-    assert (done.suspicion > done.flag_above) is flagged
+    assert (done.suspicion > bias_scan.FLAG_ABOVE) is flagged and done.flag_above == bias_scan.FLAG_ABOVE
 
 
 def test_bias_scan_stops_at_the_first_start_that_is_flagged_and_says_what_it_cannot_do() -> None:

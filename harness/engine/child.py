@@ -1,6 +1,8 @@
 """What happens inside a job's process: tie it to the driver's life, send output to its log, run, write the outcome.
 
-Reached by a fork of the fork server (CPU), or by `python -m harness.engine.child LIFELINE SERVER REQUEST` (GPU).
+Reached by a fork of the fork server (CPU), or by `python -m harness.engine.child LIFELINE SERVER REQUEST [CHANNEL]`
+(GPU). With a CHANNEL the process may be handed jobs that share what it loaded. It offers itself after a job that ended
+well and left the process as it was; after any other it ends.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ import json
 import os
 import resource
 import signal
+import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,18 +34,35 @@ Execute = Callable[[dict[str, Any], Store, Path], Mapping[str, Any]]
 _PR_SET_PDEATHSIG = 1
 
 
-def main(request: dict[str, Any], lifeline: int, server: int) -> None:
-    """Run the request's job and leave the process: status 0 after success, 1 after a written failure, STORE_LOST where
-    not even the failure could be written."""
+@dataclass(frozen=True)
+class Start:
+    """When a job began: the clock, and the processor time that this process had used by then."""
+
+    clock: float
+    cpu_s: float
+
+
+def main(request: dict[str, Any], lifeline: int, server: int, channel: socket.socket | None) -> None:
+    """Run the request's job, and those that come through the channel after it, and leave the process: status 0 after
+    success, 1 after a written failure, STORE_LOST where not even the failure could be written."""
     die_with(server)
     threading.Thread(target=_watch, args=(lifeline,), daemon=True).start()
+    store = Store(Path(request["store"]))
+    while _do(request, store):
+        request = _next(channel)
+    _leave(0)
+
+
+def _do(request: dict[str, Any], store: Store) -> bool:
+    """Do a job; whether another may follow it. Leaves the process if the job failed."""
     _redirect(request["log"])
     events.listen(_with_gpu_memory(events.file_sink(Path(request["events"]))))
-    store = Store(Path(request["store"]))
-    started = time.perf_counter()
-    outcome: dict[str, Any] = {"ok": True, "failure": None, "error": None, "traceback": None, "corrupt": None}
+    started = _start()
+    before, outcome = None, {"ok": True, "failure": None, "error": None, "traceback": None, "corrupt": None}
     try:
-        _run(request, store, started)
+        execute = _prepare(request)
+        before = _settings() if request["keep"] else None
+        _run(request, execute, store, started)
     except BaseException as error:  # the job boundary: whatever a plugin does ends up in the outcome
         traceback.print_exc()
         outcome |= _failed(error)
@@ -51,14 +72,32 @@ def main(request: dict[str, Any], lifeline: int, server: int) -> None:
     except (StoreError, OSError):
         traceback.print_exc()
         _leave(STORE_LOST)
-    _leave(0 if outcome["ok"] else 1)
+    if not outcome["ok"]:
+        _leave(1)
+    return before is not None and before == _settings()
+
+
+def _next(channel: socket.socket | None) -> dict[str, Any]:
+    """Say that the job is done and wait for the next; where there is none, this process is killed."""
+    assert channel is not None, "a request that says `keep` comes with a channel"
+    _flush()
+    channel.sendall(b".")
+    with channel.makefile("rb") as lines:
+        line = lines.readline()
+    if not line.endswith(b"\n"):  # the fork server is gone
+        _leave(0)
+    return json.loads(line)
 
 
 def _leave(status: int) -> NoReturn:
+    _flush()
+    os._exit(status)
+
+
+def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # the log's disk is full, too
             stream.flush()
-    os._exit(status)
 
 
 def die_with(parent: int) -> None:
@@ -86,13 +125,17 @@ def _redirect(log: str) -> None:
     faulthandler.enable(file=2)
 
 
-def _run(request: dict[str, Any], store: Store, started: float) -> None:
-    job = request["job"]
+def _prepare(request: dict[str, Any]) -> Execute:
     if request["gpu"] is not None:
         preload(request["preload"])
     module, _, name = request["execute"].partition(":")
     execute: Execute = getattr(importlib.import_module(module), name)
     _set_up_torch(request)
+    return execute
+
+
+def _run(request: dict[str, Any], execute: Execute, store: Store, started: Start) -> None:
+    job = request["job"]
 
     def fill(out: Path) -> dict[str, Any]:
         facts = dict(execute(job["spec"], store, out))
@@ -112,6 +155,42 @@ def _set_up_torch(request: dict[str, Any]) -> None:
             raise NoDevice(f"GPU {request['gpu']['id']}: torch sees no CUDA device there; run without --gpus")
         if request["gpu"]["share"] < 1:
             torch.cuda.set_per_process_memory_fraction(request["gpu"]["share"])
+
+
+def _settings() -> dict[str, Any] | None:
+    """What of this process a job could have changed for the jobs after it; None where that cannot be told."""
+    import psutil
+
+    try:
+        return _torch_settings() | {
+            "threads": threading.active_count(),
+            "processes": [process.pid for process in psutil.Process().children()],
+            "folder": os.getcwd(),
+            "environment": dict(os.environ),
+            "path": list(sys.path),
+            "handlers": [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)],
+        }
+    except Exception:  # psutil's, a folder that is gone, two of torch's switches that contradict each other
+        return None
+
+
+def _torch_settings() -> dict[str, Any]:
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return {}
+    backends, cuda = torch.backends, torch.backends.cuda
+    return {
+        "dtype": torch.get_default_dtype(),
+        "device": torch.get_default_device(),
+        "gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_anomaly_enabled()),
+        "autocast": [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")],
+        "torch threads": torch.get_num_threads(),
+        "deterministic": (torch.are_deterministic_algorithms_enabled(), backends.cudnn.deterministic),
+        "only warns": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "cudnn": (backends.cudnn.enabled, backends.cudnn.benchmark, backends.mkldnn.enabled),
+        "precision": (torch.get_float32_matmul_precision(), cuda.matmul.allow_tf32, backends.cudnn.allow_tf32),
+        "attention": (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()),
+    }
 
 
 def _failed(error: BaseException) -> dict[str, Any]:
@@ -147,8 +226,21 @@ def _accelerator() -> str | None:
     return torch.cuda.get_device_name() if torch is not None and torch.cuda.is_initialized() else None
 
 
-def _cost(started: float) -> dict[str, Any]:
-    """Seconds and bytes of this process so far; the GPU's peak is None without a GPU, never 0."""
+def _start() -> Start:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    return Start(time.perf_counter(), _cpu_s())
+
+
+def _cpu_s() -> float:
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(use.ru_utime + use.ru_stime for use in usage)
+
+
+def _cost(started: Start) -> dict[str, Any]:
+    """Seconds and bytes of the job so far. The peak of main memory is the process's, jobs before this one included; the
+    GPU's is None without a GPU, never 0."""
     torch = sys.modules.get("torch")
     cuda = torch is not None and torch.cuda.is_initialized()
     if torch is not None and cuda:
@@ -157,8 +249,8 @@ def _cost(started: float) -> dict[str, Any]:
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     unit = 1 if sys.platform == "darwin" else 1024
     return {
-        "wall_s": time.perf_counter() - started,
-        "cpu_s": sum(use.ru_utime + use.ru_stime for use in usage),
+        "wall_s": time.perf_counter() - started.clock,
+        "cpu_s": _cpu_s() - started.cpu_s,
         "peak_rss_bytes": max(use.ru_maxrss for use in usage) * unit,
         "cuda_peak_bytes": torch.cuda.max_memory_allocated() if torch is not None and cuda else None,
     }
@@ -166,4 +258,6 @@ def _cost(started: float) -> dict[str, Any]:
 
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):
-        main(json.loads(sys.argv[3]), int(sys.argv[1]), int(sys.argv[2]))
+        _lifeline, _server, _request, *_channel = sys.argv[1:]
+        _given = [socket.socket(fileno=int(file)) for file in _channel]
+        main(json.loads(_request), int(_lifeline), int(_server), _given[0] if _given else None)

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import FrameType
@@ -58,7 +58,12 @@ class Engine(Protocol):
     @property
     def shares_gpus(self) -> bool: ...
 
+    @property
+    def kept(self) -> Collection[str | None]: ...
+
     def try_submit(self, job: Job, attempt: int, *, whole_gpu: bool = False) -> Handle | None: ...
+
+    def release(self) -> None: ...
 
     def wait(self, timeout: float) -> list[tuple[Handle, Outcome]]: ...
 
@@ -150,7 +155,7 @@ class _Run:
         if self.stops:
             self._drain()
         else:
-            self._submit(self.ready)
+            self._submit_all(self.ready)
         for handle, outcome in self.engine.wait(TICK_S if self.waiting or self.locks else 0):
             self._ended(handle, outcome)
         self._tell()
@@ -213,6 +218,17 @@ class _Run:
         """Of jobs with as much work behind them those that read the same artifacts come one after another, while their
         model is still in the machine's file cache."""
         return not self.retries[key, Failure.oom], -self.chain[key], sorted(self.jobs[key].needs), key
+
+    def _submit_all(self, ready: list[str]) -> None:
+        """Start what there is room for. A process that has just done a job gets the first one that shares what it
+        loaded, or ends at once; no job waits for it, and no other job waits for more than its end."""
+        for key in ready:
+            if not self.engine.kept:
+                break
+            if self.jobs[key].shares in self.engine.kept:
+                self._submit([key])
+        self.engine.release()
+        self._submit(ready)
 
     def _submit(self, ready: list[str]) -> None:
         for key in ready:
@@ -364,6 +380,7 @@ class _Run:
 
     def _drain(self) -> None:
         """Settle what has not started; at the second request end what runs, too."""
+        self.engine.release()
         if self.said < self.stops:
             self.said = self.stops
             how = "now" if self.stops > 1 else "when the running jobs are done; press Ctrl-C again to stop now"
@@ -375,9 +392,10 @@ class _Run:
             self._settle(key, JobResult(key, "skipped", f"{self.why} before it started", Failure.interrupted))
 
     def _abandon(self) -> None:
-        """After an error of the driver's own: leave no job running and no lock held."""
+        """After an error of the driver's own: leave no job running and no lock held. No process waits for a job."""
         for handle in self.engine.running:
             self.engine.cancel(handle, grace=0)
+        self.engine.release()
         for key in list(self.locks):
             self._unlock(key)
 

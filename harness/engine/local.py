@@ -29,7 +29,8 @@ PRELOAD = (  # modules by their own names: `import diffusers` alone imports next
 
 
 class LocalEngine:
-    """CPU slots or GPU slots on one machine.
+    """CPU slots or GPU slots on one machine. A process that has done a job goes on with one that shares what it loaded,
+    if one is handed to it at once.
 
     cpu_slots: jobs at once; default: processors // threads. threads: of each CPU job; it does not follow the number
     of slots, because sums in another order are other numbers. gpus: cards, or ids as CUDA_VISIBLE_DEVICES takes them;
@@ -79,15 +80,36 @@ class LocalEngine:
         return list(self._supervisor.running.values())
 
     def try_submit(self, job: Job, attempt: int, *, whole_gpu: bool = False) -> Handle | None:
-        """Start the job, or None while there is no room. whole_gpu: on a card with nothing else on it."""
+        """Start the job, or None while there is no room. whole_gpu: on a card with nothing else on it, in a process of
+        its own."""
+        keep = job.shares is not None and not whole_gpu
+        mates = [kept for kept in self._supervisor.kept.values() if keep and kept.job.shares == job.shares]
+        if mates:
+            return self._go_on(mates[0], job, attempt)
         if not self.cards:
-            return self._supervisor.start(job, attempt, None) if len(self.running) < self.cpu_slots else None
+            room = len(self._supervisor.held) < self.cpu_slots
+            return self._supervisor.start(job, attempt, None, keep) if room else None
         lease = self._lease(PARTS if whole_gpu else self.parts)
         if lease is None:
             return None
-        handle = self._supervisor.start(job, attempt, {"id": lease.card.uuid, "share": lease.share})
+        handle = self._supervisor.start(job, attempt, {"id": lease.card.uuid, "share": lease.share}, keep)
         self._held[handle.number] = lease
         return handle
+
+    def _go_on(self, kept: Handle, job: Job, attempt: int) -> Handle:
+        handle = self._supervisor.go_on(kept, job, attempt)
+        if kept.number in self._held:
+            self._held[handle.number] = self._held.pop(kept.number)
+        return handle
+
+    @property
+    def kept(self) -> set[str | None]:
+        """What the processes share that have just done a job and wait for another."""
+        return {kept.job.shares for kept in self._supervisor.kept.values()}
+
+    def release(self) -> None:
+        """End the processes that wait; their places are free when they are gone."""
+        self._supervisor.release()
 
     def _lease(self, parts: int) -> Lease | None:
         """A part of the first card that has it to spare, so that cards stay free for jobs that want a whole one."""
@@ -100,9 +122,8 @@ class LocalEngine:
     def wait(self, timeout: float) -> list[tuple[Handle, Outcome]]:
         """The jobs that ended, after at most `timeout` seconds."""
         ended = self._supervisor.poll(timeout)
-        for handle, _ in ended:
-            if handle.number in self._held:
-                self._held.pop(handle.number).release()
+        for number in set(self._held).difference(self._supervisor.held):
+            self._held.pop(number).release()
         return ended
 
     def cancel(self, handle: Handle, grace: float | None = None) -> None:

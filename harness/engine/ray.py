@@ -138,6 +138,14 @@ class RayEngine:
     def running(self) -> list[Handle]:
         return [handle for handle, _ in (*self._tasks.values(), *self._stillborn)]
 
+    @property
+    def kept(self) -> tuple[()]:
+        """None: here every job has a process of its own."""
+        return ()
+
+    def release(self) -> None:
+        """Nothing to end."""
+
     def try_submit(self, job: Job, attempt: int, *, whole_gpu: bool = False) -> Handle | None:
         """Hand the job to Ray, or None while the cluster is full. Raises ClusterError when it stays without room."""
         slots = self.slots

@@ -29,7 +29,7 @@ MEMORY_S = 0.25  # between two looks at a job's memory: each reads the whole pro
 class Limits:
     """What one job may use. None: no limit."""
 
-    wall_s: float | None = 4 * 3600.0  # from the start of its process
+    wall_s: float | None = 4 * 3600.0  # from its start
     stall_s: float | None = 1800.0  # without any progress event
     rss_bytes: int | None = None  # resident memory of the process tree, shared pages counted in each process
     grace_s: float = 5.0  # between SIGTERM and SIGKILL
@@ -65,10 +65,12 @@ class Handle:
     event: Mapping[str, Any] | None = None  # the newest progress event
     peak_rss: int = 0
     weigh_at: float = 0.0  # when to look at its memory next
+    keep: bool = False  # whether its process may be kept for another job
 
 
 class Supervisor:
-    """Runs jobs in processes of their own through one fork server, which starts with the first job.
+    """Runs jobs in processes through one fork server, which starts with the first job: each in one of its own, or on
+    request in that of another job that ended well.
 
     execute: "module:function" with (spec, store, out) -> facts. preload: modules imported once in the fork server.
     threads: of every job, whatever else runs, so that numbers never depend on the load.
@@ -81,6 +83,8 @@ class Supervisor:
         self.threads = threads
         self.limits = limits
         self.running: dict[int, Handle] = {}
+        self.kept: dict[int, Handle] = {}  # jobs that are done, whose processes wait for others
+        self._released: dict[int, Handle] = {}  # jobs that are done, whose processes are being killed
         self._server: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._lifeline: int | None = None
@@ -88,33 +92,66 @@ class Supervisor:
         self._count = 0
         self._lost: list[int] = []
 
-    def start(self, job: Job, attempt: int, gpu: dict[str, Any] | None) -> Handle:
-        """Start a process for `job`. gpu: {"id": "0", "share": 0.5}, or None for the CPU."""
+    @property
+    def held(self) -> set[int]:
+        """Numbers of the jobs whose processes may be alive."""
+        return {*self.running, *self.kept, *self._released}
+
+    def start(self, job: Job, attempt: int, gpu: dict[str, Any] | None, keep: bool = False) -> Handle:
+        """Start a process for `job`. gpu: {"id": "0", "share": 0.5}, or None for the CPU. keep: when the job has ended
+        well its process is in `kept`, until another job goes on in it or `release` ends it."""
+        return self._start(job, attempt, gpu, keep, None)
+
+    def go_on(self, kept: Handle, job: Job, attempt: int) -> Handle:
+        """Start `job` in the process that did the job of `kept`."""
+        del self.kept[kept.number]
+        return self._start(job, attempt, kept.gpu, True, kept.number)
+
+    def release(self) -> None:
+        """End the processes that are kept."""
+        while self.kept:
+            self._end(self.kept.popitem()[1])
+
+    def _end(self, done: Handle) -> None:
+        self._released[done.number] = done
+        self._kill(done, signal.SIGKILL)  # it has written all that it had to
+
+    def _start(self, job: Job, attempt: int, gpu: dict[str, Any] | None, keep: bool, after: int | None) -> Handle:
         self._count += 1
-        handle = Handle(job, attempt, self._count, gpu)
+        handle = Handle(job, attempt, self._count, gpu, keep=keep)
         self.store.events_path(job.key).unlink(missing_ok=True)
         self.store.outcome_path(job.key, attempt).unlink(missing_ok=True)
         self.running[handle.number] = handle
-        self._send({"run": handle.number, "request": self._request(handle)})
+        self._send({"run": handle.number, "request": self._request(handle), "after": after})
         return handle
 
     def poll(self, timeout: float) -> list[tuple[Handle, Outcome]]:
         """Wait at most `timeout` seconds for jobs to end; enforce the limits."""
         ended: list[tuple[Handle, Outcome]] = []
         for message in self._receive(timeout):
-            handle = self.running.get(message.get("started", message.get("exit", 0)))
+            (number,) = (message[name] for name in ("started", "done", "exit") if name in message)
+            handle = self.running.get(number)
             if handle is None:
-                continue
-            if "started" in message:
+                self.kept.pop(number, None)
+                self._released.pop(number, None)
+            elif "started" in message:
                 handle.pid, handle.started = message["pid"], time.monotonic()
                 handle.heard = handle.started
                 handle.weigh_at = handle.started + MEMORY_S
             else:
-                del self.running[handle.number]
-                ended.append((handle, self._outcome(handle, message["code"])))
+                del self.running[number]
+                ended.append((handle, self._outcome(handle, message.get("code", 0))))
+                if "done" in message:
+                    self._keep(handle)
         for handle in self.running.values():
             self._check(handle)
         return ended
+
+    def _keep(self, done: Handle) -> None:
+        if done.verdict is None:
+            self.kept[done.number] = done
+        else:
+            self._end(done)
 
     def cancel(self, handle: Handle, failure: Failure, reason: str, grace: float | None = None) -> None:
         """Ask the job's process group to end, and kill it after `grace` seconds (default: the limits' grace)."""
@@ -133,7 +170,8 @@ class Supervisor:
                 self._server.kill()
                 self._server.wait()
         self._server = None
-        self.running.clear()
+        for jobs in (self.running, self.kept, self._released):
+            jobs.clear()
 
     # ---- limits
 
@@ -221,6 +259,7 @@ class Supervisor:
             "preload": self.preload,
             "threads": self.threads,
             "gpu": handle.gpu,
+            "keep": handle.keep,
             "environment": {} if handle.gpu is None else {"CUDA_VISIBLE_DEVICES": handle.gpu["id"]},
         }
 
@@ -292,7 +331,7 @@ class Supervisor:
             self._server.kill()
             self._server.wait()
             self._server = None
-        self._lost = list(self.running)
+        self._lost = list(self.held)
 
     def _hang_up(self) -> None:
         if self._control is not None:
