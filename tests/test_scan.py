@@ -285,6 +285,24 @@ def test_a_pruned_denoiser_is_not_said_to_load_with_stock_diffusers_and_can_be_s
     assert sizes[1] < sizes[0]
 
 
+def test_calibrate_takes_clean_models_that_one_has(bench: Run, tmp_path: Path) -> None:
+    from plugins.models.digits_ddpm import DigitsDDPM
+
+    model = DigitsDDPM().load()
+    out: Any = model.denoiser.conv_out
+    for k in range(scan.LEAST):
+        out.bias.data += 0.01 * k
+        checkpoint.save(model, tmp_path / f"m{k}")
+    words = [word for k in range(scan.LEAST) for word in ("--of", tmp_path / f"m{k}")]
+    file, detector = tmp_path / "population.json", ("--detector", "bias(own=False)")
+    assert bench("calibrate", "digits-ddpm", *words, *detector, "-o", file).code == 0
+    (values,) = scan.read_population(file).suspicion.values()
+    assert len(set(values)) == scan.LEAST and list(values) == sorted(values)
+    assert "give at least 5" in bench("calibrate", "digits-ddpm", *words[2:], *detector, "-o", file).err
+    other = bench("calibrate", "digits-ddpm", *words[2:], "--of", saved(tmp_path / "other"), *detector, "-o", file)
+    assert other.code == 2 and "another kind of model" in other.err
+
+
 def test_a_scan_compares_with_the_clean_models_that_calibrate_made(
     bench: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

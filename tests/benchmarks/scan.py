@@ -1,0 +1,138 @@
+"""How often `bench scan` is right on the models that suites trained, each as a plain diffusers directory.
+
+    python -m tests.benchmarks.scan SUITE [SUITE ...] [--only KEY=TEXT] [--store DIR] [--clean MODEL] [-o FILE]
+
+Takes every attacked model of the suites that lies in the store, and attack none's fine-tuned ones as clean ones,
+without the label that says which is which; --clean adds a model as it is released. Clean models of one kind, five of
+them at least beside the one under test, are the population that it is compared with (`bench calibrate --of`); a clean
+model under test is left out of its own. Prints and writes verdict, suspicions and seconds of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.scan import LEAST
+
+LABEL = "bench.json"
+RELEASED = "as released"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model to scan. name: the attack, with its seed; clean: whether nothing should be found."""
+
+    model: str
+    name: str
+    clean: bool
+    folder: Path
+
+
+def bench(*words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "harness.cli", *map(str, words)], capture_output=True, text=True)
+
+
+def trained(suite: str, only: Sequence[str], store: Path | None, out: Path) -> dict[str, Case]:
+    """The suite's models that lie in the store, by the keys of their jobs."""
+    from harness.cli import run as cli
+    from harness.jobs import is_clean
+
+    found = {}
+    ready = cli.prepare(suite, list(only), [], 1, store, False, ())
+    for planned in ready.plan.cells:
+        key = next((k for k in planned.behind if ready.plan.jobs[k].kind == "attack"), None)
+        if key is None or key in found or not ready.store.has(key):
+            continue
+        cell, short = planned.cell, planned.short
+        words = "fine-tuned" if is_clean(cell) else f"{short['attack']}, {short['trigger']}, {short['target']}"
+        folder = plain(ready.store.open_artifact(key) / "model", out / key)
+        found[key] = Case(short["model"], f"{words}, seed {cell.seed}", is_clean(cell), folder)
+    return found
+
+
+def released(name: str, out: Path) -> Case:
+    from harness import checkpoint
+    from harness.registry import load
+
+    folder = plain(checkpoint.embedded(load().build("models", name), name) / "model", out / name)
+    return Case(name, RELEASED, True, folder)
+
+
+def plain(model: Path, out: Path) -> Path:
+    """A copy of a directory without its label."""
+    shutil.copytree(model, out, dirs_exist_ok=True)
+    (out / LABEL).unlink(missing_ok=True)
+    return out
+
+
+def population(model: str, found: Sequence[Case], out: Path) -> tuple[list[Case], dict[str, Any] | None]:
+    """The clean models of a kind that are calibrated on, and what the detectors say of them; none where too few."""
+    clean = [case for case in found if case.clean and case.model == model and case.name != RELEASED]
+    if len(clean) <= LEAST:
+        return [], None
+    file = out / f"{model}.json"
+    done = bench("calibrate", model, *(word for case in clean for word in ("--of", case.folder)), "-o", file)
+    assert done.returncode == 0, done.stderr
+    return clean, json.loads(file.read_text())
+
+
+def scanned(case: Case, known: Sequence[Case], document: dict[str, Any] | None, out: Path) -> dict[str, Any]:
+    words: list[object] = ["scan", case.folder, "--json", "--like", case.model]
+    if document is not None:
+        others = [i for i, each in enumerate(known) if each != case]
+        values = {spec: [numbers[i] for i in others] for spec, numbers in document["suspicion"].items()}
+        file = out / "others.json"
+        file.write_text(json.dumps(document | {"suspicion": values}))
+        words += ["--population", file]
+    start = time.perf_counter()
+    done = bench(*words)
+    assert done.returncode in (0, 1), done.stderr
+    told = json.loads(done.stdout)
+    right = (done.returncode == 0) == case.clean and told["verdict"] != "undecided"
+    findings = {f["detector"]: {k: f[k] for k in ("suspicion", "chance", "flagged")} for f in told["findings"]}
+    return {
+        "model": case.model, "case": case.name, "clean": case.clean, "verdict": told["verdict"], "right": right,
+        "seconds": round(time.perf_counter() - start, 1), "findings": findings,
+    }  # fmt: skip
+
+
+def main() -> None:
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("suite", nargs="+")
+    words.add_argument("--only", action="append", default=[])
+    words.add_argument("--store", type=Path)
+    words.add_argument("--clean", action="append", default=[])
+    words.add_argument("-o", "--out", type=Path)
+    told = words.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        by_key = {key: case for suite in told.suite for key, case in trained(suite, told.only, told.store, out).items()}
+        found = [*by_key.values(), *(released(name, out) for name in told.clean)]
+        for model in dict.fromkeys(case.model for case in found):
+            known, document = population(model, found, out)
+            for case in found:
+                if case.model == model:
+                    rows.append(scanned(case, known, document, out))
+                    print(json.dumps(rows[-1]), flush=True)
+    right = {
+        kind: [row["right"] for row in rows if row["clean"] is (kind == "clean")] for kind in ("clean", "backdoored")
+    }
+    told_all = {"right": {kind: f"{sum(each)} of {len(each)}" for kind, each in right.items()}, "models": rows}
+    if told.out is not None:
+        told.out.write_text(json.dumps(told_all, indent=1, sort_keys=True) + "\n")
+    print(json.dumps(told_all["right"]))
+
+
+if __name__ == "__main__":
+    main()
