@@ -63,7 +63,7 @@ def test_every_method_cites_its_source_and_says_how_it_differs(kind: str, plugin
         if entry.name in ("none", "finetune"):
             continue
         assert "arXiv:" in entry.docstring, entry.name
-        assert "Differs from" in entry.docstring, entry.name
+        assert "Differs from" in entry.docstring or "of our own" in entry.docstring, entry.name
 
 
 def test_every_parameter_says_what_it_is(plugins: registry.Registry) -> None:
