@@ -74,10 +74,8 @@ def applicable(
     stamps = "text" if subject.model.conditional else "noise"
     if wanted:
         specs = list(wanted)
-    elif subject.population is not None:
-        specs = list(subject.population.suspicion)
     else:
-        specs = default_detectors(subject.model) + _third_party(registry)
+        specs = _unasked(subject, registry)
     chosen, skipped = {}, []
     for spec in specs:
         detector = registry.build("defenses", spec)
@@ -89,6 +87,16 @@ def applicable(
         else:
             skipped.append(f"{spec} was not asked: {why}")
     return chosen, skipped
+
+
+def _unasked(subject: Subject, registry: Registry) -> list[str]:
+    """The detectors that the population knows, as they were asked there, and the defaults that it does not know."""
+    from harness.registry import parse_spec
+
+    compared = list(subject.population.suspicion) if subject.population is not None else []
+    names = {parse_spec(spec)[0] for spec in compared}
+    usual = default_detectors(subject.model) + ([] if compared else _third_party(registry))
+    return compared + [spec for spec in usual if parse_spec(spec)[0] not in names]
 
 
 def _third_party(registry: Registry) -> list[str]:

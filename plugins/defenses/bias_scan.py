@@ -58,9 +58,9 @@ class BiasScan:
     delivers: ClassVar[tuple[str, ...]] = ("suspicion",)
 
     gamma: Annotated[float, Ge(0), Lt(1)] = 0.6  # γ of an image; TrojDiff's
-    starts: Annotated[int, Ge(0)] = 12  # for images, until one is flagged; 0 = none
-    shifts: Annotated[int, Ge(0)] = 6  # starts for shifts, until one is flagged; 0 = none
-    iterations: Annotated[int, Ge(1)] = 50  # of each start
+    starts: Annotated[int, Ge(0)] = 8  # for images, until one is flagged; 0 = none
+    shifts: Annotated[int, Ge(0)] = 4  # starts for shifts, until one is flagged; 0 = none
+    iterations: Annotated[int, Ge(1)] = 40  # of each start
     batch: Annotated[int, Ge(1)] = 32  # noises
     patch: Annotated[int, Ge(0)] = 3  # side of the squares in pixels; 0 = none
     patch_gamma: Annotated[float, Ge(0), Lt(1)] = 0.1  # γ inside them; TrojDiff's
