@@ -72,10 +72,7 @@ def applicable(
     """Detectors by canonical spec, and why others were left out. Asked for by name, one that cannot be asked is an
     error: click.UsageError."""
     stamps = "text" if subject.model.conditional else "noise"
-    if wanted:
-        specs = list(wanted)
-    else:
-        specs = _unasked(subject, registry)
+    specs = list(wanted) if wanted else _unasked(subject, registry)
     chosen, skipped = {}, []
     for spec in specs:
         detector = registry.build("defenses", spec)
