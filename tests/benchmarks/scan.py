@@ -1,11 +1,13 @@
 """How often `bench scan` is right on the models that suites trained, each as a plain diffusers directory.
 
-    python -m tests.benchmarks.scan SUITE [SUITE ...] [--only KEY=TEXT] [--store DIR] [--clean MODEL] [-o FILE]
+    python -m tests.benchmarks.scan SUITE [SUITE ...] [--only KEY=TEXT] [--store DIR] [--clean MODEL]
+                                  [--detector DEFENSE] [-o FILE]
 
 Takes every attacked model of the suites that lies in the store, and attack none's fine-tuned ones as clean ones,
 without the label that says which is which; --clean adds a model as it is released. Clean models of one kind, five of
 them at least beside the one under test, are the population that it is compared with (`bench calibrate --of`); a clean
-model under test is left out of its own. Prints and writes verdict, suspicions and seconds of each.
+model under test is left out of its own. --detector: which are calibrated so, default all; the others have thresholds of
+their own. Prints and writes verdict, suspicions and seconds of each.
 """
 
 from __future__ import annotations
@@ -75,13 +77,17 @@ def plain(model: Path, out: Path) -> Path:
     return out
 
 
-def population(model: str, found: Sequence[Case], out: Path) -> tuple[list[Case], dict[str, Any] | None]:
+def population(
+    model: str, found: Sequence[Case], detectors: Sequence[str], out: Path
+) -> tuple[list[Case], dict[str, Any] | None]:
     """The clean models of a kind that are calibrated on, and what the detectors say of them; none where too few."""
     clean = [case for case in found if case.clean and case.model == model and case.name != RELEASED]
     if len(clean) <= LEAST:
         return [], None
     file = out / f"{model}.json"
-    done = bench("calibrate", model, *(word for case in clean for word in ("--of", case.folder)), "-o", file)
+    given = [word for case in clean for word in ("--of", case.folder)]
+    asked = [word for detector in detectors for word in ("--detector", detector)]
+    done = bench("calibrate", model, *given, *asked, "-o", file)
     assert done.returncode == 0, done.stderr
     return clean, json.loads(file.read_text())
 
@@ -111,6 +117,7 @@ def main() -> None:
     words.add_argument("suite", nargs="+")
     words.add_argument("--only", action="append", default=[])
     words.add_argument("--store", type=Path)
+    words.add_argument("--detector", action="append", default=[])
     words.add_argument("--clean", action="append", default=[])
     words.add_argument("-o", "--out", type=Path)
     told = words.parse_args()
@@ -120,7 +127,7 @@ def main() -> None:
         by_key = {key: case for suite in told.suite for key, case in trained(suite, told.only, told.store, out).items()}
         found = [*by_key.values(), *(released(name, out) for name in told.clean)]
         for model in dict.fromkeys(case.model for case in found):
-            known, document = population(model, found, out)
+            known, document = population(model, found, told.detector, out)
             for case in found:
                 if case.model == model:
                     rows.append(scanned(case, known, document, out))
