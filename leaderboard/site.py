@@ -7,6 +7,7 @@ Content-Security-Policy lets nothing run but what this module put there, by its 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -83,7 +84,11 @@ class Site:
     def sheet(self, key: str, root: str = "") -> Picture | None:
         if key not in self.sheets:
             return None
-        return Picture(f"{root}sheets/{key}.png", *png_size(self.sheets[key]))
+        return Picture(f"{root}{self.sheet_name(key)}", *png_size(self.sheets[key]))
+
+    def sheet_name(self, key: str) -> str:
+        """Where the page has the contact sheet, by its content: cells that differ in what judges a model share one."""
+        return f"sheets/{hashlib.sha256(self.sheets[key].read_bytes()).hexdigest()[:20]}.png"
 
     def page(self, name: str, template: str, root: str, scripts: Sequence[Markup] = (), **values: Any) -> None:
         """Render a page with the policy that admits its styles and scripts only."""
@@ -105,7 +110,7 @@ def build(every: Iterable[Results], out: Path) -> dict[str, int]:
     suites = {record["key"]: suite.suite for suite in results for record in suite.records}
     site = Site(out, made, results, sheets, suites, environment())
     for key, path in sheets.items():
-        shutil.copyfile(path, out / "sheets" / f"{key}.png")
+        shutil.copyfile(path, out / site.sheet_name(key))
     counts = _counts(made)
     _index(site, counts)
     for cell in made:
@@ -277,7 +282,7 @@ def _five(value: float) -> float:
 def _files(site: Site, counts: Mapping[str, int]) -> None:
     records = [record for cell in site.cells for record in cell.records]
     dropped = [entry for results in site.results for entry in results.dropped]
-    links = {key: f"sheets/{key}.png" for key in site.sheets}
+    links = {key: site.sheet_name(key) for key in site.sheets}
     write_text(site.out / "LEADERBOARD.md", markdown(site, records, dropped, links))
     write_text(site.out / "leaderboard.csv", report.comma_separated(records, dropped))
     lines = ",\n".join(json.dumps(_entry(c), sort_keys=True, allow_nan=False) for c in site.cells)
