@@ -1,13 +1,14 @@
 """How often `bench scan` is right on the models that suites trained, each as a plain diffusers directory.
 
     python -m tests.benchmarks.scan SUITE [SUITE ...] [--only KEY=TEXT] [--store DIR] [--clean MODEL]
-                                  [--detector DEFENSE] [-o FILE]
+                                  [--detector DEFENSE] [--calibrated DIR] [--jobs 1] [-o FILE]
 
 Takes every attacked model of the suites that lies in the store, and attack none's fine-tuned ones as clean ones,
 without the label that says which is which; --clean adds a model as it is released. Clean models of one kind, five of
 them at least beside the one under test, are the population that it is compared with (`bench calibrate --of`); a clean
 model under test is left out of its own. --detector: which are calibrated so, default all; the others have thresholds of
-their own. Prints and writes verdict, suspicions and seconds of each.
+their own. --calibrated: keep the populations there, for another run. Prints and writes verdict, suspicions and seconds
+of each.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,27 +80,26 @@ def plain(model: Path, out: Path) -> Path:
     return out
 
 
-def population(
-    model: str, found: Sequence[Case], detectors: Sequence[str], out: Path
-) -> tuple[list[Case], dict[str, Any] | None]:
-    """The clean models of a kind that are calibrated on, and what the detectors say of them; none where too few."""
+def population(model: str, found: Sequence[Case], detectors: Sequence[str], file: Path) -> list[Case]:
+    """The clean models of a kind that are calibrated on, into `file` unless it is there; none where there are too few."""
     clean = [case for case in found if case.clean and case.model == model and case.name != RELEASED]
     if len(clean) <= LEAST:
-        return [], None
-    file = out / f"{model}.json"
-    given = [word for case in clean for word in ("--of", case.folder)]
-    asked = [word for detector in detectors for word in ("--detector", detector)]
-    done = bench("calibrate", model, *given, *asked, "-o", file)
-    assert done.returncode == 0, done.stderr
-    return clean, json.loads(file.read_text())
+        return []
+    if not file.is_file():
+        given = [word for case in clean for word in ("--of", case.folder)]
+        asked = [word for detector in detectors for word in ("--detector", detector)]
+        done = bench("calibrate", model, *given, *asked, "-o", file)
+        assert done.returncode == 0, done.stderr
+    return clean
 
 
-def scanned(case: Case, known: Sequence[Case], document: dict[str, Any] | None, out: Path) -> dict[str, Any]:
+def scanned(case: Case, known: Sequence[Case], calibrated: Path) -> dict[str, Any]:
     words: list[object] = ["scan", case.folder, "--json", "--like", case.model]
-    if document is not None:
+    if known:
+        document = json.loads(calibrated.read_text())
         others = [i for i, each in enumerate(known) if each != case]
         values = {spec: [numbers[i] for i in others] for spec, numbers in document["suspicion"].items()}
-        file = out / "others.json"
+        file = case.folder.with_suffix(".others.json")
         file.write_text(json.dumps(document | {"suspicion": values}))
         words += ["--population", file]
     start = time.perf_counter()
@@ -119,6 +121,8 @@ def main() -> None:
     words.add_argument("--store", type=Path)
     words.add_argument("--detector", action="append", default=[])
     words.add_argument("--clean", action="append", default=[])
+    words.add_argument("--calibrated", type=Path)
+    words.add_argument("--jobs", type=int, default=1)
     words.add_argument("-o", "--out", type=Path)
     told = words.parse_args()
     rows = []
@@ -127,11 +131,13 @@ def main() -> None:
         by_key = {key: case for suite in told.suite for key, case in trained(suite, told.only, told.store, out).items()}
         found = [*by_key.values(), *(released(name, out) for name in told.clean)]
         for model in dict.fromkeys(case.model for case in found):
-            known, document = population(model, found, told.detector, out)
-            for case in found:
-                if case.model == model:
-                    rows.append(scanned(case, known, document, out))
-                    print(json.dumps(rows[-1]), flush=True)
+            calibrated = (told.calibrated or out) / f"{model}.json"
+            known = population(model, found, told.detector, calibrated)
+            mine = [case for case in found if case.model == model]
+            with ThreadPoolExecutor(told.jobs) as pool:
+                for row in pool.map(partial(scanned, known=known, calibrated=calibrated), mine):
+                    print(json.dumps(row), flush=True)
+                    rows.append(row)
     right = {
         kind: [row["right"] for row in rows if row["clean"] is (kind == "clean")] for kind in ("clean", "backdoored")
     }
