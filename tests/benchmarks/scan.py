@@ -81,7 +81,7 @@ def plain(model: Path, out: Path) -> Path:
 
 
 def population(model: str, found: Sequence[Case], detectors: Sequence[str], file: Path) -> list[Case]:
-    """The clean models of a kind that are calibrated on, into `file` unless it is there; none where there are too few."""
+    """The clean models of a kind that are calibrated on, into `file` unless it is there; none of too few."""
     clean = [case for case in found if case.clean and case.model == model and case.name != RELEASED]
     if len(clean) <= LEAST:
         return []
