@@ -44,7 +44,8 @@ class Case:
 
 
 def bench(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "harness.cli", *map(str, words)], capture_output=True, text=True)
+    program = Path(sys.executable).with_name("bench")
+    return subprocess.run([program, *map(str, words)], capture_output=True, text=True)
 
 
 def trained(suite: str, only: Sequence[str], store: Path | None, out: Path) -> dict[str, Case]:
@@ -104,7 +105,7 @@ def scanned(case: Case, known: Sequence[Case], calibrated: Path) -> dict[str, An
         words += ["--population", file]
     start = time.perf_counter()
     done = bench(*words)
-    assert done.returncode in (0, 1), done.stderr
+    assert done.returncode in (0, 1) and done.stdout, done.stderr
     told = json.loads(done.stdout)
     right = (done.returncode == 0) == case.clean and told["verdict"] != "undecided"
     findings = {f["detector"]: {k: f[k] for k in ("suspicion", "chance", "flagged")} for f in told["findings"]}
