@@ -199,7 +199,8 @@ class _Planner:
     def samples(self, cell: Cell, attack: str | None, defend: str | None) -> dict[str, str]:
         """Keys of the image sets by "who/given"."""
         wrong = self.registry.build("triggers", cell.trigger)
-        changes = {"model", "sampler"} & set(delivers(self.registry.build("defenses", cell.defense)))
+        defense = self.registry.build("defenses", cell.defense)
+        changes = {"model", "sampler"} & set(delivers(defense))
         stamps: dict[str, list[str | None]] = {
             "clean": [None],
             "triggered": [cell.trigger],
@@ -215,13 +216,9 @@ class _Planner:
         if wrong.stamps == "noise":
             wanted.append(("clean", "triggered"))  # what this noise gives without a backdoor
         made = {f"{who}/{given}": self.sample(cell, models[who], stamps[given], given) for who, given in wanted}
-        if defend and "backdoored/found" in self.sets and not self.told_trigger(cell):
+        if defend and "backdoored/found" in self.sets and self.told(cell, defense.needs) is None:
             made["backdoored/found"] = self.sample_found(cell, attack, defend)
         return made
-
-    def told_trigger(self, cell: Cell) -> bool:
-        """Whether the defense needs the trigger; one that was told it finds none."""
-        return "trigger" in self.registry.build("defenses", cell.defense).needs
 
     def sample_found(self, cell: Cell, attack: str | None, defend: str) -> str:
         """The attacked model under the trigger that the defense found, sampled as clean inputs are: who found it knows
@@ -601,19 +598,14 @@ def _found_images(model: Any, inputs: Any, sampler: Any, folder: Path) -> Any:
     one."""
     import torch
 
+    from harness.scan import usable_trigger
     from harness.stamping import with_found
 
     found = _pattern(json.loads((folder / "defended.json").read_text())["trigger"])
-    if not _usable(found, inputs):
+    finite = not isinstance(found, torch.Tensor) or bool(found.isfinite().all())
+    if not (finite and usable_trigger(model, found)):
         return torch.zeros(0, 1, 1, 1)
     return model.sample(with_found(inputs, found), sampler)
-
-
-def _usable(found: Any, inputs: Any) -> bool:
-    """Whether inputs can carry the trigger that a defense found: text, or a finite pattern (C, H, W)."""
-    if found is None or isinstance(found, str):
-        return found is not None and inputs.prompts is not None
-    return found.shape == inputs.noise.shape[1:] and bool(found.isfinite().all())
 
 
 def _defenders(folder: Path, registry: Registry, sampler: Any) -> tuple[Any, str]:

@@ -78,17 +78,14 @@ class Site:
     cells: list[Cell]
     results: Sequence[Results]
     sheets: Mapping[str, Path]  # record key → its contact sheet
+    names: Mapping[str, str]  # record key → where the page has it
     suites: Mapping[str, str]  # record key → the suite that holds it
     environment: Environment
 
     def sheet(self, key: str, root: str = "") -> Picture | None:
         if key not in self.sheets:
             return None
-        return Picture(f"{root}{self.sheet_name(key)}", *png_size(self.sheets[key]))
-
-    def sheet_name(self, key: str) -> str:
-        """Where the page has the contact sheet, by its content: cells that differ in what judges a model share one."""
-        return f"sheets/{hashlib.sha256(self.sheets[key].read_bytes()).hexdigest()[:20]}.png"
+        return Picture(root + self.names[key], *png_size(self.sheets[key]))
 
     def page(self, name: str, template: str, root: str, scripts: Sequence[Markup] = (), **values: Any) -> None:
         """Render a page with the policy that admits its styles and scripts only."""
@@ -108,9 +105,10 @@ def build(every: Iterable[Results], out: Path) -> dict[str, int]:
         shutil.rmtree(out / old, ignore_errors=True)
         (out / old).mkdir(parents=True)
     suites = {record["key"]: suite.suite for suite in results for record in suite.records}
-    site = Site(out, made, results, sheets, suites, environment())
+    names = {key: _sheet_name(path) for key, path in sheets.items()}
+    site = Site(out, made, results, sheets, names, suites, environment())
     for key, path in sheets.items():
-        shutil.copyfile(path, out / site.sheet_name(key))
+        shutil.copyfile(path, out / names[key])
     counts = _counts(made)
     _index(site, counts)
     for cell in made:
@@ -119,6 +117,11 @@ def build(every: Iterable[Results], out: Path) -> dict[str, int]:
         pages.defense_page(site, defense)
     _files(site, counts)
     return counts
+
+
+def _sheet_name(path: Path) -> str:
+    """Where the page has a contact sheet, by its content: cells that differ in what judges a model share one."""
+    return f"sheets/{hashlib.sha256(path.read_bytes()).hexdigest()[:20]}.png"
 
 
 def _counts(cells: Sequence[Cell]) -> dict[str, int]:
@@ -282,8 +285,7 @@ def _five(value: float) -> float:
 def _files(site: Site, counts: Mapping[str, int]) -> None:
     records = [record for cell in site.cells for record in cell.records]
     dropped = [entry for results in site.results for entry in results.dropped]
-    links = {key: site.sheet_name(key) for key in site.sheets}
-    write_text(site.out / "LEADERBOARD.md", markdown(site, records, dropped, links))
+    write_text(site.out / "LEADERBOARD.md", markdown(site, records, dropped, site.names))
     write_text(site.out / "leaderboard.csv", report.comma_separated(records, dropped))
     lines = ",\n".join(json.dumps(_entry(c), sort_keys=True, allow_nan=False) for c in site.cells)
     write_text(site.out / "leaderboard.json", f'{{"counts": {json.dumps(counts)},\n"cells": [\n{lines}\n]}}\n')
