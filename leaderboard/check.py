@@ -204,10 +204,11 @@ def _whole(suite: Results, record: Record) -> list[str]:
         kept = score.get("per_sample")
         if kept and score["value"] is not None and not len(kept) >= score["n"] >= 1:
             found.append(f"{name} has {len(kept)} per-sample values for n = {score['n']}")
-    if record["sheet"] is not None and record["sheet"] != f"sheets/{record['key']}.png":
-        found.append(f"its contact sheet should be sheets/{record['key'][:12]}….png, not {record['sheet']}")
-    elif record["sheet"] is not None and png_size(suite.sheet_file(record["key"])) == (0, 0):
+    sheet = suite.sheet_file(record)
+    if record["sheet"] is not None and (sheet is None or png_size(sheet) == (0, 0)):
         found.append("its contact sheet is not there, or no PNG")
+    elif sheet is not None and results.sheet_name(sheet.read_bytes()) != record["sheet"]:
+        found.append(f"its contact sheet is not what its name {record['sheet']} was made from")
     return found
 
 

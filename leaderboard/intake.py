@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from leaderboard import report
-from leaderboard.results import Results, read_suite
+from leaderboard.results import Results, keep_sheet, read_suite
 
 Annotate = Callable[[Sequence[Mapping[str, Any]]], list[dict[str, Any]]]
 
@@ -28,10 +27,6 @@ def add(run: Path, folder: Path, annotate: Annotate) -> Results:
     """
     new = read_suite(run)
     (folder / "records").mkdir(parents=True, exist_ok=True)
-    (folder / "sheets").mkdir(exist_ok=True)
-    for record in new.records:
-        if new.sheet_file(record["key"]).is_file():
-            shutil.copyfile(new.sheet_file(record["key"]), folder / "sheets" / f"{record['key']}.png")
     return _write(folder, read_suite(folder), (new,), annotate)
 
 
@@ -39,18 +34,17 @@ def _write(folder: Path, old: Results, new: Sequence[Results], annotate: Annotat
     by_cell: dict[str, dict[str, Any]] = {}
     dropped: dict[str, dict[str, Any]] = {}
     for results in (old, *new):
-        by_cell |= {str(sorted(record["cell"].items())): record for record in results.records}
+        for record in results.records:
+            sheet = results.sheet_file(record)
+            kept = {**record, "sheet": keep_sheet(sheet, folder) if sheet else None}
+            by_cell[str(sorted(record["cell"].items()))] = kept
         dropped |= {str(sorted(entry["cell"].items())): entry for entry in results.dropped}
-    kept = {record["key"] for record in by_cell.values()}
-    for name in ("records", "sheets", "reproduced"):
-        for path in (folder / name).glob("*"):
-            if path.stem not in kept:
-                path.unlink()
-    told = [{**record, "sheet": _sheet(folder, record["key"])} for record in by_cell.values()]
-    report.write(annotate(told), list(dropped.values()), folder)
+    records = list(by_cell.values())
+    keys, sheets = {record["key"] for record in records}, {record["sheet"] for record in records}
+    for path in folder.glob("*/*"):
+        kind = path.parent.name
+        known = f"sheets/{path.name}" in sheets if kind == "sheets" else path.name.partition(".")[0] in keys
+        if kind in ("records", "sheets", "reproduced") and not known:
+            path.unlink()
+    report.write(annotate(records), list(dropped.values()), folder, packed=True)
     return read_suite(folder)
-
-
-def _sheet(folder: Path, key: str) -> str | None:
-    name = f"sheets/{key}.png"
-    return name if (folder / name).is_file() else None

@@ -21,7 +21,7 @@ _MOST_NOTES, _LONGEST_NOTE = 8, 200  # of a list of texts or parts; characters
 def cell_page(site: Site, cell: Cell) -> None:
     sheets = [(s, p) for k, s in zip(cell.keys, cell.seeds, strict=True) if (p := site.sheet(k, "../")) is not None]
     task = cell.tasks[0] if cell.tasks else "purification"
-    files = [f"leaderboard/results/{site.suites[key]}/records/{key}.json" for key in cell.keys]
+    files = [site.files[key] for key in cell.keys]
     site.page(
         f"cells/{cell.id}.html", "cell.html.jinja", "../", cell=cell, sheets=sheets,
         figures=summary.figures_of(cell.track, task), scores=_scores(cell), unmeasured=_unmeasured(cell),

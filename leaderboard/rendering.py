@@ -20,6 +20,7 @@ from leaderboard.summary import Cell, Figure, Row
 from leaderboard.tables import bare, ends
 
 ASSETS = Path(__file__).parent / "assets"
+BESIDE = "'self' file:"
 SAFE_NAME = re.compile(r"[A-Za-z0-9][\w-]{0,60}")
 
 
@@ -31,14 +32,15 @@ def asset(name: str) -> Markup:
 
 
 def policy(styles: Sequence[str], scripts: Sequence[str]) -> str:
-    """A Content-Security-Policy: these styles and scripts by hash, pictures from beside the page, nothing else."""
+    """A Content-Security-Policy: these styles and scripts by hash (without styles: those beside the page), pictures
+    from beside the page, nothing else."""
 
     def hashes(texts: Sequence[str]) -> str:
         digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts)
         return " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
 
-    rules = ("default-src 'none'", f"script-src {hashes(scripts)}", f"style-src {hashes(styles)}")
-    return "; ".join((*rules, "img-src 'self' file:", "base-uri 'none'", "form-action 'none'"))
+    rules = ("default-src 'none'", f"script-src {hashes(scripts)}", f"style-src {hashes(styles) if styles else BESIDE}")
+    return "; ".join((*rules, f"img-src {BESIDE}", "base-uri 'none'", "form-action 'none'"))
 
 
 def environment() -> Environment:

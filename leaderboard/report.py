@@ -51,17 +51,15 @@ def terminal(records: Iterable[Record], dropped: Iterable[Record] = (), width: i
     return "\n\n\n".join([*parts, textwrap.fill(LEGEND, width)]) if parts else "no records"
 
 
-def write(records: Iterable[Record], dropped: Iterable[Record], out: Path) -> dict[str, Path]:
+def write(records: Iterable[Record], dropped: Iterable[Record], out: Path, packed: bool = False) -> dict[str, Path]:
     """Write the report into folder `out` and return {"md", "json", "csv", "records": path}.
 
-    Contact sheets that lie at out/sheets/<key>.png are linked, and stored with 256 colours. At the end manifest.json
-    seals whatever lies in the folder.
+    packed: records as .json.gz. Contact sheets that records name and that lie in the folder are linked. At the end
+    manifest.json seals whatever lies in the folder.
     """
     done, left_out = [_plain_json(record) for record in records], [_plain_json(entry) for entry in dropped]
     for record in done:
-        results.write_text(out / "records" / f"{_file_name(record['key'])}.json", results.dump(record))
-        if _sheet(out, record["key"]).is_file():
-            results.shrink(_sheet(out, record["key"]))
+        results.write_record(out, _file_name(record["key"]), results.dump(record), packed)
     for name, text in derived(done, left_out, out).items():
         results.write_text(out / name, text)
     results.seal(out)
@@ -70,9 +68,7 @@ def write(records: Iterable[Record], dropped: Iterable[Record], out: Path) -> di
 
 def derived(records: Sequence[Record], dropped: Sequence[Record], out: Path) -> dict[str, str]:
     """What follows from the records: name → text of report.md, report.json and report.csv in folder `out`."""
-    sheets = {
-        record["key"]: f"sheets/{record['key']}.png" for record in records if _sheet(out, record["key"]).is_file()
-    }
+    sheets = {r["key"]: r["sheet"] for r in records if r.get("sheet") and (out / r["sheet"]).is_file()}
     return {
         "report.md": markdown(records, dropped, sheets),
         "report.json": results.dump({"records": [brief(r) for r in records], "dropped": dropped, "sheets": sheets}),
@@ -268,10 +264,6 @@ def brief(record: Record) -> dict[str, Any]:
     scores = record.get("scores") or {}
     kept = {name: {k: v for k, v in score.items() if k != "per_sample"} for name, score in scores.items()}
     return {**{name: value for name, value in record.items() if name != "attempts"}, "scores": kept}
-
-
-def _sheet(out: Path, key: str) -> Path:
-    return out / "sheets" / f"{_file_name(key)}.png"
 
 
 def _file_name(key: str) -> str:

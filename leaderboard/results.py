@@ -1,18 +1,21 @@
 """A folder of results, as it is committed: text and pictures only, and a manifest that seals them.
 
 <suite>/manifest.json          {format, files: {path: sha256}, protocols: {key: hash}}
-        records/<key>.json     one a cell, with per-sample values; one score a line
-        sheets/<key>.png       contact sheets of at most 256 colours
+        records/<key>.json     one a cell, with per-sample values; one score a line; committed as .json.gz
+        sheets/<hash>.png      contact sheets of at most 256 colours, by content: rows that show the same share one
         reproduced/<key>.json  what `bench reproduce --keep` found
         report.md  report.json  report.csv
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import io
 import json
 import math
 import re
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +27,8 @@ Record = Mapping[str, Any]
 MANIFEST = "manifest.json"
 FORMAT = 1
 COLOURS = 256
+LARGEST = 64_000_000  # bytes of a packed file, unpacked
+SHEET = re.compile(r"sheets/[0-9a-f]{8,64}\.png")
 SHIPPED = Path(__file__).parent / "results"
 
 
@@ -42,10 +47,14 @@ class Results:
     reproduced: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
     def record_file(self, key: str) -> Path:
-        return self.folder / "records" / f"{key}.json"
+        """Where a record is, or would be."""
+        packed = self.folder / "records" / f"{key}.json.gz"
+        return packed if packed.is_file() else packed.with_suffix("")
 
-    def sheet_file(self, key: str) -> Path:
-        return self.folder / "sheets" / f"{key}.png"
+    def sheet_file(self, record: Record) -> Path | None:
+        """A record's contact sheet; None where it has none or names a file that is not there."""
+        name = record.get("sheet")
+        return self.folder / name if name and (self.folder / name).is_file() else None
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -68,24 +77,30 @@ def read_suite(folder: Path) -> Results:
     """One suite's results; records in the order of its report, those it does not name last."""
     report = load(folder / "report.json") if (folder / "report.json").is_file() else {}
     order = {str(record.get("key")): i for i, record in enumerate(report.get("records") or ())}
-    found = [_record(path) for path in sorted((folder / "records").glob("*.json"))]
+    found = [_record(path) for path in record_files(folder)]
     records = tuple(sorted(found, key=lambda record: order.get(str(record.get("key")), len(order))))
     reproduced = {path.stem: load(path) for path in sorted((folder / "reproduced").glob("*.json"))}
     return Results(folder.resolve().name, folder, records, tuple(report.get("dropped") or ()), reproduced)
 
 
+def record_files(folder: Path) -> list[Path]:
+    return sorted([*(folder / "records").glob("*.json"), *(folder / "records").glob("*.json.gz")])
+
+
 def _record(path: Path) -> dict[str, Any]:
     """A record whose key is its file's name, so that no key can name a file elsewhere."""
-    record = load(path)
-    if record.get("key") != path.stem or not re.fullmatch(r"[0-9a-f]{8,64}", path.stem):
+    record, key = load(path), path.name.partition(".")[0]
+    if record.get("key") != key or not re.fullmatch(r"[0-9a-f]{8,64}", key):
         raise ResultsError(f"{path}: a record is a file named for its key, which is hex digits")
+    if record.get("sheet") is not None and not SHEET.fullmatch(str(record["sheet"])):
+        raise ResultsError(f"{path}: its contact sheet should be sheets/<hash>.png, not {record['sheet']}")
     return record
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A JSON object, NaN refused. Raises ResultsError."""
+    """A JSON object, NaN refused; of a .gz, unpacked. Raises ResultsError."""
     try:
-        found = json.loads(path.read_bytes(), parse_constant=_no_constant)
+        found = json.loads(_content(path), parse_constant=_no_constant)
     except OSError as error:
         raise ResultsError(f"{path}: {error.strerror}") from None
     except ValueError as error:
@@ -93,6 +108,20 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ResultsError(f"{path}: a JSON {type(found).__name__}, not an object")
     return found
+
+
+def _content(path: Path) -> bytes:
+    """Raises OSError, ValueError."""
+    found = path.read_bytes()
+    if path.suffix != ".gz":
+        return found
+    try:
+        text = gzip.GzipFile(fileobj=io.BytesIO(found)).read(LARGEST + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"cannot be unpacked: {error}") from None
+    if len(text) > LARGEST:
+        raise ValueError(f"more than {LARGEST / 1e6:.0f} MB once unpacked")
+    return text
 
 
 def _no_constant(word: str) -> Any:
@@ -156,25 +185,55 @@ def null(value: Any) -> Any:
     return [null(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
+def write_record(folder: Path, key: str, text: str, packed: bool = False) -> None:
+    """Write records/<key>.json below `folder`, or its .json.gz, which stays as it is where it says the same: what
+    zlib makes of a text depends on its version."""
+    path = folder / "records" / f"{key}.json"
+    gz = path.with_name(path.name + ".gz")
+    if not packed:
+        write_text(path, text)
+        gz.unlink(missing_ok=True)
+        return
+    try:
+        same = gz.is_file() and _content(gz) == text.encode()
+    except ValueError:
+        same = False
+    if not same:
+        _write(gz, gzip.compress(text.encode(), 9, mtime=0))
+    path.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write whole or not at all."""
+    _write(path, text.encode())
+
+
+def _write(path: Path, content: bytes) -> None:
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part.write_text(text, encoding="utf-8")
+    part.write_bytes(content)
     part.replace(path)
 
 
-def shrink(sheet: Path) -> None:
-    """Store a contact sheet with a palette of at most 256 colours; one that has a palette stays as it is."""
+def keep_sheet(sheet: Path, folder: Path) -> str:
+    """Store a contact sheet below `folder`, with a palette of at most 256 colours (one that has a palette stays as it
+    is), and return its name there, which is by content."""
     from PIL import Image
 
-    with Image.open(sheet) as picture:
-        if picture.mode == "P":
-            return
-        small = picture.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
-    part = sheet.with_name(sheet.name + ".part")
-    small.save(part, "PNG", optimize=True)
-    part.replace(sheet)
+    content = sheet.read_bytes()
+    with Image.open(io.BytesIO(content)) as picture:
+        if picture.mode != "P":
+            small = io.BytesIO()
+            picture.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+            content = small.getvalue()
+    name = sheet_name(content)
+    if not (folder / name).is_file() or (folder / name).read_bytes() != content:
+        _write(folder / name, content)
+    return name
+
+
+def sheet_name(content: bytes) -> str:
+    return f"sheets/{hashlib.sha256(content).hexdigest()[:20]}.png"
 
 
 # ---- seals ----------------------------------------------------------------------------------------------------------
@@ -182,7 +241,7 @@ def shrink(sheet: Path) -> None:
 
 def seal(folder: Path) -> Path:
     """Write manifest.json over everything else in `folder`."""
-    records = [load(path) for path in sorted((folder / "records").glob("*.json"))]
+    records = [load(path) for path in record_files(folder)]
     manifest = {
         "format": FORMAT,
         "files": {name: digest(folder / name) for name in contents(folder)},

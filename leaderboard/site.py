@@ -7,7 +7,6 @@ Content-Security-Policy lets nothing run but what this module put there, by its 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -79,7 +78,7 @@ class Site:
     results: Sequence[Results]
     sheets: Mapping[str, Path]  # record key → its contact sheet
     names: Mapping[str, str]  # record key → where the page has it
-    suites: Mapping[str, str]  # record key → the suite that holds it
+    files: Mapping[str, str]  # record key → the file that holds it, from the repository's root
     environment: Environment
 
     def sheet(self, key: str, root: str = "") -> Picture | None:
@@ -88,8 +87,9 @@ class Site:
         return Picture(root + self.names[key], *png_size(self.sheets[key]))
 
     def page(self, name: str, template: str, root: str, scripts: Sequence[Markup] = (), **values: Any) -> None:
-        """Render a page with the policy that admits its styles and scripts only."""
-        styles = [asset("tabulator/tabulator.min.css"), asset("page.css")] if scripts else [asset("page.css")]
+        """Render a page with the policy that admits its styles and scripts only. The page with scripts is one file;
+        the many without share a style sheet."""
+        styles = [asset("tabulator/tabulator.min.css"), asset("page.css")] if scripts else []
         values = {**values, "styles": styles, "scripts": scripts, "policy": policy(styles, scripts), "root": root}
         write_text(self.out / name, self.environment.get_template(template).render(values))
 
@@ -99,14 +99,18 @@ def build(every: Iterable[Results], out: Path) -> dict[str, int]:
     of this one are removed. Raises OSError."""
     results = list(every)
     made = summary.cells(results)
-    drawn = {record["key"]: suite.sheet_file(record["key"]) for suite in results for record in suite.records}
-    sheets = {key: path for key, path in drawn.items() if path.is_file()}
+    drawn = {record["key"]: suite.sheet_file(record) for suite in results for record in suite.records}
+    sheets = {key: path for key, path in drawn.items() if path is not None}
     for old in ("cells", "defenses", "sheets", "charts"):
         shutil.rmtree(out / old, ignore_errors=True)
         (out / old).mkdir(parents=True)
-    suites = {record["key"]: suite.suite for suite in results for record in suite.records}
-    names = {key: _sheet_name(path) for key, path in sheets.items()}
-    site = Site(out, made, results, sheets, names, suites, environment())
+    files = {
+        record["key"]: f"leaderboard/results/{suite.suite}/records/{suite.record_file(record['key']).name}"
+        for suite in results
+        for record in suite.records
+    }
+    names = {key: f"sheets/{path.name}" for key, path in sheets.items()}
+    site = Site(out, made, results, sheets, names, files, environment())
     for key, path in sheets.items():
         shutil.copyfile(path, out / names[key])
     counts = _counts(made)
@@ -117,11 +121,6 @@ def build(every: Iterable[Results], out: Path) -> dict[str, int]:
         pages.defense_page(site, defense)
     _files(site, counts)
     return counts
-
-
-def _sheet_name(path: Path) -> str:
-    """Where the page has a contact sheet, by its content: cells that differ in what judges a model share one."""
-    return f"sheets/{hashlib.sha256(path.read_bytes()).hexdigest()[:20]}.png"
 
 
 def _counts(cells: Sequence[Cell]) -> dict[str, int]:
@@ -285,6 +284,7 @@ def _five(value: float) -> float:
 def _files(site: Site, counts: Mapping[str, int]) -> None:
     records = [record for cell in site.cells for record in cell.records]
     dropped = [entry for results in site.results for entry in results.dropped]
+    write_text(site.out / "page.css", asset("page.css"))
     write_text(site.out / "LEADERBOARD.md", markdown(site, records, dropped, site.names))
     write_text(site.out / "leaderboard.csv", report.comma_separated(records, dropped))
     lines = ",\n".join(json.dumps(_entry(c), sort_keys=True, allow_nan=False) for c in site.cells)

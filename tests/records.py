@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from leaderboard.recompute import mean, wilson
+from leaderboard.results import sheet_name
 
 TAU = 0.01
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -88,7 +89,7 @@ def record(
                "peak_rss_bytes": 5e8}  # fmt: skip
     return {
         "key": key, "cell": whole, "scores": scores, "warnings": [], "error": None, "attempts": [attempt],
-        "knowledge": list(knowledge), "doubts": [], "sheet": f"sheets/{key}.png" if sheet else None,
+        "knowledge": list(knowledge), "doubts": [], "sheet": sheet_name(png()) if sheet else None,
         "provenance": {
             "commit": COMMIT, "dirty": False, "jobs": jobs, "track": "unconditional", "delivers": list(delivers),
             "versions": {"torch": "2.14.1"}, "machine": "x86_64", "platform": "linux", "processor": "a processor",
@@ -115,9 +116,7 @@ def write_suite(folder: Path, records: Sequence[dict[str, Any]], dropped: Sequen
     from leaderboard import report
 
     (folder / "sheets").mkdir(parents=True)
-    for each in records:
-        if each["sheet"]:
-            (folder / "sheets" / f"{each['key']}.png").write_bytes(png())
+    (folder / sheet_name(png())).write_bytes(png())
     report.write(annotate(records), dropped, folder)
     return folder
 

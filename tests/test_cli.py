@@ -294,9 +294,11 @@ def test_doctor_checks_libraries_store_and_plugins(bench, indexed: None, tmp_pat
 
 def test_a_written_record_names_its_sheet_relative_to_the_report(tmp_path: Path) -> None:
     from harness.cli.run import _with_sheets
+    from leaderboard.results import sheet_name
+    from tests.records import png
 
-    (tmp_path / "sheet.png").write_bytes(b"picture")
+    (tmp_path / "sheet.png").write_bytes(png())
     records = [{"key": "aa", "sheet": str(tmp_path / "sheet.png")}, {"key": "bb", "sheet": None}]
     told = _with_sheets(records, tmp_path / "out")
-    assert [record["sheet"] for record in told] == ["sheets/aa.png", None]
-    assert (tmp_path / "out" / "sheets" / "aa.png").read_bytes() == b"picture"
+    assert [record["sheet"] for record in told] == [sheet_name(png()), None]
+    assert (tmp_path / "out" / told[0]["sheet"]).read_bytes() == png()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import gzip
 import io
 import itertools
 import json
@@ -81,24 +82,57 @@ def test_contact_sheets_are_stored_with_a_palette_once(tmp_path: Path) -> None:
 
     path = tmp_path / "sheet.png"
     Image.effect_noise((96, 96), 90).convert("RGB").save(path)
-    before = path.stat().st_size
-    results.shrink(path)
-    once = path.read_bytes()
-    results.shrink(path)
-    assert Image.open(path).mode == "P" and len(once) < before and path.read_bytes() == once
+    name = results.keep_sheet(path, tmp_path)
+    assert Image.open(tmp_path / name).mode == "P" and (tmp_path / name).stat().st_size < path.stat().st_size
+    assert results.keep_sheet(tmp_path / name, tmp_path / "elsewhere") == name
+    assert (tmp_path / "elsewhere" / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
 def test_rows_get_in_by_adding_a_run_and_replace_those_of_the_same_cell(root: Path, tmp_path: Path) -> None:
     newer = record("terd(steps=300)", 5, knowledge=["data"])
     newer["key"] = digest("another version")
-    newer["sheet"] = f"sheets/{newer['key']}.png"
     write_suite(tmp_path / "run", [newer])
     before = len(results.read_suite(root / "small").records)
     done = intake.add(tmp_path / "run", root / "small", annotate)
     assert len(done.records) == before
     found = [r for r in done.records if r["cell"] == newer["cell"]]
     assert [r["key"] for r in found] == [newer["key"]] and found[0]["scores"]["asr"]["value"] == 0.05
-    assert done.sheet_file(newer["key"]).is_file() and check.check(root, annotate).problems == []
+    assert done.sheet_file(found[0]) is not None and check.check(root, annotate).problems == []
+    assert {path.suffix for path in (root / "small" / "records").iterdir()} == {".gz"}
+
+
+def test_packed_records_are_read_like_plain_ones_and_stay_where_they_say_the_same(root: Path) -> None:
+    plain = {r["key"]: r for r in results.read_suite(root / "small").records}
+    intake.refresh(root / "small", annotate)
+    assert {r["key"]: r for r in results.read_suite(root / "small").records} == plain
+    path = min((root / "small" / "records").glob("*.json.gz"))
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()), 1, mtime=0))  # another zlib's bytes
+    before = path.read_bytes()
+    intake.refresh(root / "small", annotate)
+    assert path.read_bytes() == before and problems(root) == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda packed: packed[: len(packed) // 2], "cannot be unpacked"),
+        (lambda packed: b"no gzip", "cannot be unpacked"),
+        (lambda packed: gzip.compress(b" " * (results.LARGEST + 1)), "more than 64 MB once unpacked"),
+    ],
+)
+def test_a_packed_record_that_cannot_be_read_is_named(root: Path, spoil: Any, says: str) -> None:
+    intake.refresh(root / "small", annotate)
+    path = min((root / "small" / "records").glob("*.json.gz"))
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(results.ResultsError, match=f"{path}: not JSON .*{says}"):
+        results.read(root)
+
+
+def test_a_sheet_elsewhere_is_refused(root: Path) -> None:
+    path = a_record(root)
+    change(path, '"sheet": "sheets/', '"sheet": "../sheets/')
+    with pytest.raises(results.ResultsError, match=r"should be sheets/<hash>\.png"):
+        results.read(root)
 
 
 # ---- recomputation --------------------------------------------------------------------------------------------------
@@ -187,6 +221,8 @@ def test_one_changed_image_fails_with_the_file_named(root: Path) -> None:
     path = min((root / "small" / "sheets").glob("*.png"))
     path.write_bytes(png(24, 17))
     assert any(line.startswith(str(path)) for line in problems(root))
+    results.seal(root / "small")
+    assert any("is not what its name" in line for line in problems(root))
 
 
 @pytest.mark.parametrize(
@@ -199,7 +235,7 @@ def test_one_changed_image_fails_with_the_file_named(root: Path) -> None:
         (lambda r: r["scores"]["asr"].pop("value"), "scores.asr.value: Field required"),
         (lambda r: r["cell"].update(colour="red"), "cell.colour: Extra inputs"),
         (lambda r: r.update(doubts=["invented"]), "its doubts are not those"),
-        (lambda r: r.update(sheet="../../x.png"), "its contact sheet should be"),
+        (lambda r: r.update(sheet="sheets/0123456789.png"), "its contact sheet is not there"),
         (lambda r: r["provenance"]["jobs"].update(a={"kind": "attack", "label": "x"}), "another backdoored model"),
         (lambda r: r["provenance"]["jobs"].update(a={"kind": "sample", "label": "sample clean inputs, clean x"}),
          "another protocol"),

@@ -136,6 +136,7 @@ def test_a_cells_page_opens_with_its_images_and_leads_to_its_defense(
     page = seen.open(built)
     page.locator(NAMES).filter(has_text="elijah").first.click()
     page.wait_for_url("**/cells/*.html")
+    assert "Roboto" in page.evaluate("getComputedStyle(document.body).fontFamily"), "the shared style sheet applies"
     picture = page.locator("figure.sheet img")
     picture.scroll_into_view_if_needed()
     page.wait_for_function("document.querySelector('figure.sheet img').naturalWidth > 0")
@@ -209,7 +210,7 @@ def test_two_thousand_cells_build_quickly_into_a_light_page_that_shows_at_once(
                             knowledge=["trigger"] if d % 2 else ["data"]) for d in range(38)]  # fmt: skip
     suite = results.Results("many", tmp_path, tuple(rows))
     (tmp_path / "sheets").mkdir()
-    (tmp_path / "sheets" / f"{rows[0]['key']}.png").write_bytes(png())
+    (tmp_path / rows[0]["sheet"]).write_bytes(png())
     spent = time.process_time()  # not wall time: the machine may be shared
     assert site.build([suite], tmp_path / "page")["records"] == 2000
     assert time.process_time() - spent < 20

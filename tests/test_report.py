@@ -151,7 +151,7 @@ def test_the_report_folder_holds_markdown_json_csv_and_the_records(tmp_path):
     nan = record("bb", defense="x()", scores={"drift": score(math.nan)})
     (tmp_path / "sheets").mkdir()
     (tmp_path / "sheets" / "aa.png").write_bytes(png())
-    paths = report.write([record("aa"), nan], [], tmp_path)
+    paths = report.write([{**record("aa"), "sheet": "sheets/aa.png"}, nan], [], tmp_path)
     assert sorted(path.name for path in paths["records"].iterdir()) == ["aa.json", "bb.json"]
     whole = json.loads(paths["json"].read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
     assert whole["records"][1]["scores"]["drift"]["value"] is None

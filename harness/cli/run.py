@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import time
 from collections import Counter
@@ -269,13 +268,12 @@ def publish(ready: Prepared, results: Mapping[str, Any], out: Path | None, as_js
 def _with_sheets(records: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
     """The records with copies of their contact sheets below `folder`, named relative to it: a record is to be read
     elsewhere, where the store is not."""
+    from leaderboard.results import keep_sheet
+
     told = []
     for record in records:
-        name = f"sheets/{record['key']}.png" if record.get("sheet") else None
-        if name is not None:
-            (folder / "sheets").mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(record["sheet"], folder / name)
-        told.append({**record, "sheet": name})
+        sheet = record.get("sheet")
+        told.append({**record, "sheet": keep_sheet(Path(sheet), folder) if sheet else None})
     return told
 
 
