@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from harness import attention, jobs, registry
+from harness import attention, jobs, registry, shapes
 from harness.diffusion import DDIM, DiffusionModel
 from harness.editing import projections
 from harness.guidance import Alignment, Guidance, align, is_query_or_key, real_tokens
@@ -26,7 +26,7 @@ from plugins.defenses.skd_cag import SKDCAG, neutral
 from plugins.defenses.t2ishield import T2IShield, assimilation, log_covariance, searched
 from plugins.defenses.textual_perturbation import PerturbedPrompts, TextualPerturbation
 from plugins.defenses.ufid_prompts import UFIDPrompts, with_phrase
-from plugins.defenses.vocabulary_scan import VocabularyScan, candidates, told_apart
+from plugins.defenses.vocabulary_scan import VocabularyScan, candidates, told_apart, views
 from plugins.models.shapes_sd import ShapesSD
 from plugins.triggers.homoglyph import Homoglyph
 from plugins.triggers.noun import Noun
@@ -618,6 +618,16 @@ def test_sets_of_features_are_told_apart_by_what_they_share_alone() -> None:
     assert told_apart(rows, rows) == 0.5
     assert told_apart(rows, rows + shift) > 0.95
     assert told_apart(rows, torch.randn((32, 40), generator=rng)) < 0.75
+
+
+def test_the_view_of_colours_sees_that_they_are_gone_and_that_of_places_sees_a_patch() -> None:
+    rng = generator(0, "x")
+    images = shapes.draw(shapes.scenes(32, "test", rng, plain=True), rng)
+    grey, patched = images.mean(1, keepdim=True).expand_as(images), images.clone()
+    patched[:, :, :8, :8] = 1.0
+    places, colours = [told_apart(*pair) for pair in zip(views(images), views(grey), strict=True)]
+    assert places < 0.7 and colours > 0.99
+    assert told_apart(views(images)[0], views(patched)[0]) > 0.95
 
 
 def test_a_found_trigger_is_handed_to_skd_cag(sd: DiffusionModel) -> None:

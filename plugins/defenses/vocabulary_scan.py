@@ -48,6 +48,7 @@ from harness.types import Defended, Inputs, Knowledge
 Candidate = Insertion | Substitution
 States = tuple[list[str], Tensor, Tensor]  # N prompts, z (N, C, H, W), t (N,)
 FORWARD = 256  # rows of one forward pass
+FLAT = 1e-4  # variance below which all colours count as one
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class VocabularyScan:
     to_t: Rate = 0.8  # largest
     look_alikes: bool = True  # try look-alikes in the place of letters too
     verified: Steps = 4  # single candidates of the third round, and half as many pairs
-    images: Annotated[int, Ge(8)] = 32  # prompts of which the third round makes images, with and without
+    images: Annotated[int, Ge(8)] = 64  # prompts of which the third round makes images, with and without
     sampling_steps: Annotated[int, Ge(4)] = 10  # of DDIM, for those images and for the states z
     guidance: Annotated[float, Gt(0)] = 3.0  # for both
     flag_above: Rate = 0.9  # AUROC above which a candidate is called a trigger
@@ -204,14 +205,14 @@ def pairs(words: Sequence[Insertion]) -> list[Candidate]:
 
 
 def views(images: Tensor) -> list[Tensor]:
-    """What changes in a place, and what changes in the colours anywhere: images (B, C, H, W) averaged to 8×8, and the
-    means and covariances of their channels."""
+    """What changes in a place, and what changes in the colours anywhere: images (B, 3, H, W) in [-1, 1] averaged to
+    8×8, and of brightness, red against green and yellow against blue the means and log variances. A style that takes
+    the colours away leaves two of these variances at nothing, which the covariances of red, green and blue say only
+    in differences of theirs."""
     small = torch.nn.functional.adaptive_avg_pool2d(images, 8).flatten(1)
-    pixels = images.flatten(2)
-    centred = pixels - pixels.mean(2, keepdim=True)
-    covariance = centred @ centred.transpose(1, 2) / pixels.shape[2]
-    rows, columns = torch.triu_indices(*covariance.shape[1:])
-    return [small, torch.cat([pixels.mean(2), covariance[:, rows, columns]], 1)]
+    red, green, blue = images.flatten(2).unbind(1)
+    opponent = torch.stack([(red + green + blue) / 3, red - green, (red + green) / 2 - blue], 1)
+    return [small, torch.cat([opponent.mean(2), (opponent.var(2) + FLAT).log()], 1)]
 
 
 def told_apart(without: Tensor, with_it: Tensor, folds: int = 4) -> float:
