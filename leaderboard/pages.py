@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from leaderboard import reported, summary
+from leaderboard import orders, reported, summary
 from leaderboard.rendering import slug
 from leaderboard.summary import TASK_WORDS, TASKS, TRACK_WORDS, TRACKS, Cell
 from leaderboard.tables import arguments, bare
@@ -97,23 +95,12 @@ def defense_page(site: Site, defense: str) -> None:
                 tables.append({"title": title, "figures": summary.figures_of(track, task), "cells": cells})
     sheets = [(c, p) for c in mine if c.keys and (p := site.sheet(c.keys[0], "../")) is not None]
     numbers = reported.shipped()
-    beside = [(n, _ours(mine, n), numbers.paper(n.paper)) for n in numbers.of_defense(defense)]
+    beside = [
+        (n, orders.span(n, orders.values(orders.matching(mine, n), n)), numbers.paper(n.paper))
+        for n in numbers.of_defense(defense)
+    ]
     site.page(
         f"defenses/{slug(defense)}.html", "defense.html.jinja", "../", defense=defense, cells=len(mine), tables=tables,
-        reported=beside, sheets=sheets,
+        reported=beside, sheets=sheets, legend=orders.LEGEND,
+        orders=[o for o in site.orders if any(place.entry.defense == defense for place in o.places)],
     )  # fmt: skip
-
-
-def _ours(cells: Sequence[Cell], entry: reported.Number) -> str:
-    """Our own range of the score that an entry names, over this defense's cells against the same attack."""
-    if entry.ours is None:
-        return ""
-    found = [
-        value.value
-        for cell in cells
-        if bare(cell.short["attack"]) in re.split(r",\s*", entry.attack) and cell.control != "wrong trigger"
-        if not math.isnan((value := cell.figure(entry.ours)).value)
-    ]
-    scale, unit = (100, " %") if entry.unit == "share" else (1, "")
-    ends = dict.fromkeys(f"{scale * x:.4g}" for x in (min(found), max(found))) if found else ()
-    return "–".join(ends) + unit if found else ""

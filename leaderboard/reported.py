@@ -42,6 +42,9 @@ class Number(Strict):
     high: float | None = None
     ours: Text | None = None
     setting: str = ""
+    order: str = ""
+    target: str = ""
+    settings: str | None = None
     paper: Text
     where: Text
     page: Annotated[int, Field(ge=1)] | None = None
@@ -56,6 +59,8 @@ class Number(Strict):
         numbers = [x for x in (self.value, self.low, self.high) if x is not None]
         if self.unit == "share" and any(not -1 <= x <= 1 for x in numbers):
             raise ValueError("a share lies between 0 and 1 (a change of one between -1 and 1): write 0.97 for 97 %")
+        if self.order and (self.value is None or self.ours is None):
+            raise ValueError("what is in an order needs value and ours")
         if ranged and self.low is not None and self.high is not None and self.low > self.high:
             raise ValueError("low is above high")
         return self

@@ -18,7 +18,7 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
-from leaderboard import pages, population, report, summary
+from leaderboard import orders, pages, population, report, summary
 from leaderboard.drawings import drawings, population_drawings
 from leaderboard.rendering import asset, environment, inside, png_size, policy, script_json, shown
 from leaderboard.results import Results, write_text
@@ -78,6 +78,7 @@ class Site:
     results: Sequence[Results]
     sheets: Mapping[str, Path]  # record key → its contact sheet
     names: Mapping[str, str]  # record key → where the page has it
+    orders: Sequence[orders.Order]  # where papers rank what we have measured too
     files: Mapping[str, str]  # record key → the file that holds it, from the repository's root
     environment: Environment
 
@@ -110,7 +111,7 @@ def build(every: Iterable[Results], out: Path) -> dict[str, int]:
         for record in suite.records
     }
     names = {key: f"sheets/{path.name}" for key, path in sheets.items()}
-    site = Site(out, made, results, sheets, names, files, environment())
+    site = Site(out, made, results, sheets, names, orders.orders(made), files, environment())
     for key, path in sheets.items():
         shutil.copyfile(path, out / names[key])
     counts = _counts(made)
@@ -151,6 +152,7 @@ def _index(site: Site, counts: Mapping[str, int]) -> None:
         "index.html", "index.html.jinja", "", [asset("tabulator/tabulator.min.js"), asset("page.js")],
         views=views, counts=counts, start=first, data=Markup(_data(site.cells)), defenses=_defenses(site.cells),
         tracks=TRACKS, tasks=TASKS, track_words=TRACK_WORDS, task_words=TASK_WORDS, told_words=TOLD_WORDS,
+        legend=orders.LEGEND,
     )  # fmt: skip
 
 
@@ -166,6 +168,7 @@ def _view(site: Site, track: str, task: str) -> dict[str, Any]:
         "whisker": own,
         "blocks": [_block(site, b, track, task, i) for i, b in enumerate(_tables(site, track, task))] if own else [],
         "population": _population(site, track) if task == "detection" else None,
+        "orders": [each for each in site.orders if each.track == track] if task == "purification" else [],
         "attacks": _attacks(site, track, figures) if task == "attacks" else [],
     }
 
@@ -307,6 +310,17 @@ def _brief(record: Mapping[str, Any]) -> dict[str, Any]:
     return {n: [s["value"], *(s.get("interval") or ())] for n, s in scores if s.get("value") is not None}
 
 
+def _orders(every: Sequence[orders.Order]) -> list[str]:
+    """Papers' orders beside ours, as Markdown."""
+    parts = ["## Papers' orders and ours", orders.LEGEND] if every else []
+    for each in every:
+        lines = [f"- {report.escape(p.name)}: paper {p.entry.shown}, ours {p.shown}" for p in each.places]
+        said = [f"Ours differs: {report.escape(words)}." for words in each.differences] or ["The same order."]
+        title = f"### {report.escape(each.title)}: {report.escape(each.paper.title)}"
+        parts += [title, "\n".join(lines), " ".join(said)]
+    return parts
+
+
 def markdown(site: Site, records: Sequence[Any], dropped: Sequence[Any], sheets: Mapping[str, str]) -> str:
     """LEADERBOARD.md: worst case and mean of each defense, then every cell."""
     from tabulate import tabulate
@@ -326,6 +340,7 @@ def markdown(site: Site, records: Sequence[Any], dropped: Sequence[Any], sheets:
                     "; ".join(report.escape(words) for words in block.words),
                     tabulate(body, [report.escape(word) for word in head], tablefmt="pipe", disable_numparse=True),
                 ]
+    parts += _orders(site.orders)
     found = population.rendered(records, report.escape)
     parts += ["## Detection of backdoored models", population.LEGEND, found] if found else []
     return (

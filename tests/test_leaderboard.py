@@ -19,7 +19,7 @@ import pytest
 
 from harness.cli import call
 from harness.doubts import annotate
-from leaderboard import charts, check, intake, recompute, rendering, reported, results, site, summary
+from leaderboard import charts, check, intake, orders, recompute, rendering, reported, results, site, summary
 from leaderboard.tables import Number, ends
 from tests.records import digest, png, record, score, small, write_suite
 
@@ -449,6 +449,53 @@ def test_a_cells_page_shows_what_the_defense_says_of_its_own_work(tmp_path: Path
     (text,) = [text for text in pages if "says of its own work" in text]
     for said in ("0.5 … 0.25 (3 values)", "kept.channels", "0.875", "&lt;b&gt;"):
         assert said in text
+
+
+def test_where_our_order_is_not_a_papers_the_page_says_so(tmp_path: Path) -> None:
+    places: dict[str, Any] = {"attack": "badt2i(steps=800)", "trigger": "text()", "target": "patch()"}
+    rows = [
+        record("none", **places),
+        *(record("skd(steps=80)", 40, **places, seed=seed) for seed in (0, 1)),
+        record("skd-cag(steps=80)", 20, **places),
+        record("skd-cag(steps=80, target='random_words')", 4, **places),
+        record("skd-cag(steps=80, time_weight='mul')", 90, **places),
+        record("skd-cag(steps=80)", 100, **{**places, "target": "style()"}),
+    ]
+    site.build(results.read(write_suite(tmp_path / "results" / "small", rows).parent), tmp_path / "page")
+    text = (tmp_path / "page" / "LEADERBOARD.md").read_text()
+    (said,) = re.findall(r"### removal of the pixel backdoor: .*?Ours differs.*?$", text, re.DOTALL | re.MULTILINE)
+    assert "- skd: paper 97 %, ours 60 %" in said and "- skd-cag: paper 100 %, ours 80 %" in said
+    assert "(96 %) is above skd-cag (80 %), in the paper 45 % against 100 %" in said
+    assert "(96 %) is above skd (60 %), in the paper 45 % against 97 %" in said
+    assert "skd-cag (80 %) is above skd (60 %)" not in said and "style" not in said
+    for name in ("index.html", "defenses/skd.html"):
+        assert "Ours differs" in (tmp_path / "page" / name).read_text()
+    assert "Ours differs" not in (tmp_path / "page" / "defenses" / "none.html").read_text()
+
+
+def test_places_that_our_seeds_do_not_tell_apart_are_named() -> None:
+    entries = [
+        reported.Number(
+            defense=name,
+            attack="a",
+            model="m",
+            score="s",
+            unit="share",
+            value=value,
+            ours="removal",
+            paper="p",
+            where="w",
+            read="paper",
+            order="o",
+        )
+        for name, value in zip("xyz", (0.9, 0.8, 0.8), strict=True)
+    ]
+    x, y, z = entries
+    same = [orders.Place(x, (0.5, 0.9)), orders.Place(y, (0.6, 0.7)), orders.Place(z, (0.7,))]
+    assert orders.differences(same) == ("no two of them are told apart",)
+    assert orders.differences([orders.Place(x, (0.9,)), orders.Place(y, (0.6, 0.7)), orders.Place(z, (0.65,))]) == ()
+    found = orders.differences([orders.Place(x, (0.7, 0.9)), orders.Place(y, (0.6, 0.7)), orders.Place(z, (0.5,))])
+    assert found == ("y (60–70 %) is above z (50 %), in the paper equal", "not told apart: x and y")
 
 
 def test_a_defenses_page_shows_what_papers_report_beside_ours(page: Path) -> None:
