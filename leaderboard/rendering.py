@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 
 from leaderboard import report, summary
 from leaderboard.summary import Cell, Figure, Row
-from leaderboard.tables import bare, ends
+from leaderboard.tables import bare, ends, network_evaluations
 
 ASSETS = Path(__file__).parent / "assets"
 BESIDE = "'self' file:"
@@ -80,8 +80,7 @@ def slug(spec: str) -> str:
 
 
 def nfe(cell: Cell) -> str:
-    found = {(record.get("provenance") or {}).get("nfe") for record in cell.records}
-    return ", ".join(sorted(str(x) for x in found if x is not None)) or "–"
+    return ", ".join(map(str, network_evaluations(cell.records))) or "–"
 
 
 def provenance(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:

@@ -22,7 +22,8 @@ from leaderboard.tables import COLUMNS, Column, Number, Record, Row, Table, ends
 LEGEND = (
     "Places (#) go by ASR to a tenth, then by drift; T-places are defenses that were told the trigger. Controls, "
     "wrong-trigger controls and defenses that broke clean utility have none. Brackets are 95 % intervals: over samples "
-    "(Wilson) for one seed, over seeds (t) for several. FD is compared at equal n and extractor only."
+    "(Wilson) for one seed, over seeds (t) for several. FD is compared at equal n and extractor only. "
+    "NFE: network evaluations of one sample."
 )
 CELL = ("model", "attack", "trigger", "target", "defense", "sampler", "seed", "told", "n")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -171,7 +172,7 @@ def _shown(table: Table) -> list[Column]:
 def _render(table: Table, columns: Sequence[Column], notes: Notes, text: Text, style: str) -> str:
     from tabulate import tabulate
 
-    head = ["#", "defense", "told", *(_heading(table, column) for column in columns), "n", "seeds", "doubts"]
+    head = ["#", "defense", "told", *(_heading(table, column) for column in columns), "n", "NFE", "seeds", "doubts"]
     head = [text(word) for word in head]
     if style == "simple":
         head = [word.replace(" ", "\n").replace("[", "\n[") for word in head]
@@ -192,11 +193,11 @@ def _cells(row: Row, columns: Sequence[Column], notes: Notes, text: Text) -> lis
     front = [row.place or "–", text(row.defense), text(row.told)]
     if row.state is not None:
         kind = row.state.partition(":")[0]
-        return [*front, *([kind] * len(columns)), "–", "–", "see below"]
+        return [*front, *([kind] * len(columns)), "–", "–", "–", "see below"]
     numbers = [_number(row.numbers[column.score], column, notes) for column in columns]
     seeds = "one seed" if len(row.seeds) == 1 else f"{len(row.seeds)} seeds"
     marks = " ".join(notes.mark(words) for words in row.doubts) or "none"
-    return [*front, *numbers, str(row.n), seeds, marks]
+    return [*front, *numbers, str(row.n), ", ".join(map(str, row.nfe)) or "–", seeds, marks]
 
 
 def _number(number: Number, column: Column, notes: Notes) -> str:
@@ -221,16 +222,18 @@ def comma_separated(records: Sequence[Record], dropped: Sequence[Record] = ()) -
     parts = ("", " low", " high", " n", " warning")
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    fields = ["key", *CELL, "knowledge", "state", "doubts", *(name + part for name in names for part in parts)]
+    fields = ["key", *CELL, "nfe", "knowledge", "state", "doubts", *(name + part for name in names for part in parts)]
     writer.writerow([safe(name) for name in fields])
     for record in records:
         state = f"failed: {record['error']}" if record.get("error") else "done"
-        front = [record["key"], *(record["cell"].get(name) for name in CELL), " ".join(record.get("knowledge") or ())]
+        nfe = (record.get("provenance") or {}).get("nfe")
+        front = [record["key"], *(record["cell"].get(name) for name in CELL), nfe]
+        front.append(" ".join(record.get("knowledge") or ()))
         scores = record.get("scores") or {}
         numbers = [value for name in names for value in _csv_score(scores.get(name))]
         writer.writerow([safe(x) for x in (*front, state, "; ".join(record.get("doubts") or ()), *numbers)])
     for entry in dropped:
-        front = ["", *(entry["cell"].get(name) for name in CELL), "", f"n/a: {entry['reason']}", ""]
+        front = ["", *(entry["cell"].get(name) for name in CELL), "", "", f"n/a: {entry['reason']}", ""]
         writer.writerow([safe(x) for x in (*front, *("" for _ in names for _ in parts))])
     return buffer.getvalue()
 

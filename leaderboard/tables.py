@@ -66,6 +66,7 @@ class Row:
     numbers: dict[str, Number] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)  # column's score → the record's, which names the extractor
     n: int | None = None
+    nfe: tuple[int, ...] = ()  # network evaluations of one sample, where known
     seeds: tuple[int, ...] = ()
     keys: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
@@ -125,6 +126,7 @@ def _row(group: Sequence[Record], words: Mapping[str, Mapping[str, str]]) -> Row
         words["defense"][cell["defense"]],
         told_words(cell, first.get("knowledge") or ()),
         n=cell.get("n"),
+        nfe=network_evaluations(group),
         seeds=tuple(sorted(record["cell"]["seed"] for record in group)),
         keys=tuple(record["key"] for record in group),
         doubts=tuple(dict.fromkeys(words for record in group for words in record.get("doubts") or ())),
@@ -137,6 +139,11 @@ def _row(group: Sequence[Record], words: Mapping[str, Mapping[str, str]]) -> Row
         row.names[column.score] = name
         row.numbers[column.score] = pool([(record.get("scores") or {}).get(name) for record in group])
     return row
+
+
+def network_evaluations(records: Iterable[Record]) -> tuple[int, ...]:
+    """What one sample of each record costs, each number once; those that do not say are left out."""
+    return tuple(sorted({nfe for r in records if (nfe := (r.get("provenance") or {}).get("nfe")) is not None}))
 
 
 def resolve(record: Record, score: str) -> str:

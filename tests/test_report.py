@@ -62,6 +62,17 @@ def test_a_row_shows_asr_with_its_interval_and_marks_a_single_seed():
     assert "attr." not in text, "a column that nothing fills is left out"
 
 
+def test_network_evaluations_stand_beside_the_numbers():
+    known = record()
+    known["provenance"]["nfe"] = 35
+    both = report.markdown([known, record("bb", defense="x()")])
+    lines = [line for line in both.splitlines() if line.startswith(("| #", "| –", "| 1"))]
+    column = [word.strip() for word in lines[0].split("|")].index("NFE")
+    assert sorted(line.split("|")[column].strip() for line in lines[1:]) == ["35", "–"]
+    rows = list(csv.DictReader(io.StringIO(report.comma_separated([known, record("bb")]))))
+    assert [row["nfe"] for row in rows] == ["35", ""]
+
+
 def test_several_seeds_become_one_row_with_mean_and_t_interval():
     records = [record(str(i) * 4, seed=i, scores={"asr": score(v)}) for i, v in enumerate((0.8, 0.9, 1.0))]
     row = tables.tables(records)[0].rows[0]
