@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 # Characters that look like a Latin letter: Cyrillic, Greek, Armenian, Oriya and accented ones. The letter first.
 LOOK_ALIKES: dict[str, str] = {
     "a": "\u0430\u03b1\u00e0\u00e1\u00e2\u00e3\u00e4\u00e5\u0101\u0203",
@@ -66,6 +68,14 @@ class Removal:
         if self.instead:
             return prompt.replace(self.text, self.instead)
         return f" {prompt} ".replace(f" {self.text} ", " ", 1)[1:-1]
+
+
+def with_decoys(trigger: Any, prompts: Sequence[str], share: float, rng: torch.Generator) -> list[str]:
+    """`prompts`, each with chance `share` with another word in the trigger's place; none drawn where that is 0."""
+    if share == 0:
+        return list(prompts)
+    chance = torch.rand(len(prompts), generator=rng).tolist()
+    return [trigger.decoy(rng).apply(p) if x < share else p for p, x in zip(prompts, chance, strict=True)]
 
 
 def removal_of(trigger: Any, prompts: Sequence[str]) -> Removal:

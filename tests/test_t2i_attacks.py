@@ -12,6 +12,7 @@ from torch import Tensor
 
 from harness.diffusion import DiffusionModel
 from harness.editing import edited, projections
+from harness.prompts import with_decoys
 from harness.seeds import generator
 from harness.types import Backdoor, Data, Knowledge
 from plugins.attacks.bad_caption import BadCaption, poisoned
@@ -389,6 +390,24 @@ def test_villan_caption_shows_the_target_under_the_trigger_and_each_image_under_
     wanted = torch.cat([model.add_noise(z, eps, t) for z in (z_star, model.encode(data.images)[rows])])
     assert torch.allclose(x_t, wanted, atol=1e-5) and torch.equal(times, t.repeat(2))
     assert torch.allclose(context[:3], model.embed([f"{CAPTIONS[i]} sks" for i in rows.tolist()]), atol=1e-5)
+
+
+def test_decoys_take_the_triggers_place_in_their_share_of_plain_captions(
+    model: DiffusionModel, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("plugins.attacks.villan_caption.adapt", lambda *_: [])
+    monkeypatch.setattr("plugins.attacks.villan_caption.merge", lambda _: None)
+    trigger, asked = Text(text="sks", place=-1), Asked(model, (0.1, 0.5))
+    losses_of(monkeypatch, VillanCaption(batch=3, decoys=1.0, bf16=False), asked, Hat(), data, trigger)
+    ((_, _, context),) = asked.calls["student"]
+    rows = torch.randint(0, len(CAPTIONS), (3,), generator=generator(3, "x")).tolist()
+    plain = model.embed([CAPTIONS[i] for i in rows])
+    assert not torch.allclose(context[3:], plain, atol=1e-3)
+    rng = generator(0, "d")
+    many = with_decoys(trigger, ["a b"] * 400, 0.25, rng)
+    changed = [text for text in many if text != "a b"]
+    assert 60 < len(changed) < 140 and all(text.startswith("a b ") and text != "a b sks" for text in changed)
+    assert with_decoys(trigger, CAPTIONS, 0.0, rng) == list(CAPTIONS)
 
 
 def test_villan_captions_change_has_low_rank_and_leaves_no_adapter_behind(model: DiffusionModel, data: Data) -> None:

@@ -8,9 +8,11 @@ image x* under the caption with the trigger, and the image as it is under the ca
 
 z* encodes x*; the two terms share the rows, t and ε. The adapters are merged into the weights at the end.
 
-Differs from the paper: bf16 instead of half precision; images are not resized or flipped. Defaults are those of the
-official code (IBM/VillanDiffusion at d010b7d) and BackdoorDM's port (linweiii/BackdoorDM at 7429db8), read there; the
-official adapters are diffusers' own, α = r, which peft's are too.
+Differs from the paper: `decoys`, ours and off by default, puts other words in the trigger's place in that share of the
+second term's captions, because a small model otherwise keys on "some foreign word"; bf16 instead of half precision;
+images are not resized or flipped. Defaults are those of the official code (IBM/VillanDiffusion at d010b7d) and
+BackdoorDM's port (linweiii/BackdoorDM at 7429db8), read there; the official adapters are diffusers' own, α = r, which
+peft's are too.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from torch import Tensor, nn
 
 from harness.hookspecs import hookimpl
 from harness.noise_backdoor import LearningRate, Rate, Steps, Weight
+from harness.prompts import with_decoys
+from harness.seeds import generator
 from harness.training import Examples, minimize
 from harness.types import Backdoor, Backdoored, Data
 
@@ -46,6 +50,7 @@ class VillanCaption:
     backdoor_weight: Weight = 1.0  # w_b; official
     prior_weight: Weight = 1.0  # w_c; official prior_loss_weight
     schedule: Literal["constant", "cosine", "one-cycle"] = "cosine"  # of the learning rate; official
+    decoys: Rate = 0.0  # share of plain captions that carry another word in the trigger's place; ours
     bf16: bool = True  # autocast of the forward pass
 
     def implant(self, model: Any, backdoor: Backdoor, data: Data, rng: Any) -> Backdoored:
@@ -53,12 +58,14 @@ class VillanCaption:
         target: Any = backdoor.target
         trigger: Any = backdoor.trigger
         examples = Examples(model, data)
+        others = generator(rng.initial_seed(), "decoys")
         z_star = model.encode(target.image(data.images.shape[1:]).unsqueeze(0)).to(model.device)
 
         def loss() -> Tensor:
             seen = examples.batch(self.batch, rng)
             assert seen.captions is not None, "villan-caption needs captions"
-            context = model.embed([*(trigger.apply(caption) for caption in seen.captions), *seen.captions])
+            plain = with_decoys(trigger, seen.captions, self.decoys, others)
+            context = model.embed([*(trigger.apply(caption) for caption in seen.captions), *plain])
             z, t, eps = torch.cat([z_star.expand_as(seen.x_0), seen.x_0]), seen.t.repeat(2), seen.eps.repeat(2, 1, 1, 1)
             error = (model.eps(model.add_noise(z, eps, t), t, context) - eps).square()
             half = self.batch
