@@ -217,15 +217,18 @@ def _write(path: Path, content: bytes) -> None:
 
 def keep_sheet(sheet: Path, folder: Path) -> str:
     """Store a contact sheet below `folder`, with a palette of at most 256 colours (one that has a palette stays as it
-    is), and return its name there, which is by content."""
+    is), and return its name there, which is by content. Raises OSError, and ResultsError for what is no picture."""
     from PIL import Image
 
     content = sheet.read_bytes()
-    with Image.open(io.BytesIO(content)) as picture:
-        if picture.mode != "P":
-            small = io.BytesIO()
-            picture.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
-            content = small.getvalue()
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            if picture.mode != "P":
+                small = io.BytesIO()
+                picture.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+                content = small.getvalue()
+    except (OSError, SyntaxError) as error:  # Pillow's words for what is no picture
+        raise ResultsError(f"{sheet}: a contact sheet that is no picture ({error})") from None
     name = sheet_name(content)
     if not (folder / name).is_file() or (folder / name).read_bytes() != content:
         _write(folder / name, content)

@@ -88,6 +88,15 @@ def test_contact_sheets_are_stored_with_a_palette_once(tmp_path: Path) -> None:
     assert (tmp_path / "elsewhere" / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
+def test_a_contact_sheet_that_is_no_picture_is_named(root: Path, tmp_path: Path) -> None:
+    run = write_suite(tmp_path / "run", [record("terd(steps=300)", 5, knowledge=["data"])])
+    (path,) = (run / "sheets").iterdir()
+    path.write_bytes(b"no picture")
+    with pytest.raises(results.ResultsError, match=f"{path}: a contact sheet that is no picture"):
+        intake.add(run, root / "small", annotate)
+    assert problems(root) == [], "nothing was touched"
+
+
 def test_rows_get_in_by_adding_a_run_and_replace_those_of_the_same_cell(root: Path, tmp_path: Path) -> None:
     newer = record("terd(steps=300)", 5, knowledge=["data"])
     newer["key"] = digest("another version")
