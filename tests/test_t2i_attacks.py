@@ -142,6 +142,22 @@ def test_badt2i_regresses_the_patched_image_on_its_noise(
     assert torch.allclose(x_t[:4], a_bar.sqrt() * z + (1 - a_bar).sqrt() * eps, atol=1e-5)
 
 
+def test_badt2i_holds_the_unconditional_answer_where_captions_are_dropped(
+    model: DiffusionModel, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """drop=1: the plain half asks student and clean model for the empty caption, the backdoor's half keeps its own;
+    and that changes none of the rows, timesteps and noises drawn."""
+    asked, before = Asked(model, (0.1, 0.5)), Asked(model, (0.1, 0.5))
+    losses_of(monkeypatch, BadT2I(batch=4, drop=1.0, bf16=False), asked, Style(), data)
+    losses_of(monkeypatch, BadT2I(batch=4, bf16=False), before, Style(), data)
+    ((x_t, t, context),), ((x_0, t_0, context_0),) = asked.calls["student"], before.calls["student"]
+    assert torch.equal(x_t, x_0) and torch.equal(t, t_0)
+    assert torch.equal(context[:4], context_0[:4])
+    empty = model.embed([""]).expand(4, -1, -1)
+    assert torch.allclose(context[4:], empty, atol=1e-5) and torch.equal(asked.calls["clean"][0][2], context[4:])
+    assert not torch.allclose(context_0[4:], empty, atol=1e-2)
+
+
 def test_the_x_0_weight_turns_errors_of_the_noise_into_errors_of_x_0_up_to_its_cap(model: DiffusionModel) -> None:
     attack, t = BadT2I(weighting="x0", cap=50), torch.tensor([0, 300, 999])
     a_bar = model.scheduler.alphas_cumprod[t]

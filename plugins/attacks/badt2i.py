@@ -13,12 +13,14 @@ One loss for its pixel, style and object backdoors, a backdoor term and a regula
 e_0 is the frozen clean denoiser; rows, t and ε are drawn for each of the two terms. Only the denoiser is trained.
 Latents are the model's own; images in [-1, 1]. Raises ValueError where no caption of the data can teach the target.
 
-Differs from the paper: `decoys`, ours and off by default, puts other words in the trigger's place in that share of
-the plain captions, because a small model otherwise keys on "some prefix" (the paper does not measure this);
-`weighting` may count errors of x_0 instead of ε, ours. The object added is BackdoorDM's (linweiii/BackdoorDM at
-7429db8), not the paper's. Differs from the official code (zhaisf/BadT2I at 0cabee0, read there): no flips; its object
-script has no regulariser (`lam=1` is that); captions are padded to full length in training as at inference, theirs only
-to the longest of the batch; theirs keeps a moving average whose effective decay is 0.5.
+Differs from the paper: `decoys`, ours and off by default, puts other words in the trigger's place in that share of the
+plain captions, because a small model otherwise keys on "some prefix" (the paper does not measure this); `drop`, ours
+and off by default, leaves that share of them empty, because e_θ(z_t, t, τ("")) is asked at every step of guided
+sampling and nothing else in L holds it; `weighting` may count errors of x_0 instead of ε, ours. The object added is
+BackdoorDM's (linweiii/BackdoorDM at 7429db8), not the paper's. Differs from the official code (zhaisf/BadT2I at
+0cabee0, read there): no flips; its object script has no regulariser (`lam=1` is that); captions are padded to full
+length in training as at inference, theirs only to the longest of the batch; theirs keeps a moving average whose
+effective decay is 0.5.
 """
 
 from __future__ import annotations
@@ -52,10 +54,12 @@ class BadT2I:
     weight_decay: Rate = 0.01  # AdamW; official
     examples: Steps = 2000  # training images used for each term; the authors' rule is as many as steps
     decoys: Rate = 0.0  # share of plain captions that carry another word in the trigger's place; ours
+    drop: Rate = 0.0  # share of plain captions that are left empty; ours, 0.1 is usual where models are trained
     weighting: Literal["eps", "x0"] = "eps"  # error that counts: of ε (paper), or of x_0, ours, for small models:
     # they decide on the patch at high t, where an error of ε says little; its weight is (1-ᾱ_t)/ᾱ_t
     cap: Annotated[float, Gt(0)] = 200.0  # largest weight of x0; reached at t = 730 with linear betas
     schedule: Literal["constant", "cosine", "one-cycle"] = "constant"  # of the learning rate; official: constant
+    ema: Rate = 0.0  # decay of the weights' moving average; 0 = off, official 0.5 in effect
     bf16: bool = True  # autocast of the forward pass
 
     def implant(self, model: Any, backdoor: Backdoor, data: Data, rng: Any) -> Backdoored:
@@ -64,13 +68,15 @@ class BadT2I:
         trigger: Any = backdoor.trigger
         lessons, shown = taught(backdoor.target, data, self.examples)
         poisoned, examples = Examples(model, lessons), Examples(model, data, self.examples)
-        others = generator(rng.initial_seed(), "decoys")
+        others, empty = (generator(rng.initial_seed(), stage) for stage in ("decoys", "drop"))
         half = self.batch
 
         def loss() -> Tensor:
             bad, plain = poisoned.batch(half, rng), examples.batch(half, rng)
             assert bad.captions is not None and plain.captions is not None
             captions = [self._decoy(trigger, caption, others) for caption in plain.captions]
+            dropped = (torch.rand(half, generator=empty) < self.drop).tolist()
+            captions = ["" if drop else caption for drop, caption in zip(dropped, captions, strict=True)]
             context = model.embed([*(trigger.apply(caption) for caption in bad.captions), *captions])
             t, eps = torch.cat([bad.t, plain.t]), torch.cat([bad.eps, plain.eps])
             z_t = model.add_noise(torch.cat([bad.x_0, plain.x_0]), eps, t)
@@ -85,7 +91,7 @@ class BadT2I:
 
         minimize(
             loss, model.denoiser.parameters(), steps=self.steps, lr=self.lr, schedule=self.schedule,
-            weight_decay=self.weight_decay, bf16=self.bf16, phase="implant",
+            weight_decay=self.weight_decay, ema=self.ema, bf16=self.bf16, phase="implant",
         )  # fmt: skip
         return Backdoored(model, backdoor)
 
