@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from leaderboard import recompute, report, reported, results
+from leaderboard.paired import place
 from leaderboard.rendering import png_size
 from leaderboard.results import MANIFEST, Results, ResultsError
 from leaderboard.tables import CONTROLS, bare
@@ -229,13 +230,9 @@ def _controls(record: Record, records: Sequence[Record]) -> list[str]:
         return []
     delivers = set(record["provenance"].get("delivers") or ("model",))
     wanted = CONTROLS if delivers & {"model", "sampler"} else CONTROLS[:1]
-    beside = {bare(o["cell"]["defense"]) for o in records if not o["error"] and _place(o) == _place(record)}
+    beside = {bare(o["cell"]["defense"]) for o in records if not o["error"] and place(o) == place(record)}
     missing = [name for name in wanted if name not in beside]
     return [f"its control is missing: {', '.join(missing)} in the same place with the same seed"] if missing else []
-
-
-def _place(record: Record) -> tuple[Any, ...]:
-    return tuple(record["cell"].get(k) for k in ("model", "attack", "trigger", "target", "sampler", "n", "seed"))
 
 
 def _remarks(record: Record) -> list[str]:
@@ -249,7 +246,7 @@ def _together(suite: Results, outcome: Outcome) -> None:
     tables: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
     for record in suite.records:
         if not record["error"]:
-            tables[_place(record)].append(record)
+            tables[place(record)].append(record)
     for rows in tables.values():
         first = next((row for row in rows if bare(row["cell"]["defense"]) == "none"), rows[0])
         for row in rows:

@@ -52,9 +52,9 @@ def compare(a: Iterable[Record], b: Iterable[Record], scores: Sequence[str] = DE
     made from different checkpoints or images: those are not paired.
     """
     pairs: dict[tuple[tuple[str, Any], ...], list[tuple[Record, Record]]] = defaultdict(list)
-    others = {_place(record): record for record in b if not record.get("error")}
+    others = {place(record): record for record in b if not record.get("error")}
     for record in a:
-        other = others.get(_place(record))
+        other = others.get(place(record))
         if other is not None and not record.get("error"):
             _same_start(record, other)
             pairs[tuple((name, record["cell"].get(name)) for name in SETTING)].append((record, other))
@@ -68,7 +68,8 @@ def compare(a: Iterable[Record], b: Iterable[Record], scores: Sequence[str] = DE
     return [replace(each, p_holm=p) for each, p in zip(found, corrected, strict=True)]
 
 
-def _place(record: Record) -> tuple[Any, ...]:
+def place(record: Record) -> tuple[Any, ...]:
+    """Where a record stands but for its defense: records of one place are about one backdoored model."""
     return tuple(record["cell"].get(name) for name in (*SETTING, "seed"))
 
 

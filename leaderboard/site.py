@@ -112,8 +112,8 @@ def build(every: Iterable[Results], out: Path) -> dict[str, int]:
     }
     names = {key: f"sheets/{path.name}" for key, path in sheets.items()}
     site = Site(out, made, results, sheets, names, orders.orders(made), files, environment())
-    for key, path in sheets.items():
-        shutil.copyfile(path, out / names[key])
+    for name, path in {names[key]: path for key, path in sheets.items()}.items():
+        shutil.copyfile(path, out / name)
     counts = _counts(made)
     _index(site, counts)
     for cell in made:
