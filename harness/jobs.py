@@ -755,7 +755,7 @@ def _record(
             "nfe": _nfe(planned, plan, store),
             "sampled": _sampled(planned, plan, store),
             "accelerators": _accelerators(planned, store),
-            "notes": _notes(plan.jobs[planned.key].spec["defended"], store) if result.ok else {},
+            **(_said(plan.jobs[planned.key].spec["defended"], store) if result.ok else {"notes": {}}),
             "unchanged": result.ok and defended is not None and _unchanged(planned, plan, store),
         },
         "sheet": sheet,
@@ -778,10 +778,15 @@ def _nfe(planned: PlannedCell, plan: Plan, store: Store) -> int | None:
     return None
 
 
-def _notes(defended: str | None, store: Store) -> dict[str, Any]:
-    """What the defense says of its own work: losses, norms, realised shares, seconds; six digits, curves thinned."""
+def _said(defended: str | None, store: Store) -> dict[str, Any]:
+    """What the defense says of its own work: notes (losses, norms, realised shares, seconds; six digits, curves
+    thinned), and found_trigger where it names a text."""
     path = None if defended is None else store.open_artifact(defended) / "defended.json"
-    return _thinned(json.loads(path.read_text())["notes"]) if path is not None and path.is_file() else {}
+    if path is None or not path.is_file():
+        return {"notes": {}}
+    document = json.loads(path.read_text())
+    named = {"found_trigger": document["trigger"]} if isinstance(document["trigger"], str) else {}
+    return {"notes": _thinned(document["notes"]), **named}
 
 
 def _thinned(value: Any, most: int = 50) -> Any:

@@ -48,9 +48,16 @@ def _unmeasured(cell: Cell) -> list[tuple[str, str]]:
 
 def _notes(cell: Cell) -> list[tuple[str, list[str]]]:
     """What the defense said of its own work: (name, a text a seed)."""
-    found = [dict(_flat((record.get("provenance") or {}).get("notes") or {})) for record in cell.records]
+    found = [dict(_said(record.get("provenance") or {})) for record in cell.records]
     names = dict.fromkeys(name for notes in found for name in notes)
     return [(name, [notes.get(name, "") for notes in found]) for name in sorted(names)]
+
+
+def _said(provenance: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Its notes, and the text that it names as the trigger with every character beyond ASCII by its number."""
+    yield from _flat(provenance.get("notes") or {})
+    if provenance.get("found_trigger") is not None:
+        yield "trigger found", ascii(provenance["found_trigger"])
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

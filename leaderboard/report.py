@@ -135,6 +135,8 @@ def markdown(records: Sequence[Record], dropped: Sequence[Record] = (), sheets: 
         states = [row for row in table.rows if row.state]
         lines = [f"- **{escape(row.defense)}** ({escape(row.told)}): {escape(row.state)}" for row in states]
         lines += [f"- <sup>{mark}</sup> {escape(words)}" for mark, words in notes.legend()]
+        named = _named(table)
+        lines += [f"- triggers found: {named}"] if named else []
         links = _links(table, sheets or {})
         lines += [f"- contact sheets: {links}"] if links else []
         parts += ["\n".join(lines)] if lines else []
@@ -146,6 +148,17 @@ def markdown(records: Sequence[Record], dropped: Sequence[Record] = (), sheets: 
 def escape_words(text: str) -> str:
     """Our own prose, in which only brackets could be read as markup."""
     return text.replace("[", "\\[").replace("#", "\\#")
+
+
+def _named(table: Table) -> str:
+    """The texts that the defenses name as triggers, with every character beyond ASCII by its number."""
+    found = [
+        f"{escape(row.defense)}, seed {seed}: {escape(ascii(text))}"
+        for row in table.rows
+        for seed, text in zip(row.seeds, row.found, strict=True)
+        if text is not None
+    ]
+    return ", ".join(found)
 
 
 def _links(table: Table, sheets: Mapping[str, str]) -> str:

@@ -69,6 +69,7 @@ class Row:
     nfe: tuple[int, ...] = ()  # network evaluations of one sample, where known
     seeds: tuple[int, ...] = ()
     keys: tuple[str, ...] = ()
+    found: tuple[str | None, ...] = ()  # the text that the defense names as the trigger, a seed
     doubts: tuple[str, ...] = ()
 
 
@@ -129,6 +130,7 @@ def _row(group: Sequence[Record], words: Mapping[str, Mapping[str, str]]) -> Row
         nfe=network_evaluations(group),
         seeds=tuple(sorted(record["cell"]["seed"] for record in group)),
         keys=tuple(record["key"] for record in group),
+        found=tuple((record.get("provenance") or {}).get("found_trigger") for record in group),
         doubts=tuple(dict.fromkeys(words for record in group for words in record.get("doubts") or ())),
     )
     if first.get("error"):

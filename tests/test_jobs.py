@@ -481,7 +481,8 @@ class Clips:
     delivers: ClassVar[tuple] = ("sampler",)
 
     def defend(self, model, knowledge, rng):
-        return Defended(sampler=Clipped(), notes={"curve": [i / 3 for i in range(120)], "kept": {"channels": 0.75}})
+        notes = {"curve": [i / 3 for i in range(120)], "kept": {"channels": 0.75}}
+        return Defended(sampler=Clipped(), trigger="sks", notes=notes)
 
 
 @hookimpl
@@ -513,7 +514,9 @@ def test_trojdiff_runs_under_its_own_sampler_and_under_the_vanilla_one(tmp_path:
 
     notes = cells["trojdiff", "ddim", "clips"]["provenance"]["notes"]
     assert notes == {"curve": [float(f"{i / 3:.6g}") for i in range(0, 120, 3)], "kept": {"channels": 0.75}}
-    assert cells["trojdiff", "ddim", "none"]["provenance"]["notes"] == {}
+    assert cells["trojdiff", "ddim", "clips"]["provenance"]["found_trigger"] == "sks"
+    unnamed = cells["trojdiff", "ddim", "none"]["provenance"]
+    assert unnamed["notes"] == {} and "found_trigger" not in unnamed
     for attack in ("none", "trojdiff"):
         for images in ("backdoored/triggered", "backdoored/wrong", "defended/triggered"):
             assert sampler(attack, "trojan-ddim", images) == ("trojan-ddim", 2)

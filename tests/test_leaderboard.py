@@ -453,10 +453,11 @@ def test_a_cells_page_shows_what_the_defense_says_of_its_own_work(tmp_path: Path
     rows = small()
     told = next(row for row in rows if row["cell"]["defense"].startswith("elijah"))
     told["provenance"]["notes"] = {"loss": [0.5, 0.3, 0.25], "kept": {"channels": 0.875}, "found": ["<b>", "sks"]}
+    told["provenance"]["found_trigger"] = "f\u043ex"
     site.build(results.read(write_suite(tmp_path / "results" / "small", rows).parent), tmp_path / "page")
     pages = [file.read_text() for file in (tmp_path / "page" / "cells").glob("*.html")]
     (text,) = [text for text in pages if "says of its own work" in text]
-    for said in ("0.5 … 0.25 (3 values)", "kept.channels", "0.875", "&lt;b&gt;"):
+    for said in ("0.5 … 0.25 (3 values)", "kept.channels", "0.875", "&lt;b&gt;", "f\\u043ex"):
         assert said in text
 
 

@@ -138,6 +138,14 @@ def test_doubts_stand_beside_the_row_in_words():
     assert "a: the attack did not take" in text
 
 
+def test_the_text_that_a_defense_names_as_the_trigger_is_shown_by_its_characters_numbers():
+    named = [record(key, defense="scan()", seed=seed) for key, seed in (("aa", 0), ("bb", 1))]
+    named[1]["provenance"] = {"found_trigger": "\u200b|o"}
+    text = report.markdown([*named, record("cc")])
+    assert "- triggers found: scan, seed 1: '\\\\u200b\\|o'\n" in text + "\n"
+    assert "triggers found" not in report.markdown([record("cc")])
+
+
 def test_text_of_plugins_is_data_and_never_markup():
     evil = "<script>alert(1)</script>|`x`\n# big\x1b[31m\u200b"
     records = [record(), record("bb", error=evil, defense="a|b<i>()")]

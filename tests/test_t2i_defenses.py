@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -630,7 +631,7 @@ def test_the_view_of_colours_sees_that_they_are_gone_and_that_of_places_sees_a_p
     assert told_apart(views(images)[0], views(patched)[0]) > 0.95
 
 
-def test_a_found_trigger_is_handed_to_skd_cag(sd: DiffusionModel) -> None:
+def test_a_found_trigger_makes_the_model_that_skd_cag_makes_when_told_it(sd: DiffusionModel) -> None:
     data = Data(torch.zeros(1, 3, 32, 32), ("a",))
     known = Knowledge(prompts=PROMPTS * 3, data=data, words=(), encoder=lambda images: images.flatten(1)[:, :5])
     scan = VocabularyScan(
@@ -641,6 +642,9 @@ def test_a_found_trigger_is_handed_to_skd_cag(sd: DiffusionModel) -> None:
     done = scan.defend(sd, known, generator(0, "x"))
     assert isinstance(done.trigger, str) and done.model is not None
     assert not same(weights(sd), weights(done.model))
+    told = replace(known, trigger=Text(done.trigger))
+    cured = SKDCAG(steps=2, batch=2, lr=1e-3).defend(sd, told, generator(0, "x")).model
+    assert cured is not None and same(weights(done.model), weights(cured))
 
 
 def test_a_scan_without_a_step_at_middling_t_says_so(sd: DiffusionModel) -> None:

@@ -17,10 +17,10 @@ known to be neutral: they are meant to move the image, and no scan can tell "neg
 Needs clean prompts, captions of clean data (their images are not looked at), neutral words and a public image encoder.
 Delivers the suspicion, which is the largest AUROC of round 3, and the trigger found where that is above `flag_above`
 (of several the strongest of round 2; only one word of a pair where that alone is above it too); with `purify` also the
-model that SKD-CAG (arXiv:2508.18235) makes when told the found trigger, or no model where none was found. A trigger
-that works nowhere but elsewhere in the prompt, needs more than two tokens or is an ordinary content word is out of its
-reach, and where the captions do not cover the vocabulary ordinary nouns that they lack are flagged too. Differs from
-soft-prompt inversion in that what it finds is text that can be typed.
+model that SKD-CAG (arXiv:2508.18235) makes when told the found trigger, by the same draws as `skd-cag` of that seed, or
+no model where none was found. A trigger that works nowhere but elsewhere in the prompt, needs more than two tokens or
+is an ordinary content word is out of its reach, and where the captions do not cover the vocabulary ordinary nouns that
+they lack are flagged too. Differs from soft-prompt inversion in that what it finds is text that can be typed.
 """
 
 from __future__ import annotations
@@ -178,7 +178,8 @@ class VocabularyScan:
         guided = GuidedDistillation(
             target=self.target, alpha=self.alpha, steps=self.steps, batch=self.batch, lr=self.lr, bf16=self.bf16
         )
-        return guided.distilled(model, prompts, found.apply, None, rng)[0]
+        anew = torch.Generator().manual_seed(rng.initial_seed())  # as skd-cag has it, before the scan drew from it
+        return guided.distilled(model, prompts, found.apply, None, anew)[0]
 
 
 def _best(tried: Sequence[Candidate], scores: Tensor, n: int) -> list[Candidate]:
