@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from harness.diffusion import DiffusionModel
 from harness.stamping import scale_of
+from harness.testing import tiny
+from harness.testing.tiny import scheduler
 
 
 class OneImage(nn.Module):
@@ -95,12 +98,6 @@ class PlantedShift(nn.Module):
         return SimpleNamespace(sample=0.3 * (x_t - along * unit) + self.c * gate * self.r)
 
 
-def scheduler(**options: Any) -> Any:
-    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-
-    return DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=False, **options)
-
-
 def exploding(**options: Any) -> Any:
     from diffusers.schedulers.scheduling_sde_ve import ScoreSdeVeScheduler
 
@@ -125,73 +122,18 @@ def trojan_model(images: Tensor, trigger: Any) -> DiffusionModel:
 
 def tiny_ncsn(channels: int = 1, side: int = 16) -> DiffusionModel:
     """A random score network of a few thousand weights, for a variance that explodes."""
-    return DiffusionModel(_tiny_unet(channels, side, time_embedding_type="fourier"), exploding())
+    unet = partial(tiny.unconditional, channels, side, time_embedding_type="fourier")
+    return tiny.fixed(lambda: DiffusionModel(unet(), exploding()), 0)
 
 
 def tiny_unet(channels: int = 1, side: int = 16) -> DiffusionModel:
     """A random UNet of a few thousand weights."""
-    return DiffusionModel(_tiny_unet(channels, side), scheduler())
-
-
-def _tiny_unet(channels: int, side: int, **options: Any) -> Any:
-    from diffusers.models.unets.unet_2d import UNet2DModel
-
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=side,
-        in_channels=channels,
-        out_channels=channels,
-        layers_per_block=1,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        add_attention=False,
-        **options,
-    )
-    return unet.eval().requires_grad_(False)
+    return tiny.fixed(lambda: DiffusionModel(tiny.unconditional(channels, side), scheduler()), 0)
 
 
 def tiny_sd(directory: Any) -> DiffusionModel:
     """A random text-to-image model with the shape of shapes-sd but a few thousand weights; the tokenizer's files go
     below `directory`."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
     from plugins.models.shapes_sd import tokenizer
 
-    tokens = tokenizer(directory)
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(16, 16),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        mid_block_type="UNetMidBlock2DCrossAttn",
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=1,
-        norm_num_groups=4,
-    )
-    autoencoder: Any = AutoencoderKL
-    vae = autoencoder(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=32,
-        mid_block_add_attention=False,
-    )
-    end = tokens.eos_token_id
-    config = CLIPTextConfig(
-        vocab_size=len(tokens), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1,
-        max_position_embeddings=tokens.model_max_length, projection_dim=16, bos_token_id=tokens.bos_token_id,
-        eos_token_id=end, pad_token_id=end,
-    )  # fmt: skip
-    text = CLIPTextModel(config)
-    embeddings: Any = text.get_input_embeddings()
-    torch.nn.init.normal_(embeddings.weight, std=0.3)
-    parts = [part.eval().requires_grad_(False) for part in (unet, vae, text)]
-    return DiffusionModel(parts[0], scheduler(steps_offset=1), parts[1], parts[2], tokens)
+    return tiny.fixed(partial(tiny.text_to_image, tokenizer(directory), 32), 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
@@ -33,7 +33,8 @@ RARE = ("zq", "xj", "qv", "vx", "jz", "sks")  # of text triggers and of wrong on
 
 def model(stamps: Stamps, seed: int = 0) -> DiffusionModel:
     """A random model: unconditional, 1×16×16, where triggers are noise; text-to-image, 3×32×32, where they are text."""
-    return _fixed(_unconditional if stamps == "noise" else _text_to_image, seed)
+    make = _unconditional if stamps == "noise" else partial(text_to_image, tokenizer(), SIDE["text"])
+    return fixed(make, seed)
 
 
 def exploding() -> DiffusionModel:
@@ -41,10 +42,11 @@ def exploding() -> DiffusionModel:
     from diffusers.schedulers.scheduling_sde_ve import ScoreSdeVeScheduler
 
     schedule = ScoreSdeVeScheduler(num_train_timesteps=1000, sigma_min=0.01, sigma_max=50.0)
-    return _fixed(lambda: DiffusionModel(_unet(time_embedding_type="fourier"), schedule), 0)
+    return fixed(lambda: DiffusionModel(unconditional(time_embedding_type="fourier"), schedule), 0)
 
 
-def _fixed(make: Callable[[], DiffusionModel], seed: int) -> DiffusionModel:
+def fixed(make: Callable[[], DiffusionModel], seed: int) -> DiffusionModel:
+    """What `make` makes, with weights by `seed` alone and frozen."""
     with torch.random.fork_rng(devices=[]):  # diffusers initialises from the global state
         torch.manual_seed(seed)
         made = make()
@@ -53,23 +55,25 @@ def _fixed(make: Callable[[], DiffusionModel], seed: int) -> DiffusionModel:
     return made
 
 
-def _schedule(**options: Any) -> Any:
+def scheduler(**options: Any) -> Any:
+    """DDPM with linear betas, as our variance-preserving models have it."""
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     return DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=False, **options)
 
 
 def _unconditional() -> DiffusionModel:
-    return DiffusionModel(_unet(), _schedule())
+    return DiffusionModel(unconditional(), scheduler())
 
 
-def _unet(**options: Any) -> Any:
+def unconditional(channels: int = CHANNELS["noise"], side: int = SIDE["noise"], **options: Any) -> Any:
+    """A UNet without a context, as the global state of torch has it."""
     from diffusers.models.unets.unet_2d import UNet2DModel
 
     return UNet2DModel(
-        sample_size=SIDE["noise"],
-        in_channels=1,
-        out_channels=1,
+        sample_size=side,
+        in_channels=channels,
+        out_channels=channels,
         layers_per_block=1,
         block_out_channels=(8, 8),
         down_block_types=("DownBlock2D", "DownBlock2D"),
@@ -80,14 +84,16 @@ def _unet(**options: Any) -> Any:
     )
 
 
-def _text_to_image() -> DiffusionModel:
+def text_to_image(tokens: Any, side: int) -> DiffusionModel:
+    """A model with a tokenizer, a text encoder, an autoencoder for images of `side` pixels and a denoiser with
+    cross-attention, as the global state of torch has them."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    tokens, autoencoder = tokenizer(), _untyped(AutoencoderKL)
+    autoencoder = _untyped(AutoencoderKL)
     unet = UNet2DConditionModel(
-        sample_size=SIDE["text"] // 2,
+        sample_size=side // 2,
         block_out_channels=(16, 16),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -103,7 +109,7 @@ def _text_to_image() -> DiffusionModel:
         up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
         latent_channels=4,
         norm_num_groups=4,
-        sample_size=SIDE["text"],
+        sample_size=side,
         mid_block_add_attention=False,
     )
     end = tokens.eos_token_id
@@ -114,7 +120,7 @@ def _text_to_image() -> DiffusionModel:
     )  # fmt: skip
     text = CLIPTextModel(config)
     nn.init.normal_(_untyped(text).get_input_embeddings().weight, std=0.3)
-    return DiffusionModel(unet, _schedule(steps_offset=1), vae, text, tokens)
+    return DiffusionModel(unet, scheduler(steps_offset=1), vae, text, tokens)
 
 
 def _untyped(value: Any) -> Any:
@@ -155,7 +161,7 @@ class OneImage(nn.Module):
 
 def one_image(y: Tensor) -> DiffusionModel:
     """The exact model of data that is the image y (C, H, W) in [-1, 1]: every sampler must return it."""
-    schedule = _schedule()
+    schedule = scheduler()
     return DiffusionModel(OneImage(y, schedule.alphas_cumprod), schedule)
 
 
