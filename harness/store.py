@@ -11,9 +11,11 @@ Whatever appears under its final name is complete: it is filled under a temporar
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -58,6 +60,19 @@ def canonical(obj: Any) -> str:
     Raises TypeError for what is not JSON, ValueError for NaN and infinity.
     """
     return json.dumps(_plain(obj, ""), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON has it: dataclasses as objects, tuples as lists, paths as text, NaN and infinities as null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
 
 
 def key_of(ingredients: Mapping[str, Any]) -> str:

@@ -18,13 +18,17 @@ LAYERS = (
     {"published", "scan", "scanpage"},
     {"registry"},
     {"grid", "store", "job", "doubts", "estimate"},
-    {"jobs"},
+    {"planning"},
+    {"jobs", "records"},
     {"engine"},
     {"testing"},
     {"cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-LIGHT = ("types", "events", "hookspecs", "points", "registry", "grid", "store", "job", "jobs", "engine", "cli", "")
+LIGHT = (
+    "types", "events", "hookspecs", "points", "registry", "grid", "store", "job", "planning", "jobs", "records",
+    "engine", "cli", "",
+)  # fmt: skip
 HEAVY = (
     "torch",
     "diffusers",

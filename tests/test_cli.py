@@ -181,7 +181,7 @@ def record(error: str | None) -> dict[str, Any]:
 @pytest.fixture
 def prepared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str | None], None]:
     """Pretend that a suite of one cell was planned and computed; the record has this error."""
-    from harness import jobs
+    from harness import records
     from harness.cli import run
     from harness.job import Job
     from harness.store import Store
@@ -198,7 +198,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str |
         results = {first.key: Result(status="hit"), second.key: Result(status=status)}
         monkeypatch.setattr(run, "prepare", lambda *_, **__: ready)
         monkeypatch.setattr(run, "compute", lambda *_, **__: results)
-        monkeypatch.setattr(jobs, "collect", lambda *_, **__: [record(error)])
+        monkeypatch.setattr(records, "collect", lambda *_, **__: [record(error)])
 
     return pretend
 

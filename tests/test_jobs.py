@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-from harness import jobs, registry
+from harness import jobs, planning, registry
 from harness.engine import driver
 from harness.engine.local import LocalEngine
 from harness.engine.supervise import Handle, Outcome
 from harness.grid import Suite, standard
 from harness.job import Job
-from harness.store import Store
-from harness.types import Cell, Defended
+from harness.store import Store, plain
+from harness.types import KNOWLEDGE, Cell, Defended
 from tests import engine_tools
 from tests.engine_tools import assert_all_gone, digests
 from tests.whole_runs import ATTACK, SUITE, bench, numbers, run, unplaced
@@ -55,9 +55,9 @@ def cell(plugins: registry.Registry, **changes: Any) -> Cell:
 
 def planned(
     plugins: registry.Registry, *cells: Cell, metrics: tuple[str, ...] = ("asr",), threads: int = 1
-) -> jobs.Plan:
+) -> planning.Plan:
     suite = Suite("t", "t", tuple(cells), (), metrics, Path("t.toml"))
-    return jobs.plan(suite, plugins, Store(Path("unused")), threads)
+    return planning.plan(suite, plugins, Store(Path("unused")), threads)
 
 
 def keys(plugins: registry.Registry, kind: str, **changes: Any) -> set[str]:
@@ -99,13 +99,13 @@ def test_version_source_weights_threads_and_key_version_are_in_the_key(
         patch.setattr(VillanDiffusion, "version", 2)
         assert keys(plugins, "attack") != before
     with monkeypatch.context() as patch:
-        patch.setattr(jobs, "source_digest", lambda cls: "edited")
+        patch.setattr(planning, "source_digest", lambda cls: "edited")
         assert keys(plugins, "attack") != before
     with monkeypatch.context() as patch:
         patch.setattr(DigitsDDPM, "digest", lambda self: "other weights")
         assert keys(plugins, "attack") != before
     with monkeypatch.context() as patch:
-        patch.setattr(jobs, "KEY_VERSION", 99)
+        patch.setattr(planning, "KEY_VERSION", 99)
         assert keys(plugins, "attack") != before
     other = planned(plugins, cell(plugins), threads=2)
     assert {k for k, j in other.jobs.items() if j.kind == "attack"} != before
@@ -170,7 +170,7 @@ def test_a_defense_sees_only_what_it_declares(plugins: registry.Registry) -> Non
     spec = {"seed": 0, "told": cell(plugins).trigger}
     for needs in (("data",), ("trigger",), ()):
         known = jobs._knowledge(spec, plugins, DigitsDDPM(), needs)
-        assert {name for name in jobs.KNOWLEDGE if getattr(known, name) is not None} == set(needs)
+        assert {name for name in KNOWLEDGE if getattr(known, name) is not None} == set(needs)
 
 
 def test_a_nan_without_a_reason_gets_one() -> None:
@@ -178,7 +178,7 @@ def test_a_nan_without_a_reason_gets_one() -> None:
 
     checked = jobs._checked_scores("m", {"x": Score(float("nan"), 0, None)})
     assert checked["x"].warning == "metric 'm' returned NaN without a reason"
-    assert jobs.plain(checked)["x"]["value"] is None
+    assert plain(checked)["x"]["value"] is None
 
 
 # ---- one model for several sample jobs

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from harness import checkpoint, estimate, grid, hub, imagedata, jobs, registry
+from harness import checkpoint, estimate, grid, hub, imagedata, jobs, planning, registry
 from harness.checkpoint import CheckpointError
 from harness.diffusion import DDIM, DiffusionModel
 from harness.images import to_uint8
@@ -383,7 +383,7 @@ def test_the_papers_suite_runs_end_to_end_on_directories_of_ones_own(
     ]  # fmt: skip
     suite = grid.load_suite("paper-cifar10", plugins, only=["target=hat"], sets=sets)
     store = Store(tmp_path / "store")
-    plan = jobs.plan(suite, plugins, store)
+    plan = planning.plan(suite, plugins, store)
     for key, job in plan.jobs.items():
         store.publish(key, lambda out, job=job: jobs.execute(job.spec, store, out), {"kind": job.kind})
     scores = json.loads((store.open_artifact(plan.cells[0].key) / "scores.json").read_text())

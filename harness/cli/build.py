@@ -13,8 +13,9 @@ from typing import Any
 
 import click
 
-from harness.cli.common import as_json, loaded, note, plain, plugin_files, print_json, seconds, strict_option
+from harness.cli.common import as_json, loaded, note, plugin_files, print_json, seconds, strict_option
 from harness.registry import InvalidSpec, spec_of
+from harness.store import plain
 
 LIBRARIES = ("torch", "diffusers", "transformers", "diffusion-defense-bench")
 PROVENANCE = "provenance.json"

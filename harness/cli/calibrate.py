@@ -9,9 +9,10 @@ from typing import Any
 import click
 
 from harness.cli import Exit
-from harness.cli.common import as_json, loaded, note, plain, plugin_files, print_json, seconds, strict_option
+from harness.cli.common import as_json, loaded, note, plugin_files, print_json, seconds, strict_option
 from harness.cli.scan import applicable
 from harness.cli.subject import Subject, known, listen
+from harness.store import plain
 
 
 @click.command(short_help="Measure what detectors say of clean models.")

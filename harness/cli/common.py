@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from harness.store import plain
 
 if TYPE_CHECKING:
     from harness.registry import Index, PluginWarning, Registry
@@ -30,19 +30,6 @@ plugin_files: Decorator = click.option(
     help="Also load this plugin file; repeatable.",
 )
 strict_option: Decorator = click.option("--strict", is_flag=True, help="A plugin that cannot be loaded is an error.")
-
-
-def plain(value: Any) -> Any:
-    """`value` as JSON has it: dataclasses as objects, tuples as lists, paths as text, NaN and infinities as null."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
 
 
 def print_json(value: Any) -> None:

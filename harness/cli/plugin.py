@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from harness.cli import Exit
-from harness.cli.common import as_json, columns, index_of, loaded, note, plain, plugin_files, print_json
+from harness.cli.common import as_json, columns, index_of, loaded, note, plugin_files, print_json
 from harness.hookspecs import API_VERSION
 from harness.registry import KINDS, OWN, RegistryError, kind_of, parse_spec, unknown_name
+from harness.store import plain
 
 if TYPE_CHECKING:
     from harness.registry import Registry

@@ -74,7 +74,7 @@ def reproduce(
 
 def prepared(record: Mapping[str, Any], store: Path | None, files: tuple[Path, ...]) -> Prepared:
     """A suite of the record's one cell, planned in a part of the store that is for reproductions only."""
-    from harness import grid, jobs
+    from harness import grid, planning
     from harness.cli.run import Prepared
     from harness.store import Store
     from harness.types import Cell
@@ -88,16 +88,16 @@ def prepared(record: Mapping[str, Any], store: Path | None, files: tuple[Path, .
     metrics = tuple(registry.canonical("metrics", metric) for metric in measured)
     suite = grid.Suite(name, name, (Cell(**cell),), (), metrics, Path(f"{name}.toml"))
     own = Store(opened(store).root / "reproduced")
-    return Prepared(suite, jobs.plan(suite, registry, own), own)
+    return Prepared(suite, planning.plan(suite, registry, own), own)
 
 
 def publish(
     ready: Prepared, record: Mapping[str, Any], done: Mapping[str, Any], into: Any | None, as_json: bool
 ) -> int:
     """The verdict, printed; and kept beside the record if `into` is its suite's results."""
-    from harness import jobs
+    from harness.records import collect
 
-    (new,) = jobs.collect(ready.plan, done, ready.store)
+    (new,) = collect(ready.plan, done, ready.store)
     if new["error"]:
         raise click.ClickException(f"the row could not be run again: {new['error']}")
     lines = compared(record["scores"], new["scores"])

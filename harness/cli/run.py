@@ -19,13 +19,13 @@ from harness.cli.common import (
     columns,
     loaded,
     opened,
-    plain,
     plugin_files,
     print_json,
     seconds,
     store_option,
     strict_option,
 )
+from harness.store import plain
 
 if TYPE_CHECKING:
     from harness.engine.local import LocalEngine
@@ -53,7 +53,7 @@ def suite_options(command: Any) -> Any:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A suite that has met plugins and store. `plan` is that of harness.jobs: `.jobs` by key, `.cells`."""
+    """A suite that has met plugins and store. `plan` is that of harness.planning: `.jobs` by key, `.cells`."""
 
     suite: Suite
     plan: Any
@@ -76,10 +76,10 @@ def prepare(
     if not expanded.cells:
         reasons = "; ".join(dict.fromkeys(dropped.reason for dropped in expanded.dropped))
         raise grid.SuiteError(f"{draft.path}: no cell can be run: {reasons}")
-    from harness import estimate, jobs
+    from harness import estimate, planning
 
     opened_store, absent = opened(store), estimate.tolerant(registry) if planned else []
-    made = jobs.plan(expanded, registry, opened_store, threads=threads)
+    made = planning.plan(expanded, registry, opened_store, threads=threads)
     return Prepared(expanded, made, opened_store, registry, absent)
 
 
@@ -245,10 +245,11 @@ def engine_of(store: Store, settings: Settings) -> LocalEngine | RayEngine:
 
 def publish(ready: Prepared, results: Mapping[str, Any], out: Path | None, as_json: bool) -> int:
     """Records, report and the closing lines; the exit code."""
-    from harness import doubts, jobs
+    from harness import doubts
+    from harness.records import collect
     from leaderboard import report
 
-    records = doubts.annotate(jobs.collect(ready.plan, results, ready.store))
+    records = doubts.annotate(collect(ready.plan, results, ready.store))
     dropped = [plain(each) for each in ready.suite.dropped]
     folder = out.expanduser().absolute() if out is not None else ready.store.run_dir(ready.suite.name)
     records = _with_sheets(records, folder)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from harness.cli import Exit
-from harness.cli.common import columns, loaded, plain, print_json
+from harness.cli.common import columns, loaded, print_json
 from harness.cli.subject import Subject, known, listen, model_options, opened, unmet
+from harness.store import plain
 
 if TYPE_CHECKING:
     from torch import Tensor

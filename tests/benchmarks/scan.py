@@ -55,7 +55,7 @@ def bench(*words: object) -> subprocess.CompletedProcess[str]:
 def trained(suite: str, only: Sequence[str], store: Path | None, out: Path) -> dict[str, Case]:
     """The suite's models that lie in the store, by the keys of their jobs."""
     from harness.cli import run as cli
-    from harness.jobs import is_clean
+    from harness.planning import is_clean
 
     found = {}
     ready = cli.prepare(suite, list(only), [], 1, store, False, ())
