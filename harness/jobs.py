@@ -153,19 +153,19 @@ def _sampler_spec(registry: Registry, defense: Any, sampler: Any) -> str | None:
 
 
 def _knowledge(spec: Mapping[str, Any], registry: Registry, plugin: Any, needs: Sequence[str]) -> Knowledge:
-    """Exactly what the defense's `needs` names, drawn with a generator that only the seed decides."""
+    """Exactly what the defense's `needs` names, each kind drawn by a generator that only the seed decides: what else a
+    defense needs does not change its prompts."""
     import torch
 
-    rng = _rng(spec["seed"], "knowledge")
     known: dict[str, Any] = {}
     if "trigger" in needs:
         known["trigger"] = registry.build("triggers", spec["told"])
     if "data" in needs:
         data = plugin.data()
         share = min(len(data), max(KNOWN_LEAST, math.ceil(KNOWN_SHARE * len(data))))
-        known["data"] = data.rows(torch.randperm(len(data), generator=rng)[:share])
+        known["data"] = data.rows(torch.randperm(len(data), generator=_rng(spec["seed"], "knowledge"))[:share])
     if "prompts" in needs:
-        known["prompts"] = plugin.prompts("train", KNOWN_PROMPTS, rng)
+        known["prompts"] = plugin.prompts("train", KNOWN_PROMPTS, _rng(spec["seed"], "knowledge"))
     if "clean_model" in needs:
         known["clean_model"] = plugin.load().to(_device())
     if "words" in needs:

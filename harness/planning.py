@@ -166,7 +166,7 @@ class _Planner:
             "model": self.model_identity(cell.model),
             "defense": self.identity("defenses", cell.defense),
             "told": None if told is None else self.identity("triggers", told),
-            "known": [KNOWN_SHARE, KNOWN_LEAST, KNOWN_PROMPTS],
+            "known": [KNOWN_SHARE, KNOWN_LEAST, KNOWN_PROMPTS] + ["apart"] * ({"data", "prompts"} <= set(needs)),
             "seed": cell.seed,
         }
         if "screen" in delivers(defense):

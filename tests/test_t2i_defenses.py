@@ -243,6 +243,12 @@ def test_random_words_are_as_many_as_the_triggers_and_need_a_trigger_of_words() 
         neutral(SimpleNamespace(name="homoglyph"), ("now",))
 
 
+def test_what_else_a_defense_needs_does_not_change_its_prompts() -> None:
+    plugin = ShapesSD()
+    told = [jobs._knowledge({"seed": 1}, None, plugin, needs) for needs in (("prompts",), ("data", "prompts"))]  # type: ignore[arg-type]
+    assert told[0].prompts == told[1].prompts and told[0].data is None and told[1].data is not None
+
+
 def test_prompts_and_captions_that_train_a_defense_are_none_of_those_it_is_judged_on() -> None:
     """Not even a combination of attributes is shared, whatever the seed."""
     plugin = ShapesSD()
