@@ -159,6 +159,7 @@ class _Planner:
         if unknown:
             raise ValueError(f"defense '{name}' needs {unknown[0]!r}; there are {', '.join(KNOWLEDGE)}")
         told = self.told(cell, needs)
+        apart = ["apart"] if {"data", "prompts"} <= set(needs) else []  # drawn one after the other before, with one key
         spec = {
             "model": cell.model, "attacked": attack, "defense": cell.defense, "told": told, "seed": cell.seed,
         }  # fmt: skip
@@ -166,7 +167,7 @@ class _Planner:
             "model": self.model_identity(cell.model),
             "defense": self.identity("defenses", cell.defense),
             "told": None if told is None else self.identity("triggers", told),
-            "known": [KNOWN_SHARE, KNOWN_LEAST, KNOWN_PROMPTS] + ["apart"] * ({"data", "prompts"} <= set(needs)),
+            "known": [KNOWN_SHARE, KNOWN_LEAST, KNOWN_PROMPTS, *apart],
             "seed": cell.seed,
         }
         if "screen" in delivers(defense):
