@@ -55,7 +55,7 @@ def _record(
             "nfe": _nfe(planned, plan, store),
             "sampled": _sampled(planned, plan, store),
             "accelerators": _accelerators(planned, store),
-            **(_said(plan.jobs[planned.key].spec["defended"], store) if result.ok else {"notes": {}}),
+            **_said(plan.jobs[planned.key].spec["defended"] if result.ok else None, store),
             "unchanged": result.ok and defended is not None and _unchanged(planned, plan, store),
         },
         "sheet": sheet,

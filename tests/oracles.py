@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from harness.diffusion import DiffusionModel
 from harness.stamping import scale_of
 from harness.testing import tiny
+from harness.testing.tiny import exploding_scheduler as exploding
 from harness.testing.tiny import scheduler
 
 
@@ -98,12 +99,6 @@ class PlantedShift(nn.Module):
         return SimpleNamespace(sample=0.3 * (x_t - along * unit) + self.c * gate * self.r)
 
 
-def exploding(**options: Any) -> Any:
-    from diffusers.schedulers.scheduling_sde_ve import ScoreSdeVeScheduler
-
-    return ScoreSdeVeScheduler(num_train_timesteps=1000, sigma_min=0.01, sigma_max=50.0, **options)
-
-
 def one_image_ve_model(image: Tensor) -> DiffusionModel:
     """image (C, H, W) in [-1, 1]."""
     return DiffusionModel(OneImageScore((image + 1) / 2), exploding())
@@ -122,8 +117,9 @@ def trojan_model(images: Tensor, trigger: Any) -> DiffusionModel:
 
 def tiny_ncsn(channels: int = 1, side: int = 16) -> DiffusionModel:
     """A random score network of a few thousand weights, for a variance that explodes."""
-    unet = partial(tiny.unconditional, channels, side, time_embedding_type="fourier")
-    return tiny.fixed(lambda: DiffusionModel(unet(), exploding()), 0)
+    return tiny.fixed(
+        lambda: DiffusionModel(tiny.unconditional(channels, side, time_embedding_type="fourier"), exploding()), 0
+    )
 
 
 def tiny_unet(channels: int = 1, side: int = 16) -> DiffusionModel:

@@ -39,10 +39,7 @@ def model(stamps: Stamps, seed: int = 0) -> DiffusionModel:
 
 def exploding() -> DiffusionModel:
     """A random score network, unconditional, 1×16×16, whose variance explodes."""
-    from diffusers.schedulers.scheduling_sde_ve import ScoreSdeVeScheduler
-
-    schedule = ScoreSdeVeScheduler(num_train_timesteps=1000, sigma_min=0.01, sigma_max=50.0)
-    return fixed(lambda: DiffusionModel(unconditional(time_embedding_type="fourier"), schedule), 0)
+    return fixed(lambda: DiffusionModel(unconditional(time_embedding_type="fourier"), exploding_scheduler()), 0)
 
 
 def fixed(make: Callable[[], DiffusionModel], seed: int) -> DiffusionModel:
@@ -60,6 +57,13 @@ def scheduler(**options: Any) -> Any:
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     return DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=False, **options)
+
+
+def exploding_scheduler(**options: Any) -> Any:
+    """The schedule of our score networks, whose variance explodes."""
+    from diffusers.schedulers.scheduling_sde_ve import ScoreSdeVeScheduler
+
+    return ScoreSdeVeScheduler(num_train_timesteps=1000, sigma_min=0.01, sigma_max=50.0, **options)
 
 
 def _unconditional() -> DiffusionModel:
