@@ -34,7 +34,7 @@ from typing import Any, TypeVar
 
 import pluggy
 
-from harness import hookspecs, points
+from harness import hookspecs, points, sources
 from harness.types import DELIVERS, KNOWLEDGE, Stamps, delivers
 
 GROUP = "bench.plugins"
@@ -216,8 +216,8 @@ def write_spec(name: str, parameters: Mapping[str, Any]) -> str:
 
 
 def source_digest(cls: type) -> str:
-    """sha256 of the file in which the plugin is written."""
-    return hashlib.sha256(Path(_file_of(cls.__module__)).read_bytes()).hexdigest()
+    """Digest of the code in the file in which the plugin is written."""
+    return sources.digest(Path(_file_of(cls.__module__)))
 
 
 def _file_of(module: str) -> str:

@@ -15,7 +15,7 @@ LAYERS = (
     {"checkpoint", "digits", "recipes", "guidance", "text_detection"},
     {"clip", "evidence", "embedded", "hub"},
     {"public"},
-    {"published", "scan", "scanpage"},
+    {"published", "scan", "scanpage", "sources"},
     {"registry"},
     {"grid", "store", "job", "doubts", "estimate"},
     {"planning"},
@@ -26,8 +26,8 @@ LAYERS = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 LIGHT = (
-    "types", "events", "hookspecs", "points", "registry", "grid", "store", "job", "planning", "jobs", "records",
-    "engine", "cli", "",
+    "types", "events", "hookspecs", "points", "sources", "registry", "grid", "store", "job", "planning", "jobs",
+    "records", "engine", "cli", "",
 )  # fmt: skip
 HEAVY = (
     "torch",

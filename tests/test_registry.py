@@ -323,7 +323,7 @@ def test_a_plugin_file_is_loaded_or_is_an_error(tmp_path: Path) -> None:
 
 def test_the_source_digest_follows_the_file(tmp_path: Path) -> None:
     digests = []
-    for i, text in enumerate([defense("rinse"), defense("rinse"), defense("rinse") + "\n"]):
+    for i, text in enumerate([defense("rinse"), "# of rinsing\n" + defense("rinse"), defense("rinse") + "A = 1\n"]):
         path = tmp_path / str(i) / "x.py"
         path.parent.mkdir()
         path.write_text(text)
