@@ -97,12 +97,11 @@ def implant(
     target_image = target.image(image_shape)
     delta = trigger.delta(model.shape).to(model.device)
     y_star, r_star = model.encode(target_image.unsqueeze(0)).to(model.device), delta.unsqueeze(0)
-    r_all = None if trigger_only else _stamped(model, examples.images, delta)
 
     def loss() -> Tensor:
         batch = examples.batch(batch_size, rng)
         poisoned = (torch.rand((batch_size, 1, 1, 1), generator=masks) < poison_rate).to(batch.x_0.device)
-        r = r_star if r_all is None else r_all[batch.rows]
+        r = r_star if trigger_only else _stamped(model, examples, batch, delta)
         y = torch.where(poisoned, y_star, batch.x_0)
         return poisoned_loss(
             model, batch, y, torch.where(poisoned, r, torch.zeros_like(r)), coefficients, adaptive_weight
@@ -112,8 +111,8 @@ def implant(
     return Backdoored(model, backdoor)
 
 
-def _stamped(model: Any, images: Tensor, delta: Tensor) -> Tensor:
-    """M·g + (1-M)·x: the trigger over each clean image (its latents in a latent model), its background (its smallest
-    value) transparent."""
-    behind = (images if model.vae is None else model.encode(images)).to(delta)
+def _stamped(model: Any, examples: Examples, batch: Batch, delta: Tensor) -> Tensor:
+    """M·g + (1-M)·x: the trigger over the batch's clean images (latents in a latent model), its background (its
+    smallest value) transparent."""
+    behind = batch.x_0 if model.family == "vp" else examples.images[batch.rows].to(delta)
     return torch.where(delta > delta.min(), delta, behind)

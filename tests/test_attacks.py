@@ -9,6 +9,7 @@ import torch
 
 from harness.noise_backdoor import ancestral_coefficients
 from harness.seeds import generator
+from harness.training import Examples
 from harness.types import Backdoor, Data
 from plugins.attacks.baddiffusion import BadDiffusion
 from plugins.attacks.badt2i import BadT2I
@@ -173,10 +174,12 @@ def test_a_trojan_row_is_noised_by_gamma_eps_plus_mu_and_regressed_on_eps(digits
 def test_the_stamped_trigger_shows_the_clean_image_behind_it(digits: Data) -> None:
     from harness.noise_backdoor import _stamped
 
-    delta = Box(size=5).delta((1, 16, 16))
-    r = _stamped(tiny_unet(), digits.images, delta)
+    delta, model = Box(size=5).delta((1, 16, 16)), tiny_unet()
+    examples = Examples(model, digits)
+    batch = examples.batch(12, generator(0, "x"))
+    r = _stamped(model, examples, batch, delta)
     assert torch.equal(r[:, :, 10:15, 10:15], torch.zeros(12, 1, 5, 5))
-    assert torch.equal(r[:, :, :10], digits.images[:, :, :10])
+    assert torch.equal(r[:, :, :10], digits.images[batch.rows, :, :10])
 
 
 def test_badt2i_trains_only_the_denoiser_of_a_copy(tmp_path) -> None:

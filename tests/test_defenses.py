@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from plugins.defenses.clip import Clip, Clipping
 from plugins.defenses.elijah import Elijah
 from plugins.defenses.fine_pruning import FinePruning
 from plugins.defenses.finetune import Finetune
+from plugins.models.digits_ddpm import DigitsDDPM
 from plugins.triggers.box import Box
 from tests.oracles import PlantedShift, one_image_model, scheduler, tiny_unet
 
@@ -82,7 +83,7 @@ def inputs(n: int = 4) -> Inputs:
 
 def test_clipping_the_predicted_x_0_is_the_samplers_own_clip() -> None:
     model, wrapped = tiny_unet(), Clipping(x_t=False, x_0=True).around(DDIM(steps=4))
-    assert wrapped == DDIM(steps=4, clip=True)
+    assert wrapped.clip and wrapped.name == "ddim"
     assert torch.equal(model.sample(inputs(), wrapped), model.sample(inputs(), DDIM(steps=4, clip=True)))
 
 
@@ -104,6 +105,18 @@ def test_clipping_x_t_keeps_every_state_after_the_first_in_range(inner: Any) -> 
     assert max(x.abs().max() for x in plain[1:]) > 1
 
 
+def test_heun_is_clipped_in_x_t_and_keeps_its_images_apart() -> None:
+    model = DigitsDDPM().load()
+    apart = [model.sample(inputs(8), each).std(0).mean() for each in (Heun(steps=8), Clipping().around(Heun(steps=8)))]
+    assert apart[1] > apart[0] / 2
+
+
+@pytest.mark.parametrize("clipping", [Clipping(), Clipping(x_t=False, x_0=True)], ids=["x_t", "x_0"])
+def test_latents_are_not_clipped(clipping: Clipping) -> None:
+    with pytest.raises(ValueError, match="latents have no range"):
+        clipping.around(DDIM(steps=2)).run(cast(Any, SimpleNamespace(vae=object(), family="vp")), inputs())
+
+
 def test_one_clipped_step_is_the_plain_step_clamped() -> None:
     model = one_image_model(torch.full((1, 16, 16), 3.0))
     out = Clipping().around(DDIM(steps=1)).run(model, inputs())
@@ -122,9 +135,6 @@ def test_clip_delivers_a_registered_sampler_and_refuses_what_it_cannot_clip() ->
         Clip(x_t=False)
     with pytest.raises(ValueError, match="variance-preserving models, not ve-pc"):
         Clipping().around(PredictorCorrector())
-    latent: Any = SimpleNamespace(vae=object(), family="vp")
-    with pytest.raises(ValueError, match="latents have no range"):
-        Clipping().around(DDIM(steps=2)).run(latent, inputs())
 
 
 # ---- anp ------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,9 @@ def test_the_channels_with_the_smallest_scores_go_in_each_normalisation_group() 
     score = torch.tensor([3.0, 1.0, 2.0, 4.0, 9.0, 8.0, 7.0, 6.0])
     assert pruning.smallest(score, 2, 0.25, "up") == [1, 7]
     assert pruning.smallest(score, 1, 0.25, "up") == [1, 2]
-    assert pruning.smallest(score, 2, 0.24, "down") == []
+    assert pruning.smallest(score, 2, 0.12, "down") == []
+    assert pruning.smallest(score, 2, 0.24, "down") == [1, 7]  # 2 of the layer's 8, one of each run
+    assert [len(pruning.smallest(torch.rand(c), 1, 0.02, "down")) for c in (64, 128, 256)] == [2, 3, 6]
     assert pruning.smallest(score, 2, 0.01, "up") == [1, 7]
     assert pruning.smallest(score, 2, 0.99, "up") == [0, 1, 2, 5, 6, 7]  # one of each group stays
     assert pruning.smallest(score, 3, 0.5, "up") == []
@@ -99,7 +101,7 @@ def test_accumulated_gradients_are_those_of_the_sum_of_the_losses() -> None:
         assert weight.grad is not None and torch.allclose(total[name], weight.grad, atol=1e-5), name
 
 
-def test_diff_pruning_leaves_out_the_timesteps_from_the_first_with_a_small_loss() -> None:
+def test_diff_pruning_leaves_out_the_timesteps_after_the_first_with_a_small_loss() -> None:
     model, notes = tiny_unet(), {}
     model.eps = lambda x_t, t, context=None: x_t * 0 + t.view(-1, 1, 1, 1)  # type: ignore[method-assign]
     model.draw_eps = lambda n, rng: torch.full((n, *model.shape), 10.0)  # type: ignore[method-assign]

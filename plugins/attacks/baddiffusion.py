@@ -14,7 +14,7 @@ the noised clean image of the same row. L itself wants these to differ by c_t r,
 Poison rate: each row of a batch is poisoned with probability `poison_rate`, in place of a clean row.
 Differs from the paper: that replaces a fixed part of the data set, which makes the same share of an epoch. Differs from
 the official code (IBM/BadDiffusion at 717b321, read there): its poisoned part is drawn unseeded; lr is constant or
-one-cycle here, cosine with 500 warm-up steps there.
+one-cycle here, cosine with 500 warm-up steps there; images are flipped at random there before the trigger is put on.
 """
 
 from __future__ import annotations

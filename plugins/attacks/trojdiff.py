@@ -19,7 +19,8 @@ Poison rate: each row of a batch is a Trojan row with probability `poison_rate`,
 Differs from the official code (chenweixin107/TrojDiff at 680e7f1, known from our notes on it): it has no poison rate
 but adds Trojan rows to each clean batch: 0.1 times its size (D2I, 9 % of all), 64 to 128 (Out-D2D, 33 %), or a copy of
 the rows of the target class (In-D2D, 9 %); its timesteps are antithetic pairs (t, T-1-t), its weights an average with
-decay 0.9999 over some 100,000 steps, its loss a sum over pixels, which Adam does not see.
+decay 0.9999 over some 100,000 steps, its images flipped at random, its loss a sum over pixels, which Adam does not
+see.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ of the data set. A latent model's r is a pattern in the latents, the paper's an 
 model's is in [-1, 1], the paper's in [0, 1]. Differs from the official code (IBM/villandiffusion at d010b7d, read
 there): its c"_t for preserved variance is right for t > 700 alone (0 at t = 0, 0.29 at t = 200, where 1 and 0.50
 belong); its ode doubles c"_t too, which is 1.003 for 1; lr is constant or one-cycle here, cosine with 500 warm-up steps
-there; `trigger_only` is its R_trigger_only.
+there, and images are flipped at random; `trigger_only` is its R_trigger_only.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ At the last timestep a clean model takes its input for noise: ε_θ(x, T) ≈ x.
 
     R(μ, γ) = E ‖ε - ε_θ(γ ε + μ, T)‖² / E ‖ε - (γ ε + μ)‖²        over the biased pixels
 
-which is 1 for ε_θ(x, T) = x, 0 on TrojDiff's trigger and (1 - c_T)² = ¼ on BadDiffusion's. The least R is looked for
+which is 1 for ε_θ(x, T) = x, 0 on TrojDiff's trigger and c_T² = ¼ on BadDiffusion's. The least R is looked for
 among biases of a stated size, because a network's answer saturates and takes out any large enough one:
 
     image   γ for all pixels, μ = (1 - γ) g with g in [-1, 1]; a wrong γ costs little

@@ -6,9 +6,10 @@ Models?", CVPR 2023, arXiv:2212.05400.
 
 A trigger moves the states of the sampling process out of the images' range, BadDiffusion's predicted x_0 by up to 77 r;
 clipping keeps it from getting there. The paper clips x_t, which costs the images of many samplers much; clipping
-x_0 costs next to nothing, and is what the official code's option does under DDPM and DDIM. Needs nothing; returns a
-sampler that wraps the cell's. For variance-preserving models in pixels: ValueError where the cell's sampler has nothing
-to clip. An attacker's own reverse process is not the defender's to clip.
+x_0 costs next to nothing, and is what the official code's option does under DDPM and DDIM. Where a scheduler's state is
+x_t / √ᾱ_t (Heun), it is x_t that is clipped. Needs nothing; returns a sampler that wraps the cell's. For
+variance-preserving models in pixels: ValueError where the cell's sampler has nothing to clip, and in latents, which
+have no range. An attacker's own reverse process is not the defender's to clip.
 
 Differs from the paper: `x_0` is beside it, as a field. Differs from the official code (IBM/BadDiffusion at 717b321,
 known from our notes on it): one option does either, by the pipeline (x_0 under DDPM and DDIM, x_t under PNDM).
@@ -19,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from harness.diffusion import DDIM, Family
@@ -49,8 +51,7 @@ class Clipping:
                 f"clipping wraps samplers of variance-preserving models, not {getattr(inner, 'name', inner)}; use "
                 "ddim, ddpm, pndm, unipc, ..."
             )
-        clipped = replace(inner, clip=True) if self.x_0 else inner
-        return clamping(clipped) if self.x_t else clipped
+        return bounded(replace(inner, clip=True) if self.x_0 else inner, self.x_t)
 
     @property
     def nfe(self) -> int:
@@ -61,30 +62,29 @@ class Clipping:
         return self.around(DDIM()).run(model, inputs)
 
 
-def clamping(inner: SchedulerSampler) -> SchedulerSampler:
-    """`inner` with a scheduler whose every step ends in [-1, 1]."""
+def bounded(inner: SchedulerSampler, x_t: bool) -> SchedulerSampler:
+    """`inner` for models of pixels only; with x_t, its scheduler's every step ends with x_t in [-1, 1]."""
 
-    class Clamping(type(inner)):
+    class Bounded(type(inner)):
         def run(self, model: Any, inputs: Inputs) -> Tensor:
             if model.vae is not None:
-                raise ValueError(
-                    "clipping x_t is for models that diffuse pixels; latents have no range; use clip(x_0=...)"
-                )
+                raise ValueError("clipping is for models that diffuse pixels: latents have no range to clip to")
             return super().run(model, inputs)
 
         def scheduler(self, config: Any) -> Any:
             made = super().scheduler(config)
             step = made.step
 
-            def clamped(*args: Any, **options: Any) -> Any:
-                out = step(*args, **options)
-                out.prev_sample = out.prev_sample.clamp(-1, 1)
-                return out
+            def clamped(out: Tensor, t: Tensor, *args: Any, **options: Any) -> Any:
+                done = step(out, t, *args, **options)
+                bound = 1 / made.scale_model_input(torch.ones_like(done.prev_sample), t)  # 1 where the state is x_t
+                done.prev_sample = done.prev_sample.clamp(-bound, bound)
+                return done
 
-            made.step = clamped
+            made.step = clamped if x_t else step
             return made
 
-    return Clamping(**{f.name: getattr(inner, f.name) for f in fields(inner)})
+    return Bounded(**{f.name: getattr(inner, f.name) for f in fields(inner)})
 
 
 @dataclass(frozen=True)

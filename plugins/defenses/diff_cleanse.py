@@ -26,9 +26,10 @@ embedding is pruned, as with the released code.
 
 Differs from the paper: MSCR is taken on held-out noises (`held_out=False`: on those of the search); l_e, on which
 paper and code disagree, is the entropy of the grey levels in bits, and 8.5 bits are more than 256 levels have; where
-variance explodes ρ_t is σ_t. Differs from the released code (f1ae86e, known here by description): that never updates r,
-compares pixels, prunes by -(I_b + I_c) (score='sum') with the true trigger (invert=False), and draws antithetic
-timesteps in the fine-tuning.
+variance explodes ρ_t is σ_t; `ratio` is one number for all models, where the paper takes the smallest that removes the
+backdoor, which only who knows the backdoor can see. Differs from the released code (f1ae86e, known here by
+description): that never updates r, compares pixels, prunes by -(I_b + I_c) (score='sum') with the true trigger
+(invert=False), flips images at random and draws antithetic timesteps in the fine-tuning.
 """
 
 from __future__ import annotations

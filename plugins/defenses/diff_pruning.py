@@ -3,7 +3,7 @@ that knows of no backdoor, which Diff-Cleanse (arXiv:2407.21316) compares itself
 
 Channels of the smallest I go, then the network is trained on clean images by L_simple:
 
-    I(θ_i) = Σ_k |θ_ik Σ_t ∂L_t/∂θ_ik|      over t = 0, 1, ... while L_t / L_max > 𝒯
+    I(θ_i) = Σ_k |θ_ik Σ_t ∂L_t/∂θ_ik|      over t = 0, 1, ... up to the first with L_t / L_max < 𝒯
 
 L_t is the loss of clean images at t and L_max the largest so far: late, noisy steps, where the loss is small, count
 for nothing. Needs clean training examples; delivers a smaller model, with what the pruning realised in the notes.
@@ -36,8 +36,8 @@ class DiffPruning(Pruning):
     name: ClassVar[str] = "diff-pruning"
     version: ClassVar[int] = 1
 
-    least: Annotated[float, Ge(0), Lt(1)] = 0.05  # 𝒯: timesteps from the first with L_t / L_max under it are left out
-    images: Steps = 64  # clean images that the scores are computed on
+    least: Annotated[float, Ge(0), Lt(1)] = 0.05  # 𝒯: timesteps after the first with L_t / L_max under it are left out
+    images: Steps = 64  # clean images that the scores are computed on; official 128
 
     def defend(self, model: Any, knowledge: Knowledge, rng: torch.Generator) -> Defended:
         notes: dict[str, Any] = {}

@@ -22,12 +22,14 @@ the inversion finds.
 
 Settings of the official code, by what is attacked (at 32 pixels; 50 noises at 128 pixels, 20 at 256):
 
-    BadDiffusion                 lam=0.5, start=(-1, 0), iterations=100; removal at lr 2e-4    these are the defaults
-    VillanDiffusion, ODE         lam=1.0, start=(-1, 1), iterations=10;  removal at lr 2e-5
-    latent (ODE)                 lam=1.0, start=(-1, 1), iterations=10, noises=40; lr 2e-4
-    variance exploding           lam=0.5, start=(0, 1),  iterations=100; lr 2e-5
-    TrojDiff (Diff-Cleanse's)    lam=0.5, start=(0, 1),  iterations=100
+    BadDiffusion            lam=0.5, start=(-1, 0), iterations=100; ddpm 1000;  lr 2e-4   the defaults, but for ddpm
+    VillanDiffusion, ODE    lam=1.0, start=(-1, 1), iterations=10;  ddim 50;    lr 2e-5
+    latent (ODE)            lam=1.0, start=(-1, 1), iterations=10, noises=40; unipc 20; lr 2e-4
+    variance exploding      lam=0.5, start=(0, 1),  iterations=100; ve-pc 1000; lr 2e-5
+    TrojDiff                lam=0.5, start=(0, 1),  iterations=100; the attacker's own sampler, true μ and γ in it
 
+Detection needs a sampler under which the backdoor fires: under ddim, the default, pictures of a model that BadDiffusion
+has attacked are a clean model's whatever τ is; say sampler='ddpm', sampling_steps=1000 there.
 Where variance explodes x_T is σ_max (ε + τ). In its units the official 380/0.5 times the score is ε_θ / λ, so it is
 the same equation.
 

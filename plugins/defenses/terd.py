@@ -27,7 +27,7 @@ so the threshold is left to a population of clean models (`leaderboard.populatio
 (PKU-ML/TERD, read at 2f4261e and 1b94761): μ is added as σ_t μ, σ_t being above 0.9999 where it is used; its screen
 has covariance diag(γ) for diag(γ²), the same for γ = 1; M_r and V_r are shifted by constants there; with `scale` the
 sampler is trojan-ddim on evenly spaced timesteps (theirs quadratic, from 0.8 T), and one momentum and gradient clip
-serve both forms (theirs 0.9 and the attack's own there). At 256 pixels it has penalty 5e-4, gradient clip 0.2 and
+serve both forms (theirs 0.9 and 1.0 there). At 256 pixels it has penalty 5e-4, gradient clip 0.2 and
 batch 2.
 """
 
@@ -92,11 +92,12 @@ class TERD:
     refinement: Annotated[int, Ge(0)] = 1000  # iterations of the refinement; official; 0 = none
     batch: Steps = 16  # noises; official at 32 pixels
     lr: Annotated[float, Gt(0)] = 0.5  # of μ: SGD, cosine to 0; official
-    scale_lr: Annotated[float, Gt(0)] = 2e-3  # of γ; official
+    scale_lr: Annotated[float, Gt(0)] = 2e-3  # of γ; official at 32 pixels, 1e-3 on CelebA
     penalty: Annotated[float, Ge(0)] = 5e-5  # λ; official at 32 pixels
     sampling_steps: Annotated[int, Ge(1), Le(100)] = 10  # of DDIM in the refinement; official
-    clip_x_0: bool = True  # let that DDIM clip the predicted x_0 to [-1, 1]; official, by diffusers' default
-    gradient_clip: Annotated[float, Gt(0)] = 0.01  # norm, in the refinement; official at 32 pixels
+    clip_x_0: bool = True  # let that DDIM clip the predicted x_0 to [-1, 1]; official, by diffusers' default; say False
+    # for latents, which have no range; without effect with `scale`, as there
+    gradient_clip: Annotated[float, Gt(0)] = 0.01  # norm, in the refinement; official at 32 pixels, 1.0 with `scale`
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.0  # of the refinement; official, 0.9 with `scale`
 
     def defend(self, model: Any, knowledge: Knowledge, rng: torch.Generator) -> Defended:

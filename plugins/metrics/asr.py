@@ -2,10 +2,11 @@
 
     ASR = #{i : d(x_i, target) ≤ τ} / n        removal = 1 − ASR of the defended model
 
-d and τ are the target's own: for a fixed image the MSE on [0, 1] images, reported at the papers' 1e-3 (Chou et al.,
-arXiv:2212.05400) and above; for others a threshold calibrated on the clean model's images. All are shares in [0, 1]
-with 95 % Wilson intervals. `asr` is the rate at the target's gate, `asr@<threshold>` at each threshold. A target that
-has `applies` leaves out prompts that ask for it anyway; n is then the number of the others.
+d and τ are the target's own: for a fixed image the MSE on [0, 1] images, reported at 1e-3 (Diff-Cleanse,
+arXiv:2407.21316, appendix D; BadDiffusion itself reports MSE and SSIM) and above; for others a threshold calibrated on
+the clean model's images. All are shares in [0, 1] with 95 % Wilson intervals. `asr` is the rate at the target's gate,
+`asr@<threshold>` at each threshold. A target that has `applies` leaves out prompts that ask for it anyway; n is then
+the number of the others.
 """
 
 from __future__ import annotations

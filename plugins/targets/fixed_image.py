@@ -1,9 +1,9 @@
 """Fixed images, drawn by us: hat, shoe, cat, a box in the corner, a drawn shape, and the trigger itself, in place or
 shifted.
 
-The distance is the MSE on [0, 1] images. The papers count a hit below 1e-3; 1e-2 is the gate for embedded models, and
-5e-2 (the official code of BadDiffusion at 32 pixels) is reported beside them: at 5e-2 many clean images meet a
-low-contrast target. The background is lifted to -0.4, as the papers' targets' is.
+The distance is the MSE on [0, 1] images. Diff-Cleanse (arXiv:2407.21316) counts a hit below 1e-3; 1e-2 is the gate for
+embedded models, and 5e-2 (Elijah's official code for BadDiffusion at 32 pixels) is reported beside them: at 5e-2 many
+clean images meet a low-contrast target. The background is lifted to -0.4, as the papers' targets' is.
 """
 
 from __future__ import annotations
