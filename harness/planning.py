@@ -17,7 +17,7 @@ from typing import Any
 from harness.grid import Suite, standard
 from harness.job import Job
 from harness.registry import Registry, parse_spec, source_digest, spec_of, write_spec
-from harness.store import Store, key_of
+from harness.store import key_of
 from harness.types import KNOWLEDGE, Cell, delivers, extra_sets
 
 KEY_VERSION = 3  # raise when the harness itself changes numbers
@@ -48,7 +48,7 @@ class Plan:
     cells: list[PlannedCell] = field(default_factory=list)
 
 
-def plan(suite: Suite, registry: Registry, store: Store, threads: int = 1) -> Plan:
+def plan(suite: Suite, registry: Registry, threads: int = 1) -> Plan:
     """Every job that `suite` needs, each once."""
     planner = _Planner(registry, suite.metrics or standard(registry), threads)
     for cell in suite.cells:

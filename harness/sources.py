@@ -22,7 +22,11 @@ Place = tuple[int, int]  # line from 1, character from 0
 
 def digest(file: Path) -> str:
     """64 hex digits that stay while only comments and docstrings of `file` change; of its bytes if it is no Python."""
-    content = file.read_bytes()
+    return _digest(file.read_bytes())
+
+
+@cache
+def _digest(content: bytes) -> str:
     try:
         code = code_of(content).encode()
     except (SyntaxError, ValueError, tokenize.TokenError):

@@ -57,7 +57,7 @@ def planned(
     plugins: registry.Registry, *cells: Cell, metrics: tuple[str, ...] = ("asr",), threads: int = 1
 ) -> planning.Plan:
     suite = Suite("t", "t", tuple(cells), (), metrics, Path("t.toml"))
-    return planning.plan(suite, plugins, Store(Path("unused")), threads)
+    return planning.plan(suite, plugins, threads)
 
 
 def keys(plugins: registry.Registry, kind: str, **changes: Any) -> set[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from harness import planning
 from harness.cli import call, reproduce
 from harness.doubts import annotate
 from leaderboard import check, results
@@ -40,13 +41,24 @@ def test_a_new_value_is_within_the_interval_or_equal_to_one_percent_where_there_
     assert found == {"asr": True, "drift": False, "fid": True, "suspicion": False, "gone": False, "degenerate": True}
 
 
+def renewed_rows(out: Path, capsys: pytest.CaptureFixture[str], edited: str = "") -> int:
+    """What `check --keys` counts; `edited`: a part of planning that gives something else today."""
+    with pytest.MonkeyPatch.context() as patch:
+        if edited:
+            patch.setattr(planning, edited, lambda cls: "edited")
+        capsys.readouterr()
+        assert call(["leaderboard", "check", "--results", str(out), "--keys", "--json"]) in (0, 5)
+    (words,) = [n["words"] for n in json.loads(capsys.readouterr().out)["notes"] if "another key today" in n["words"]]
+    return int(words.split()[0])
+
+
 def test_a_row_is_run_again_from_its_record_and_attested(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "one.toml").write_text(SUITE)
     store = ["--store", str(tmp_path / "store")]
     out = tmp_path / "results" / "one"
     assert call(["run", str(tmp_path / "one.toml"), "-o", str(out), *store]) == 0
     (row,) = results.read_suite(out).records
-    capsys.readouterr()
+    assert [renewed_rows(out, capsys), renewed_rows(out, capsys, edited="source_digest")] == [0, 1]
     code = call(["reproduce", row["key"][:10], "--results", str(out), "--keep", "--json", *store])
     found = json.loads(capsys.readouterr().out)
     assert (code, found["within"]) == (0, True)

@@ -383,7 +383,7 @@ def test_the_papers_suite_runs_end_to_end_on_directories_of_ones_own(
     ]  # fmt: skip
     suite = grid.load_suite("paper-cifar10", plugins, only=["target=hat"], sets=sets)
     store = Store(tmp_path / "store")
-    plan = planning.plan(suite, plugins, store)
+    plan = planning.plan(suite, plugins)
     for key, job in plan.jobs.items():
         store.publish(key, lambda out, job=job: jobs.execute(job.spec, store, out), {"kind": job.kind})
     scores = json.loads((store.open_artifact(plan.cells[0].key) / "scores.json").read_text())

@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from harness.cli import Exit
-from harness.cli.common import as_json, note, print_json
+from harness.cli.again import renewed
+from harness.cli.common import as_json, loaded, note, print_json
 from harness.registry import RegistryError
 
 results_option: Callable[[Any], Any] = click.option(
@@ -58,10 +59,12 @@ def build(out: Path, root: Path | None, as_json: bool) -> None:
 @leaderboard.command(short_help="Recompute the numbers, verify digests, protocol and controls.")
 @results_option
 @click.option("--page", type=click.Path(path_type=Path), help="Also check that this built page is what they give.")
+@click.option("--keys", is_flag=True, help="Also count the rows that would have another key today.")
 @as_json
-def check(root: Path | None, page: Path | None, as_json: bool) -> int:
+def check(root: Path | None, page: Path | None, keys: bool, as_json: bool) -> int:
     """Check results: schema, digests, every score from its per-sample values, one protocol a table, controls, nothing
-    dirty or partial. Ends with 5 where anything is wrong, each problem with its file."""
+    dirty or partial. Ends with 5 where anything is wrong, each problem with its file. A row has another key today where
+    code, weights or plugins that it depends on have changed since: nothing wrong, but worth knowing."""
     from harness.doubts import annotate
     from leaderboard import check as checks
     from leaderboard.results import ResultsError
@@ -70,6 +73,12 @@ def check(root: Path | None, page: Path | None, as_json: bool) -> int:
         found = checks.check(results_root(root), annotate, page)
     except ResultsError as error:
         raise RegistryError(str(error)) from None
+    if keys:
+        registry = loaded((), strict=False)
+        for suite in read_results(root):
+            changed = len(renewed(suite.records, registry))
+            words = f"{changed} of {len(suite.records)} rows would have another key today"
+            found.notes.append(checks.Problem(str(suite.folder), words))
     if as_json:
         print_json(found)
     else:

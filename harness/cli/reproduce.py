@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from harness.cli import Exit
+from harness.cli.again import suite_of
 from harness.cli.common import as_json, columns, loaded, note, opened, plugin_files, print_json, store_option
 from harness.cli.leaderboard import read_results, results_option
 from harness.registry import RegistryError
@@ -74,21 +75,14 @@ def reproduce(
 
 def prepared(record: Mapping[str, Any], store: Path | None, files: tuple[Path, ...]) -> Prepared:
     """A suite of the record's one cell, planned in a part of the store that is for reproductions only."""
-    from harness import grid, planning
+    from harness import planning
     from harness.cli.run import Prepared
     from harness.store import Store
-    from harness.types import Cell
 
     registry = loaded(files, strict=False)
-    cell = dict(record["cell"])
-    for axis, kind in grid.AXES.items():
-        cell[axis] = registry.canonical(kind, cell[axis])
-    name = f"reproduce-{record['key'][:12]}"
-    measured = (record.get("provenance") or {}).get("metrics") or grid.standard(registry)
-    metrics = tuple(registry.canonical("metrics", metric) for metric in measured)
-    suite = grid.Suite(name, name, (Cell(**cell),), (), metrics, Path(f"{name}.toml"))
+    suite = suite_of([record], registry, f"reproduce-{record['key'][:12]}")
     own = Store(opened(store).root / "reproduced")
-    return Prepared(suite, planning.plan(suite, registry, own), own)
+    return Prepared(suite, planning.plan(suite, registry), own)
 
 
 def publish(

@@ -79,7 +79,7 @@ def prepare(
     from harness import estimate, planning
 
     opened_store, absent = opened(store), estimate.tolerant(registry) if planned else []
-    made = planning.plan(expanded, registry, opened_store, threads=threads)
+    made = planning.plan(expanded, registry, threads)
     return Prepared(expanded, made, opened_store, registry, absent)
 
 
