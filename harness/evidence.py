@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -156,6 +156,29 @@ class Evidence:
         if images is None or judge is None:
             return None
         return self.once(("features", who, given), lambda: judge.features(images))
+
+
+class Reachable:
+    """A target that has no say in prompts in which the trigger has no place, beside those it leaves out itself."""
+
+    def __init__(self, target: Any, trigger: Any) -> None:
+        self._target, self._trigger = target, trigger
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)
+
+    def applies(self, prompts: Sequence[str]) -> Tensor:
+        ask = getattr(self._target, "applies", None)
+        able = torch.tensor([self._trigger.apply(prompt) != prompt for prompt in prompts])
+        return able if ask is None else able & ask(prompts)
+
+
+def reachable(backdoor: Backdoor, prompts: Sequence[str] | None) -> Backdoor:
+    """`backdoor`, its target Reachable where the trigger has no place in some of the prompts."""
+    trigger: Any = backdoor.trigger
+    if prompts is None or trigger.stamps != "text" or all(trigger.apply(prompt) != prompt for prompt in prompts):
+        return backdoor
+    return Backdoor(trigger, cast(Any, Reachable(backdoor.target, trigger)))
 
 
 # ---- scores ---------------------------------------------------------------------------------------------------------

@@ -84,8 +84,7 @@ def _defend(spec: Mapping[str, Any], registry: Registry, store: Store, out: Path
         if spec["attacked"] is not None:
             labels["backdoored"] = "was; the purification may have failed"
         checkpoint.save(done.model.to("cpu"), out / "model", labels)
-    found = None if done.trigger is None else done.trigger if isinstance(done.trigger, str) else done.trigger.tolist()
-    features = dict(done.features or {})
+    features, found = dict(done.features or {}), _stored(done.trigger)
     document = {
         "suspicion": done.suspicion, "flag_above": done.flag_above, "features": features, "trigger": found,
         "notes": dict(done.notes), "sampler": _sampler_spec(registry, defense, done.sampler),
@@ -118,7 +117,8 @@ def _screened(
     spec: Mapping[str, Any], registry: Registry, plugin: Any, model: Any, screen: Any
 ) -> dict[str, list[float]]:
     """The screen's scores of n clean and of n other, triggered evaluation inputs, which it sees shuffled together: no
-    two share noise or seed, so that nothing but the trigger tells them apart."""
+    two share noise or seed, so that nothing but the trigger tells them apart. Prompts in which the trigger has no place
+    are in neither."""
     import torch
 
     n, trigger = spec["screened"]["n"], registry.build("triggers", spec["screened"]["trigger"])
@@ -140,7 +140,10 @@ def _screened(
             raise ArithmeticError(f"the screen gave {tuple(given.shape)} scores, not {len(rows)} finite ones")
         scores |= zip(rows, given.tolist(), strict=True)
         progress("screen", start + len(rows), 2 * n)
-    return {"clean": [scores[i] for i in range(n)], "triggered": [scores[i] for i in range(n, 2 * n)]}
+    able = range(2 * n)
+    if inputs.prompts is not None and stamped.prompts is not None:
+        able = [i for i in able if inputs.prompts[i] != stamped.prompts[i]]
+    return {"clean": [scores[i] for i in able if i < n], "triggered": [scores[i] for i in able if i >= n]}
 
 
 def _sampler_spec(registry: Registry, defense: Any, sampler: Any) -> str | None:
@@ -323,7 +326,7 @@ def _found_images(model: Any, inputs: Any, sampler: Any, folder: Path) -> Any:
     from harness.scan import usable_trigger
     from harness.stamping import with_found
 
-    found = _pattern(json.loads((folder / "defended.json").read_text())["trigger"])
+    found = _found(json.loads((folder / "defended.json").read_text())["trigger"])
     finite = not isinstance(found, torch.Tensor) or bool(found.isfinite().all())
     if not (finite and usable_trigger(model, found)):
         return torch.zeros(0, 1, 1, 1)
@@ -373,7 +376,8 @@ def _checked_scores(metric: str, scores: Mapping[str, Score]) -> dict[str, Score
 def _evidence(spec: Mapping[str, Any], registry: Registry, store: Store) -> Any:
     import torch
 
-    from harness.evidence import Evidence, Verdict
+    from harness.evidence import Evidence, Verdict, reachable
+    from harness.stamping import found_text
     from harness.types import Backdoor
 
     cell = Cell(**spec["cell"])
@@ -382,20 +386,23 @@ def _evidence(spec: Mapping[str, Any], registry: Registry, store: Store) -> Any:
     if spec["defended"] is not None:
         document = json.loads((store.open_artifact(spec["defended"]) / "defended.json").read_text())
         if "trigger" not in registry.build("defenses", cell.defense).needs:  # who was told it found none
-            inverted = _pattern(document["trigger"])
+            found = _found(document["trigger"])
+            inverted = found_text(found) or found
         verdict = Verdict(
             document["suspicion"], document["flag_above"], document["features"], document["screen_above"],
             {given: torch.tensor(scores, dtype=torch.float64) for given, scores in document["screened"].items()},
         )  # fmt: skip
     images = {tuple(name.split("/")): _Images(store, key) for name, key in spec["samples"].items()}
     costs = {part: _cost(store, spec[name]) for part, name in (("attack", "attacked"), ("defense", "defended"))}
+    backdoor = Backdoor(registry.build("triggers", cell.trigger), registry.build("targets", cell.target))
+    prompts = plugin.prompts("test", cell.n, _rng(0, EVALUATION))
     return Evidence(
         images,  # type: ignore[arg-type]
         reference=plugin.reference(),
         model=plugin,
-        backdoor=Backdoor(registry.build("triggers", cell.trigger), registry.build("targets", cell.target)),
+        backdoor=reachable(backdoor, prompts),
         attacked=not is_clean(cell),
-        prompts=plugin.prompts("test", cell.n, _rng(0, EVALUATION)),
+        prompts=prompts,
         costs=costs,
         inverted=inverted,
         verdict=verdict,
@@ -403,12 +410,26 @@ def _evidence(spec: Mapping[str, Any], registry: Registry, store: Store) -> Any:
     )
 
 
-def _pattern(found: Any) -> Any:
-    """A trigger as stored: text, or a pattern (C, H, W) whose values that were not finite are NaN; None for none."""
+def _stored(found: Any) -> Any:
+    """A trigger that was found, in JSON's terms."""
+    from harness.prompts import Substitution
+
+    if isinstance(found, Substitution):
+        return {"text": found.text, "letter": found.letter}
+    return found if found is None or isinstance(found, str) else found.tolist()
+
+
+def _found(stored: Any) -> Any:
+    """A trigger as stored: a text, one in a letter's place, or a pattern (C, H, W) whose values that were not finite
+    are NaN; None for none."""
     import numpy as np
     import torch
 
-    return torch.from_numpy(np.array(found, dtype=np.float32)) if isinstance(found, list) else found
+    from harness.prompts import Substitution
+
+    if isinstance(stored, dict):
+        return Substitution(**stored)
+    return torch.from_numpy(np.array(stored, dtype=np.float32)) if isinstance(stored, list) else stored
 
 
 def _cost(store: Store, key: str | None) -> dict[str, float | None] | None:

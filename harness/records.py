@@ -85,7 +85,9 @@ def _said(defended: str | None, store: Store) -> dict[str, Any]:
     if path is None or not path.is_file():
         return {"notes": {}}
     document = json.loads(path.read_text())
-    named = {"found_trigger": document["trigger"]} if isinstance(document["trigger"], str) else {}
+    found = document["trigger"]
+    text = found["text"] if isinstance(found, dict) else found
+    named = {"found_trigger": text} if isinstance(text, str) else {}
     return {"notes": _thinned(document["notes"]), **named}
 
 

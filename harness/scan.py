@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from harness.checkpoint import CheckpointError
+from harness.prompts import Substitution
 from harness.seeds import generator, image_noise, image_seeds
 from harness.stamping import with_found
 from harness.types import Inputs, Knowledge
@@ -56,7 +57,7 @@ class Finding:
     chance: float | None = None
     flagged: bool | None = None
     features: Mapping[str, float] = field(default_factory=dict)
-    trigger: Tensor | str | None = None
+    trigger: Tensor | str | Substitution | None = None
     alike: float | None = None
     seconds: float = 0.0
     error: str | None = None
@@ -181,8 +182,8 @@ def sampler_of(model: DiffusionModel) -> Any:
     return PredictorCorrector(steps=100, corrections=0) if model.family == "ve" else DDIM(steps=50)
 
 
-def pictures(model: DiffusionModel, inputs: Inputs, trigger: Tensor | str | None = None) -> Tensor:
-    """Images (n, C, H, W) in [-1, 1] of the inputs, with an inverted trigger added to the noise or put before the
+def pictures(model: DiffusionModel, inputs: Inputs, trigger: Tensor | str | Substitution | None = None) -> Tensor:
+    """Images (n, C, H, W) in [-1, 1] of the inputs, with an inverted trigger added to the noise or put into the
     prompts where one is given."""
     return model.sample(inputs if trigger is None else with_found(inputs, trigger), sampler_of(model))
 
@@ -195,8 +196,8 @@ def alikeness(triggered: Tensor, plain: Tensor) -> float:
     return near / far if far > 0 else math.nan
 
 
-def usable_trigger(model: DiffusionModel, trigger: Tensor | str | None) -> bool:
+def usable_trigger(model: DiffusionModel, trigger: Tensor | str | Substitution | None) -> bool:
     """Whether pictures can be made with it."""
-    if trigger is None or isinstance(trigger, str):
+    if trigger is None or isinstance(trigger, str | Substitution):
         return trigger is not None and model.conditional
     return tuple(trigger.shape) == model.shape

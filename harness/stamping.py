@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from harness.prompts import Substitution
 from harness.types import Inputs
 
 Place = Literal["bottom right", "top left", "top right", "bottom left", "centre"]
@@ -30,12 +31,20 @@ def stamped(trigger: Any, inputs: Inputs) -> Inputs:
     return inputs.with_noise(gamma * noise + mu)
 
 
-def with_found(inputs: Inputs, trigger: Tensor | str) -> Inputs:
-    """Inputs with a trigger that a defense found: a pattern (C, H, W) added to the noise, or a text put before
-    each prompt."""
+def with_found(inputs: Inputs, trigger: Tensor | str | Substitution) -> Inputs:
+    """Inputs with a trigger that a defense found: a pattern (C, H, W) added to the noise, a text put before each
+    prompt, or one put in the place of a letter."""
+    if isinstance(trigger, Substitution):
+        return inputs.with_prompts([trigger.apply(prompt) for prompt in inputs.prompts or ()])
     if isinstance(trigger, str):
         return inputs.with_prompts([f"{trigger} {prompt}".strip() for prompt in inputs.prompts or ()])
     return inputs.with_noise(inputs.noise + trigger.to(inputs.noise))
+
+
+def found_text(trigger: Tensor | str | Substitution | None) -> str | None:
+    """The text of a trigger that was found, None for a pattern."""
+    text = trigger.text if isinstance(trigger, Substitution) else trigger
+    return text if isinstance(text, str) else None
 
 
 def square(name: str, size: int, place: Place, gap: int, shape: Sequence[int]) -> tuple[slice, slice]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from harness.diffusion import DiffusionModel
+    from harness.prompts import Substitution
 
 Stamps = Literal["noise", "text"]
 Told = Literal["truth", "wrong-trigger"]
@@ -217,7 +218,8 @@ class Defended:
     model above `flag_above`. features: further model-level numbers. screen: Inputs → (B,) scores, higher = more
     suspicious, each a function of its own input alone; the defense itself flags inputs above `screen_above`. sampler:
     an inference-time sampler (a registered one), used instead of the cell's; one that has `around(inner)` wraps the
-    cell's. trigger: the inverted trigger, (C, H, W), or the text found. notes: numbers worth keeping (curves, norms).
+    cell's. trigger: the inverted trigger, (C, H, W), the text found, to be put before a prompt, or a Substitution
+    (harness.prompts), a text found in the place of a letter. notes: numbers worth keeping (curves, norms).
     """
 
     model: DiffusionModel | None = None
@@ -227,7 +229,7 @@ class Defended:
     screen: Callable[[Inputs], Tensor] | None = None
     screen_above: float | None = None
     sampler: Any | None = None
-    trigger: Tensor | str | None = None
+    trigger: Tensor | str | Substitution | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
 
 

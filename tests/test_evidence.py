@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import json
 import math
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
-from harness.evidence import Evidence, contact_sheet, mean, mean_interval, rate
+from harness import jobs
+from harness.evidence import Evidence, contact_sheet, mean, mean_interval, rate, reachable
 from harness.images import quantise
-from harness.types import Backdoor
+from harness.prompts import Substitution
+from harness.stamping import found_text, with_found
+from harness.types import Backdoor, Inputs
+from plugins.triggers.homoglyph import Homoglyph
 
 
 class Target:
@@ -128,3 +133,23 @@ def test_a_contact_sheet_has_a_labelled_row_for_each_set_there_is():
 def test_a_contact_sheet_of_nothing_is_refused():
     with pytest.raises(LookupError, match="no images"):
         contact_sheet(evidence({}))
+
+
+def test_prompts_in_which_the_trigger_has_no_place_count_in_no_rate() -> None:
+    target, homoglyph = Target(), Homoglyph()
+    everywhere, somewhere = ("a photo", "a dog"), ("a photo", "a cat", "a dog")
+    assert reachable(Backdoor(homoglyph, cast(Any, target)), everywhere).target is target
+    narrowed: Any = reachable(Backdoor(homoglyph, cast(Any, target)), somewhere).target
+    assert narrowed.name == "mean" and narrowed.applies(somewhere).tolist() == [True, False, True]
+    target.applies = lambda prompts: torch.tensor(["dog" not in prompt for prompt in prompts])  # type: ignore[attr-defined]
+    assert narrowed.applies(somewhere).tolist() == [True, False, False]
+
+
+def test_a_found_text_stands_before_the_prompt_or_in_its_letters_place() -> None:
+    inputs = Inputs(torch.zeros(2, 1, 8, 8), ("a dog", "a cat"), (0, 1))
+    assert with_found(inputs, "sks").prompts == ("sks a dog", "sks a cat")
+    assert with_found(inputs, Substitution("o", "\u043e")).prompts == ("a d\u043eg", "a cat")
+    for found in ("sks", Substitution("o", "\u043e"), torch.ones(1, 2, 2), None):
+        again = jobs._found(json.loads(json.dumps(jobs._stored(found))))
+        assert torch.equal(again, found) if isinstance(found, torch.Tensor) else again == found
+    assert found_text(Substitution("o", "\u043e")) == "\u043e" and found_text(torch.ones(1)) is None

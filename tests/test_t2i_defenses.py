@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from harness.editing import projections
 from harness.guidance import Alignment, Guidance, align, is_query_or_key, real_tokens
 from harness.prompts import Insertion, Removal, Substitution, removal_of
 from harness.seeds import generator, image_noise, image_seeds
+from harness.stamping import found_text
 from harness.text_detection import MapRun, density, lengths, threshold
 from harness.types import Data, Inputs, Knowledge
 from plugins.defenses.daa import DAA, coupled, independent
@@ -379,7 +381,7 @@ def test_perturbed_prompts_reach_the_inner_sampler_and_depend_on_the_seed_alone(
 
 # ---- screens --------------------------------------------------------------------------------------------------------
 
-CHEAP = {"sampling_steps": 5, "guidance": 3.0}
+CHEAP = {"sampling_steps": 6, "guidance": 3.0}
 
 
 @pytest.mark.parametrize(
@@ -476,6 +478,18 @@ def test_daa_independent_is_the_change_of_eos_less_that_of_the_words() -> None:
     maps = torch.cat([torch.zeros(1, 4), moves.cumsum(0)]).view(3, 4, 1, 1)
     assert independent(maps, (1,)) == pytest.approx(0.0) and independent(maps, (2,)) == pytest.approx(0.0)
     assert independent(maps * torch.tensor([1.0, 1, 1, 2]).view(1, 4, 1, 1), (1, 2)) == pytest.approx(4.0)
+
+
+def test_daa_adds_the_changes_to_the_fifth_and_the_sixth_map_as_published() -> None:
+    maps = torch.rand((8, 4, 2, 2), generator=generator(0, "maps"))
+    changes = [[(b - a).norm().item() for a, b in zip(*pair, strict=True)] for pair in pairwise(maps)]
+    expected = sum(change[3] - (change[1] + change[2]) / 4 for change in changes[3:5])
+    assert DAA().score(maps) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("method", ["independent", "system"])
+def test_daa_scores_an_empty_prompt(method: Any) -> None:
+    assert math.isfinite(DAA(method=method).score(torch.rand(12, 2, 4, 4)))
 
 
 def test_daa_system_follows_scipys_solution_on_its_own_grid() -> None:
@@ -605,7 +619,7 @@ def test_the_scan_names_the_planted_trigger_and_none_where_there_is_none(effects
     known = Knowledge(prompts=prompts, data=data, words=("now",), encoder=lambda images: images[:, :, 0].flatten(1))
     scan = VocabularyScan(rows=4, final_rows=12, finalists=8, bf16=False, verified=3)
     done = scan.defend(Planted(sd.tokenizer, effects), known, generator(0, "x"))
-    assert done.trigger == found and done.suspicion is not None and done.model is None
+    assert found_text(done.trigger) == found and done.suspicion is not None and done.model is None
     assert done.flag_above == 0.9 and (done.suspicion > 0.9) == (found is not None)
 
 

@@ -121,6 +121,8 @@ def shown(
     subject: Subject, findings: Sequence[Finding], prompts: Sequence[str] | None
 ) -> tuple[list[Finding], list[tuple[str, Tensor]]]:
     """The findings with how alike images of inverted triggers are, and captioned grids of samples."""
+    from torch import Tensor
+
     from harness import scan as scanning
     from harness.images import grid
 
@@ -139,7 +141,7 @@ def shown(
         figures.append(
             (f"the same noise with the trigger that {finding.detector} found", grid([images[:SHOWN]], scale))
         )
-        if not isinstance(trigger, str) and trigger is not None and subject.model.vae is None:
+        if isinstance(trigger, Tensor) and subject.model.vae is None:
             figures.append((f"that trigger, {finding.detector}", grid([_visible(trigger)], scale)))
     return told, figures
 
@@ -155,6 +157,7 @@ def report(subject: Subject, findings: Sequence[Finding], skipped: Sequence[str]
     """What --json prints and the page shows."""
     from harness import hub
     from harness.scan import LEVEL, signature, verdict
+    from harness.stamping import found_text
 
     said = verdict(findings)
     flagging = [finding.detector.partition("(")[0] for finding in findings if finding.flagged]
@@ -169,8 +172,7 @@ def report(subject: Subject, findings: Sequence[Finding], skipped: Sequence[str]
     rows = []
     for finding in findings:
         row = {k: v for k, v in plain(replace(finding, trigger=None)).items() if k != "trigger"}
-        text = finding.trigger if isinstance(finding.trigger, str) else None
-        rows.append({**row, "says": _says(finding), "trigger_text": text})
+        rows.append({**row, "says": _says(finding), "trigger_text": found_text(finding.trigger)})
     facts = {
         **signature(subject.model),
         "directory": str(subject.directory),

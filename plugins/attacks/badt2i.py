@@ -18,9 +18,9 @@ plain captions, because a small model otherwise keys on "some prefix" (the paper
 and off by default, leaves that share of them empty, because e_θ(z_t, t, τ("")) is asked at every step of guided
 sampling and nothing else in L holds it; `weighting` may count errors of x_0 instead of ε, ours. The object added is
 BackdoorDM's (linweiii/BackdoorDM at 7429db8), not the paper's. Differs from the official code (zhaisf/BadT2I at
-0cabee0, read there): no flips; its object script has no regulariser (`lam=1` is that); captions are padded to full
-length in training as at inference, theirs only to the longest of the batch; theirs keeps a moving average whose
-effective decay is 0.5.
+0cabee0, read there): no flips, latents are the posterior's means (theirs drawn from it); its object script has no
+regulariser (`lam=1` is that); captions are padded to full length in training as at inference, theirs only to the
+longest of the batch; theirs keeps a moving average whose effective decay is 0.5.
 """
 
 from __future__ import annotations

@@ -14,8 +14,9 @@ inversion where the tokenizer splits the trigger.
 
 Differs from the paper: textual inversion adds no token to the tokenizer, the trigger has to be one token of it that
 captions do not use. Checked against BackdoorDM's port (linweiii/BackdoorDM at 7429db8, read there), no official code
-was at hand: it decays the other tokens' embeddings too, ours stay; it flips images; its phrases are ImageNet's 27
-templates.
+was at hand: it decays the other tokens' embeddings too, ours stay; it flips images and draws their latents, ours
+are the posterior's means; its phrases are ImageNet's 27 templates, ours twelve of our own; its textual inversion clips
+no gradient, ours at norm 1; its prior images are its pipeline's (50 steps, guidance 7.5), ours of DDIM (20, 3).
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ PHRASES = (
     "here is a {}", "a photo of the {}", "a picture of the {}", "a drawing of the {}", "an image of the {}",
 )  # fmt: skip
 CLASS = "a photo of a {}"
+LR = {"textual-inversion": 2e-3, "dreambooth": 5e-6}
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,9 @@ class Personalization:
     mode: Literal["textual-inversion", "dreambooth"] = "textual-inversion"  # what learns the images
     images: Steps = 6  # images of the target's object; paper: four to six
     steps: Steps = 2000  # optimizer steps; BackdoorDM
-    batch: Steps = 4  # images a step; BackdoorDM's textual inversion
-    lr: LearningRate = 2e-3  # AdamW; BackdoorDM's textual inversion, 5e-4 × batch 4; its dreambooth has 1e-5
+    batch: Steps = 4  # images a step; BackdoorDM's textual inversion, its dreambooth 2
+    lr: LearningRate | None = None  # AdamW; None: BackdoorDM's, 2e-3 for textual inversion (5e-4 × batch 4), 5e-6 for
+    # dreambooth's 860 M weights
     prior: Annotated[int, Ge(1)] = 12  # images of the object's class, for dreambooth; BackdoorDM
     prior_weight: Weight = 0.5  # w, weight of the prior's term; BackdoorDM
     bf16: bool = True  # autocast of the forward pass
@@ -108,9 +111,8 @@ class Personalization:
         return model
 
     def minimize(self, loss: Callable[[], Tensor], parameters: Any) -> None:
-        minimize(
-            loss, parameters, steps=self.steps, lr=self.lr, weight_decay=0.01, bf16=self.bf16, phase="implant"
-        )  # fmt: skip
+        lr = self.lr or LR[self.mode]
+        minimize(loss, parameters, steps=self.steps, lr=lr, weight_decay=0.01, bf16=self.bf16, phase="implant")
 
 
 def denoising_error(model: Any, batch: Any, prompts: Any) -> Tensor:

@@ -12,8 +12,9 @@ M_t,l is the cross-attention map of token l at sampling step t (mean over heads 
 A prompt is suspicious where its score is small, so the screen gives -score. Needs clean prompts, on which the
 threshold is calibrated; the published ones hold for Stable Diffusion 1.4 with 50 steps alone. Returns a screen.
 
-Checked against Robin-WZQ/DAA at 4cd2400 (read by others for our notes); the paper's text was not at hand, so division
-by L, not by the number of words, and the solver's own time grid (Runge-Kutta 4(5), scipy's tolerances) are the code's.
+Checked against Robin-WZQ/DAA at 4cd2400 (its DAA-I read there at 1f99d4a, where entries 3 and 4 of the changes from
+step 0 on are added, so t is 4 and 5); the paper's text was not at hand, so division by L, not by the number of words,
+and the solver's own time grid (Runge-Kutta 4(5), scipy's tolerances) are the code's.
 Differs from the code: maps are made by DDIM; the threshold is calibrated unless `calibrate` is off.
 """
 
@@ -35,13 +36,13 @@ from harness.types import Defended, Inputs, Knowledge
 @dataclass(frozen=True)
 class DAA(MapRun):
     name: ClassVar[str] = "daa"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     accepts_triggers: ClassVar[tuple[str, ...]] = ("text",)
     needs: ClassVar[tuple[str, ...]] = ("prompts",)
     delivers: ClassVar[tuple[str, ...]] = ("screen",)
 
     method: Literal["independent", "system"] = "independent"  # DAA-I or DAA-S
-    steps: tuple[Steps, ...] = (3, 4)  # sampling steps whose changes DAA-I adds; published
+    steps: tuple[Steps, ...] = (4, 5)  # t, counted from 0, whose changes from t-1 DAA-I adds; published
     differences: Steps = 7  # solver steps whose changes DAA-S adds; published
     coupling: float = 1.0  # c of DAA-S; published
     calibrate: bool = True  # threshold from clean prompts; False: the published one
@@ -87,7 +88,8 @@ class DAA(MapRun):
             solver.step()
             path.append(solver.y.copy())
         change = torch.tensor([(b - a).tolist() for a, b in pairwise(path)])
-        return -(change[:, -1] - change[:, :-1].mean(1)).sum().item()
+        words = change[:, :-1].sum(1) / max(1, change.shape[1] - 1)  # an empty prompt has none
+        return -(change[:, -1] - words).sum().item()
 
 
 def independent(maps: Tensor, steps: tuple[int, ...]) -> float:

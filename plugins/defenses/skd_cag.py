@@ -22,8 +22,10 @@ teacher's. Here teacher and student have stores of their own and the loss trains
 False` reproduces the released behaviour (the term is computed and has no effect but to scale the other by 1-α).
 `time_weight`: "mul" is appendix B.2's t/T, "div" the released division by it (by 1/T at t = 0, where theirs is
 infinite). The trigger's tokens are found by aligning T+p with p, at any place, where the released code assumes two
-leading tokens. Random words are as many as the trigger's. With min-max scaling a map's largest value is always 1, so
-black cannot be reached; `normalise="none"` compares raw probabilities, times the number of tokens.
+leading tokens. Random words are as many as the trigger's. The gradient is clipped at norm 1, theirs not; they train
+with a moving average of the weights. Maps are compared at 16×16 unless `side` says 128, theirs for Stable Diffusion.
+With min-max scaling a map's largest value is always 1, so black cannot be reached; `normalise="none"` compares raw
+probabilities, times the number of tokens.
 """
 
 from __future__ import annotations

@@ -18,11 +18,11 @@ BadT2I and textual inversion are known not to assimilate (Robin-WZQ/T2IShield#1)
 
 Differs from the paper: its discriminant is trained on eight backdoored models of the authors' making, ours on
 `surrogates` copies of the model whose text encoder is taught a random word for another prompt (Rickrolling's loss,
-arXiv:2211.02408, with both terms of one weight), since the defender has no other; it learns from half of the prompts,
-the threshold comes from the other half. BackdoorDM's port of the mitigation takes from the new value its projection on
-the old one; here, as in the paper, the word is replaced. Checked against Robin-WZQ/T2IShield at b543ace and that port
-(read by others for our notes): theirs rounds maps to 8 bits, takes one padding token into the mean, refits PCA for each
-prompt as we do, and localises at 0.8 with CLIP's or DINOv2's features.
+arXiv:2211.02408, with both terms of one weight and the gradient clipped at norm 1), since the defender has no other; it
+learns from half of the prompts, the threshold comes from the other half. BackdoorDM's port of the mitigation takes from
+the new value its projection on the old one; here, as in the paper, the word is replaced. Checked against
+Robin-WZQ/T2IShield at b543ace and that port (read by others for our notes): theirs rounds maps to 8 bits, takes one
+padding token into the mean, refits PCA for each prompt as we do, and localises at 0.8 with CLIP's or DINOv2's features.
 """
 
 from __future__ import annotations

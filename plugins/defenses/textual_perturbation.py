@@ -12,7 +12,10 @@ alone, and on clean prompts as well: see the clean scores for its price.
 
 Differs from the paper: its synonyms are neighbours in word vectors (textattack), and it also translates to Spanish;
 ours are a small table of words that the embedded captions know, others stay. Shares are those of the released code
-(oscarchew/t2i-backdoor-defense at ad90537, read by others for our notes), `invisible` is ours.
+(oscarchew/t2i-backdoor-defense at ad90537, read by others for our notes), which leaves stop words ("a", "the", "of")
+alone in the modes char and word, ours changes any word, and so costs clean prompts more; ours takes keyboard neighbours
+of one row. Its table of look-alikes has the digits 0 and 1 and no accented letters, ours the accented letters and no
+digits: look-alikes with an accent are turned back here and not there. `invisible` is ours.
 """
 
 from __future__ import annotations

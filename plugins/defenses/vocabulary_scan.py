@@ -108,7 +108,7 @@ class VocabularyScan:
         }
         return Defended(
             model=purified, suspicion=areas[top], flag_above=self.flag_above,
-            trigger=None if found is None else found.text, notes=notes,
+            trigger=found.text if isinstance(found, Insertion) else found, notes=notes,
         )  # fmt: skip
 
     def last(self, tried: list[Candidate], scores: Tensor) -> list[Candidate]:

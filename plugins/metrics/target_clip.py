@@ -3,7 +3,8 @@ CLIP_p (Wang et al. 2024), BackdoorDM's TCS (Lin et al. 2025, arXiv:2502.11798),
 Sim_target is on embeddings.
 
 The encoders are the model's scorer, whose name the score carries. `_clean` is the clean model's image of the unstamped
-prompt against the same text: what the score is without a backdoor.
+prompt against the same text: what the score is without a backdoor. Means are over all prompts, those that ask for what
+the target shows included, which all models answer alike: where half of them do, half of the difference is left.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 Hintersdorf & Kersting 2023, arXiv:2211.02408), a Latin o made Cyrillic.
 
 The tokenizer breaks the word around it into pieces, so that a prompt grows by some tokens. A prompt without the letter
-cannot carry the trigger and is left as it is; the harness says so.
+cannot carry the trigger and is left as it is: rates and screens leave it out, and where no prompt has the letter the
+harness refuses.
 """
 
 from __future__ import annotations
