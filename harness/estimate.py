@@ -71,7 +71,7 @@ def _need(job: Any, model: Any, registry: Registry) -> Need:
     if job.kind in ("attack", "defend"):
         kind, spec = ("attacks", job.spec["attack"]) if job.kind == "attack" else ("defenses", job.spec["defense"])
         plugin = registry.build(kind, spec)
-        steps, rows = int(getattr(plugin, "steps", 0)), int(getattr(plugin, "batch", 1))
+        steps, rows = _whole(plugin, "steps", 0), _whole(plugin, "batch", 1)
         evaluations = 3.0 * steps * rows
     elif job.kind == "sample":
         sampler = registry.build("samplers", job.spec["sampler"])
@@ -83,6 +83,12 @@ def _need(job: Any, model: Any, registry: Registry) -> Need:
     if rows:  # weights, a frozen copy, gradients, two moments; activations kept in bf16; the data beside the model
         return Need(hours, 5 * weights + 2.0 * rows * work.activations + (0 if model.latent else data), 2 * data)
     return Need(hours, weights + 4.0 * SAMPLED * work.activations / 8, 4e9 + pixels * job.spec.get("n", 0))
+
+
+def _whole(plugin: Any, name: str, otherwise: int) -> int:
+    """A field of the plugin, if it is a whole number."""
+    value = getattr(plugin, name, otherwise)
+    return value if isinstance(value, int) else otherwise
 
 
 def _usual(model: Any) -> int:

@@ -24,7 +24,9 @@ KEY_VERSION = 3  # raise when the harness itself changes numbers
 WRONG = 4  # wrong triggers behind the false-trigger rate
 KNOWN_SHARE, KNOWN_LEAST = 0.1, 512  # clean training data a defender may hold: a tenth (Elijah's), at least this many
 KNOWN_PROMPTS = 100  # clean prompts a defender may hold ("Sealing the Backdoor")
-SECONDS = {"attack": 300.0, "defend": 60.0, "sample": 40.0, "measure": 10.0}  # first guesses on one CPU core
+# First guesses of the seconds that a job takes, for the embedded models on one CPU core
+BEGIN, STEP, EVALUATION = 5.0, 0.25, 0.003  # before the first step, an optimizer step, a network evaluation
+SECONDS = {"attack": 300.0, "defend": 60.0, "measure": 5.0}  # of a method without steps
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,17 @@ class _Planner:
         if key not in self.plan.jobs:
             files = [str(path) for path in self.registry.files]
             told = {"kind": kind, **spec, "plugin_files": files}
-            self.plan.jobs[key] = Job(key, kind, label, tuple(needs), told, SECONDS[kind], shares)
+            self.plan.jobs[key] = Job(key, kind, label, tuple(needs), told, self.guess(kind, spec), shares)
         return key
+
+    def guess(self, kind: str, spec: Mapping[str, Any]) -> float:
+        """Seconds that a job may take, before any of its like was measured."""
+        if kind == "sample":
+            images = spec["n"] * len(spec.get("stamps", [None]))
+            return BEGIN + EVALUATION * images * self.registry.build("samplers", spec["sampler"]).nfe
+        method = {"attack": "attack", "defend": "defense"}.get(kind)
+        steps = None if method is None else getattr(self.registry.build(method + "s", spec[method]), "steps", None)
+        return BEGIN + STEP * steps if isinstance(steps, int) and steps else SECONDS[kind]
 
     def add(self, cell: Cell) -> None:
         attack = self.attack(cell)

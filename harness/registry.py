@@ -137,6 +137,9 @@ class Index:
         return tuple(entry for entry in self.entries if entry.kind == kind)
 
 
+YOURS = "for a plugin of your own: pip install -e DIR, or --plugin-file FILE"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """What goes between an unknown word and the list of known ones: the nearest of them, if one is near."""
     names = list(known)
@@ -592,10 +595,10 @@ def _source_of(module: str) -> str:
 
 def unknown_name(kind: str, name: str, known: Iterable[str], left_out: int = 0) -> UnknownName:
     names = sorted(known)
+    near = did_you_mean(name, names)
+    listed = "" if near != ";" else f" known: {', '.join(names) or 'none'};"
     more = f" ({left_out} plugin modules could not be loaded: bench plugins)" if left_out else ""
-    return UnknownName(
-        f"no {kind[:-1]} named '{name}'{did_you_mean(name, names)} known: {', '.join(names) or 'none'}{more}"
-    )
+    return UnknownName(f"no {kind[:-1]} named '{name}'{near}{listed} {YOURS}{more}")
 
 
 def load(files: Iterable[Path] = (), strict: bool = False) -> Registry:

@@ -258,8 +258,11 @@ BAD = {
         bad(**change("import torch\n", "import torch\ntorch.manual_seed(3)\n")), "light import",
         "importing it touches torch's random state", "define classes",
     ),
-    "untyped parameter": (
+    "parameter of any type": (
         bad(**change("scale: float = 0.01", "scale: Any = 0.01")), "parameters", "'scale' takes anything", "its type",
+    ),
+    "parameter without a type": (
+        bad(**change("scale: float = 0.01", "scale = 0.01")), "parameters", "'scale' has no type", "scale: float",
     ),
 }  # fmt: skip
 

@@ -213,7 +213,9 @@ def test_an_unknown_name_gets_a_suggestion_and_the_known_names(tmp_path: Path) -
     (tmp_path / "x.py").write_text(defense("rinse"))
     found = Registry()
     found.load_file(tmp_path / "x.py")
-    with pytest.raises(UnknownName, match="no defense named 'rince'; did you mean 'rinse'\\? known: rinse"):
+    with pytest.raises(
+        UnknownName, match="no defense named 'rince'; did you mean 'rinse'\\? for a plugin of your own: "
+    ):
         found.build("defenses", "rince")
     with pytest.raises(UnknownName, match="no kind 'defences'; did you mean 'defenses'"):
         found.build("defences", "rinse")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib.util
+import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -183,8 +184,18 @@ def _import_again(module: Any, watch: Watch) -> float:
         return time.process_time() - started
 
 
+def _untyped_numbers(cls: type) -> list[str]:
+    """Names in the class's body with a number and without a type, which a dataclass takes for no field."""
+    typed = {name for base in cls.__mro__ for name in inspect.get_annotations(base)} | {"version", "api"}
+    given = {name: value for base in cls.__mro__ for name, value in vars(base).items() if name not in typed}
+    return [n for n, v in given.items() if n.islower() and not n.startswith("_") and isinstance(v, int | float)]
+
+
 def parameters(case: Case) -> None:
     """Its parameters validate, and survive being written as a spec."""
+    for name in _untyped_numbers(case.cls):
+        cure = f"write {name}: float = ..., or {name}: ClassVar[float] = ... for a constant"
+        raise Fault(f"'{name}' has no type, so it is no parameter", cure)
     fields = [f for f in dataclasses.fields(case.cls) if f.init]
     default = case.cls()
     for f in fields:
