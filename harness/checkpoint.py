@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from harness.diffusion import DiffusionModel
 from harness.features import AttributeCNN, CNNJudge
 
 PRUNED = "pruned.json"
+CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", PRUNED)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 PARTS = {
     "unet": ("UNet2DModel", "UNet2DConditionModel"),
@@ -92,7 +94,7 @@ def load(directory: Path) -> DiffusionModel:
     index = _index(directory)
     parts: dict[str, Any] = {}
     for name, allowed in PARTS.items():
-        library, cls = (index.get(name) or [None, None])[:2]
+        library, cls = _named(index, name, directory)
         if library is None or cls is None:
             continue
         if cls not in allowed:
@@ -117,10 +119,28 @@ def _index(directory: Path) -> dict[str, Any]:
     path = directory / "model_index.json"
     if not path.is_file():
         raise CheckpointError(f"{directory}: no model_index.json; give a directory saved by a diffusers pipeline")
+    return json_object(path)
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises CheckpointError for anything else."""
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from None
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON ({error}); fetch it again") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: a JSON {type(found).__name__}, not an object; fetch it again")
+    return found
+
+
+def _named(index: Mapping[str, Any], name: str, directory: Path) -> list[Any]:
+    """The library and the class that the index names for a part; [None, None] for a part that the model has not."""
+    entry = index.get(name) or [None, None]
+    if not isinstance(entry, list) or len(entry) != 2:
+        raise CheckpointError(
+            f"{directory / 'model_index.json'}: {name} is no pair of library and class; fetch it again"
+        )
+    return entry
 
 
 def _folder(directory: Path, name: str) -> Path:
@@ -137,6 +157,9 @@ def _part(directory: Path, library: str, cls: str) -> Any:
 
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: missing, though model_index.json names it")
+    for path in (directory / name for name in CONFIGS):
+        if path.is_file():
+            json_object(path)
     weights = [p for p in directory.iterdir() if p.suffix == ".safetensors"]
     pickles = [p for p in directory.iterdir() if p.suffix in PICKLES]
     if pickles and not weights:
@@ -144,8 +167,8 @@ def _part(directory: Path, library: str, cls: str) -> Any:
             f"{pickles[0]}: a pickle can run code when it is loaded, so it is refused; "
             "convert it on a machine you can lose with save_pretrained(safe_serialization=True)"
         )
-    owner = getattr(diffusers if library == "diffusers" else transformers, cls)
     try:
+        owner = getattr(diffusers if library == "diffusers" else transformers, cls)
         if cls.endswith("Scheduler") or cls.startswith("CLIPTokenizer"):
             return owner.from_pretrained(directory, local_files_only=True)
         if (directory / PRUNED).is_file():
@@ -155,7 +178,7 @@ def _part(directory: Path, library: str, cls: str) -> Any:
         )
     except Exception as error:  # diffusers and transformers raise a dozen types for a bad directory
         raise CheckpointError(f"{directory}: cannot be loaded as {cls}: {error}") from error
-    if cls == "VQModel" and "scaling_factor" not in json.loads((directory / "config.json").read_text()):
+    if cls == "VQModel" and "scaling_factor" not in json_object(directory / "config.json"):
         part.register_to_config(scaling_factor=1.0)  # latent diffusion's own; diffusers would put Stable Diffusion's
     return part.eval().requires_grad_(False)
 
@@ -167,7 +190,7 @@ def _pruned(directory: Path, owner: Any) -> Any:
 
     with torch.random.fork_rng(devices=[]):  # weights that are replaced at once are drawn from the global generator
         net = owner.from_config(owner.load_config(directory, local_files_only=True))
-    pruning.reshape(net, json.loads((directory / PRUNED).read_text()))
+    pruning.reshape(net, json_object(directory / PRUNED))
     (weights,) = directory.glob("*.safetensors")
     net.load_state_dict(load_file(weights), strict=True)
     return net.float().eval().requires_grad_(False)

@@ -6,7 +6,6 @@ Only safetensors, configurations, tokenizer files and parquet are fetched; pickl
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -133,6 +132,8 @@ def load(source: Source) -> DiffusionModel:
     classes = [k for k in ("num_class_embeds", "class_embed_type") if getattr(model.denoiser.config, k, None)]
     if classes:
         raise CheckpointError(f"{directory}: a denoiser that has to be told a class ({classes[0]}) is not supported")
+    if getattr(model.denoiser.config, "sample_size", None) is None:
+        raise CheckpointError(f"{directory}: the denoiser's config.json says no side (sample_size); fetch it again")
     if _product(list(model.shape)) > MOST:
         raise CheckpointError(f"{directory}: makes samples of {model.shape} numbers; at most {MOST:,} are read")
     return model
@@ -145,7 +146,7 @@ def check(directory: Path) -> None:
         raise CheckpointError(f"{directory}: is empty; give a directory saved by a diffusers pipeline")
     held = {path: _numbers_held(path) for path in sorted(directory.rglob("*.safetensors"))}
     for path in sorted(directory.rglob("config.json")):
-        config = _json(path)
+        config = checkpoint.json_object(path)
         _plausible(config, path)
         beside = sum(n for file, n in held.items() if file.parent == path.parent)
         asked = _numbers_asked(config, path)
@@ -178,16 +179,6 @@ def _product(shape: list[int]) -> int:
     for side in shape:
         count *= side
     return count
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: not a configuration, but a {type(found).__name__}")
-    return found
 
 
 def _plausible(config: Mapping[str, Any], path: Path) -> None:

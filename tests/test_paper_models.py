@@ -147,6 +147,7 @@ def test_hostile_and_damaged_directories_are_refused_in_words(tmp_path: Path, un
     refused(copied("greedy", block_out_channels=[1024, 2048]), "asks for a network of [0-9,]+ numbers")
     refused(copied("layers", layers_per_block=10**9), "layers_per_block = 1,000,000,000 is not a network's")
     refused(copied("canvas", sample_size=2**19), "makes samples of")
+    refused(copied("sideless", sample_size=None), "says no side")
     cut = copied("cut") / "diffusion_pytorch_model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-100])
     refused(cut.parent, "diffusion_pytorch_model.safetensors: truncated or damaged")
@@ -154,7 +155,7 @@ def test_hostile_and_damaged_directories_are_refused_in_words(tmp_path: Path, un
     (pickled / "diffusion_pytorch_model.safetensors").rename(pickled / "diffusion_pytorch_model.bin")
     refused(pickled, "a pickle can run code")
     (copied("text") / "config.json").write_text("[]")
-    refused(tmp_path / "text", "not a configuration")
+    refused(tmp_path / "text", "not an object")
 
 
 # ---- the hub --------------------------------------------------------------------------------------------------------

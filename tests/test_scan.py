@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import click
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from harness import checkpoint, scan
-from harness.cli import call
+from harness import checkpoint, hub, registry, scan, scanpage
+from harness.cli import Exit, call, main
+from harness.cli.common import writable
+from harness.cli.scan import applicable
+from harness.cli.subject import Subject, known
 from harness.diffusion import DDIM, DiffusionModel
 from harness.scan import Finding, Population
-from harness.types import Defended, Knowledge
+from harness.types import Data, Defended, Knowledge
 from tests.oracles import PlantedShift, scheduler, tiny_unet
 
 DETECTORS = '''
@@ -245,6 +251,149 @@ def test_what_cannot_be_loaded_or_asked_is_one_line_and_its_exit_code(bench: Run
     fails(4, "conv_in.weight", str(tmp_path / "m"))
     weights.rename(weights.with_suffix(".bin"))
     fails(4, "a pickle can run code", str(tmp_path / "m"))
+    (tmp_path / "m" / "model_index.json").write_text("[]")
+    fails(4, "a JSON list, not an object", str(tmp_path / "m"))
+
+
+@pytest.mark.parametrize("device", ["foo", "meta", "cuda:99"])
+def test_a_device_that_is_not_there_is_one_line(bench: Run, tmp_path: Path, device: str) -> None:
+    for command, *words in (
+        ("scan", tmp_path),
+        ("purify", tmp_path, "--defense", "finetune", "-o", tmp_path / "out"),
+        ("build", "digits-ddpm", "-o", tmp_path / "out"),
+    ):
+        found = bench(command, *words, "--device", device)
+        (line,) = found.err.splitlines()
+        assert found.code == 2 and line.startswith(f"bench: --device {device}: ") and "name another" in line
+
+
+def test_a_crash_is_told_with_its_command_and_never_exits_as_a_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def crash(source: hub.Source) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(hub, "load", crash)
+    monkeypatch.setattr(sys, "argv", ["bench", "scan", str(saved(tmp_path / "a model"))])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err
+    assert ended.value.code == Exit.bug == 70
+    assert "Traceback" in said and said.splitlines()[-1].endswith(f"command: bench scan '{tmp_path / 'a model'}'")
+    monkeypatch.setenv("BENCH_DEBUG", "1")
+    monkeypatch.setattr(sys, "argv", ["bench", "scan", str(tmp_path / "none")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == Exit.missing and "Traceback" in capsys.readouterr().err
+
+
+# ---- what is asked, and with what -----------------------------------------------------------------------------------
+
+
+def test_a_bare_name_stands_for_how_the_default_scan_asks_the_detector(bench: Run, tmp_path: Path) -> None:
+    directory, file = saved(tmp_path / "m"), tmp_path / "population.json"
+    clean = Population(
+        "digits-ddpm", scan.signature(tiny_unet()), {"bias(own=False)": (0.0, 0.1, 0.2, 0.3, 0.4)}, {"given": 5}
+    )
+    scan.write_population(clean, file)
+    words = ("scan", directory, "--population", file, "--json", "--detector")
+    bare, explicit = bench(*words, "bias"), bench(*words, "bias()")
+    told = [json.loads(each.out)["findings"][0] for each in (bare, explicit)]
+    assert [each["detector"] for each in told] == ["bias(own=False)", "bias(own=True)"]
+    assert told[0]["clean"] and not told[1]["clean"]
+    note = "bias() has no clean models to compare with; they were asked bias(own=False): give --detector bias\n"
+    assert note in explicit.err and "clean models" not in bare.err
+
+
+def test_without_clean_models_a_bare_name_stands_for_the_spec_of_scan_toml() -> None:
+    from harness.cli.scan import default_detectors
+
+    subject, plugins = Subject("m", Path(), tiny_unet(), None, None), registry.load()
+    asked, _ = applicable(subject, plugins, ["terd"], {})
+    assert list(asked) == [plugins.canonical("defenses", default_detectors(subject.model)[0])]
+    asked, _ = applicable(subject, plugins, ["terd()"], {})
+    assert list(asked) == [plugins.canonical("defenses", "terd")]
+
+
+def test_pictures_in_colour_become_grey_for_a_model_of_one_channel(bench: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.new("L", (16, 16), 51).save(folder / "1.png")
+    Image.new("RGB", (16, 16), (255, 0, 0)).save(folder / "2.png")
+    data = known(Subject("m", Path(), tiny_unet(), None, None), folder, None, 0, {"data"}).data
+    assert data is not None and data.images.shape == (2, 1, 16, 16)
+    means = data.images.mean((1, 2, 3)).tolist()
+    assert means == pytest.approx([2 * 0.2 - 1, 2 * 0.299 - 1], abs=1e-5)
+    words = ("--defense", "finetune(steps=1, batch=2)", "--data", folder, "-o", tmp_path / "out")
+    assert bench("purify", saved(tmp_path / "m"), *words).code == 0
+    assert bench("scan", tmp_path / "m", "--detector", "bias", "--data", folder).code == 0
+
+
+def test_data_that_cannot_fit_is_refused_with_both_shapes(tmp_path: Path) -> None:
+    Image.new("L", (16, 16), 51).save(tmp_path / "1.png")
+    for shape in ((4, 16, 16), (3, 8, 16)):
+        model = SimpleNamespace(shape=shape, vae=None, conditional=False)
+        with pytest.raises(click.UsageError) as refused:
+            known(Subject("m", Path(), model, None, None), tmp_path, None, 0, {"data"})
+        named = "×".join(map(str, shape))
+        assert f"images of 3×16×16 do not fit a model of {named}; give others with --like" in str(refused.value)
+    like: Any = SimpleNamespace(name="other", data=lambda: Data(torch.zeros(2, 1, 8, 8)))
+    with pytest.raises(click.UsageError, match="data of other: images of 1×8×8 do not fit a model of 1×16×16"):
+        known(Subject("m", Path(), tiny_unet(), like, None), None, None, 0, {"data"})
+
+
+def test_a_plugin_of_another_kind_of_model_is_refused_and_those_that_fit_are_named(bench: Run, tmp_path: Path) -> None:
+    directory = saved(tmp_path / "m")
+    for like in ("shapes-sd", "sd-v1-4", "ddpm-cifar10"):
+        found = bench("scan", directory, "--detector", "bias", "--like", like)
+        line = found.err.splitlines()[-1]
+        assert found.code == 2 and line.startswith(f"bench: --like {like} takes ")
+        assert "makes images of 1×16×16; name digits-ddpm or digits-ncsn" in line
+    checkpoint.save(tiny_unet(channels=2), tmp_path / "odd")
+    found = bench("purify", tmp_path / "odd", "--defense", "finetune", "--like", "digits-ddpm", "-o", tmp_path / "out")
+    assert found.code == 2 and "no plugin fits; give --data and --prompts instead" in found.err
+    assert bench("scan", directory, "--detector", "bias", "--like", "digits-ncsn").code == 0
+
+
+# ---- what is written ------------------------------------------------------------------------------------------------
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(bench: Run, tmp_path: Path) -> None:
+    (tmp_path / "afile").write_text("")
+    nowhere = tmp_path / "no such model"
+    for out in (tmp_path, tmp_path / "afile" / "x.html", Path("/proc/x.html"), tmp_path / ("x" * 300)):
+        found = bench("scan", nowhere, "-o", out)
+        assert found.code == 2 and f"{out}: cannot be written (" in found.err and "name another with -o" in found.err
+    for out in (tmp_path / "afile" / "x", Path("/proc/x")):
+        found = bench("purify", nowhere, "--defense", "finetune", "-o", out)
+        assert found.code == 2 and f"{out}: cannot be written (" in found.err
+
+
+def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "afile").write_text("kept")
+    writable(tmp_path)
+    writable(tmp_path / "a" / "b")
+    writable(tmp_path / "a" / "b.html", file=True)
+    writable(tmp_path / "afile", file=True)
+    assert [each.name for each in tmp_path.iterdir()] == ["afile"] and (tmp_path / "afile").read_text() == "kept"
+    with pytest.raises(click.UsageError, match="name another with --store"):
+        writable(tmp_path / "afile", "--store")
+
+
+def test_the_verdict_is_said_before_the_page_is_written(
+    bench: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("scan", saved(tmp_path / "m"), "--detector", "bias", "-o", tmp_path / "a" / "b" / "page.html")
+    found = bench(*words)
+    assert found.code == 0 and (tmp_path / "a" / "b" / "page.html").is_file()
+    assert found.out.endswith("page.html\n") and "report: " in found.out
+
+    def full(*_: Any) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(scanpage, "page", full)
+    found = bench(*words)
+    assert found.code == 4 and "nothing found" in found.out and "report: " not in found.out
 
 
 def test_code_beside_the_weights_is_named_and_left_alone(bench: Run, tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 from enum import IntEnum
 
@@ -20,6 +22,7 @@ class Exit(IntEnum):
     plugin = 3
     missing = 4  # a prerequisite: weights, a readable checkpoint, a writable store
     mismatch = 5  # verification found other numbers
+    bug = 70  # an error that nobody expected
     interrupted = 130
 
 
@@ -83,12 +86,23 @@ def bench() -> None:
 
 
 def main() -> None:
-    """Entry point of the console script."""
-    sys.exit(call(sys.argv[1:]))
+    """Entry point of the console script. A bug shows its traceback and has an exit code of its own."""
+    try:
+        code = call(sys.argv[1:])
+    except Exception as error:
+        traceback.print_exc()
+        code = _code(error)
+        if code is None:
+            command = shlex.join(["bench", *sys.argv[1:]])
+            click.echo(
+                f"bench: this is a bug; please report it with the lines above and the command: {command}", err=True
+            )
+            code = Exit.bug
+    sys.exit(code)
 
 
 def call(arguments: Sequence[str]) -> int:
-    """Run a command line and return its exit code; a mistake of the user is one line on stderr."""
+    """Run a command line and return its exit code; a mistake of the user is one line on stderr. A bug is raised."""
     try:
         result = bench.main(list(arguments) or ["--help"], prog_name="bench", standalone_mode=False)
         sys.stdout.flush()

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from harness.cli import Exit
-from harness.cli.common import as_json, loaded, note, plugin_files, print_json, seconds, strict_option
+from harness.cli.common import as_json, loaded, note, plugin_files, print_json, seconds, strict_option, writable
 from harness.cli.scan import applicable
 from harness.cli.subject import Subject, known, listen
 from harness.store import plain
@@ -50,6 +50,7 @@ def calibrate(
     if directories and len(directories) < scanning.LEAST:
         raise click.UsageError(f"--of: {len(directories)} clean models say little; give at least {scanning.LEAST}")
     path = out or checkpoint.embedded(plugin, plugin.name) / scanning.POPULATION
+    writable(path, file=True)
     original = plugin.load().to("cuda" if torch.cuda.is_available() else "cpu")
     subject = Subject(model, Path(), original, plugin, None)
     asked, skipped = applicable(subject, registry, detectors, given={})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,6 +73,34 @@ def opened(root: Path | None) -> Store:
     from harness.store import Store, default_root
 
     return Store(root.expanduser().absolute() if root is not None else default_root())
+
+
+def check_device(device: str | None) -> None:
+    """Raise click.UsageError for a device that this machine does not have; None is the default, which it has."""
+    if device is None:
+        return
+    import torch
+
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).partition("\n")[0]
+        raise click.UsageError(f"--device {device}: {reason}; name another, or leave --device out") from None
+
+
+def writable(path: Path, option: str = "-o", file: bool = False) -> None:
+    """Raise click.UsageError unless the folder `path`, or with `file` the file, can be written. Missing folders above
+    it count as made; nothing is left behind."""
+    place = path.expanduser().absolute()
+    try:
+        nearest = next(each for each in (place, *place.parents) if each.exists())
+        if file and nearest == place:
+            os.close(os.open(place, os.O_WRONLY))
+        else:
+            tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise click.UsageError(f"{path}: cannot be written ({reason}); name another with {option}") from None
 
 
 def columns(rows: Sequence[Sequence[str]], indent: str = "") -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from harness.cli import Exit
-from harness.cli.common import loaded, print_json
+from harness.cli.common import loaded, print_json, writable
 from harness.cli.subject import Subject, known, listen, model_options, opened, unmet
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def purify(
     folder = out.expanduser().absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise click.UsageError(f"{folder} exists and is not empty; name another directory")
+    writable(out)
     registry = loaded(files, strict)
     cleaner = registry.build("defenses", defense)
     if "model" not in delivers(cleaner):

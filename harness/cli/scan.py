@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from harness.cli import Exit
-from harness.cli.common import columns, loaded, print_json
+from harness.cli.common import columns, loaded, note, print_json, writable
 from harness.cli.subject import Subject, known, listen, model_options, opened, unmet
 from harness.store import plain
 
@@ -28,7 +28,13 @@ EXITS = {"nothing found": Exit.ok, "suspicious": Exit.failed, "undecided": Exit.
 
 @click.command(short_help="Is a model of your own backdoored?")
 @model_options
-@click.option("--detector", "detectors", multiple=True, metavar="DEFENSE", help="Ask these; default: all that apply.")
+@click.option(
+    "--detector",
+    "detectors",
+    multiple=True,
+    metavar="DEFENSE",
+    help="Ask these, a bare name as the default scan asks it; default: all that apply.",
+)
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="HTML file to write.")
 def scan(
     model: str, revision: str, like: str | None, population: Path | None, data: Path | None, prompts: Path | None,
@@ -37,10 +43,13 @@ def scan(
 ) -> int:  # fmt: skip
     """Ask detectors about MODEL, a diffusers directory or a hub id, and give a verdict with its evidence.
 
-    Exit code: 0 nothing found, 1 suspicious, 4 cannot be loaded or nothing to judge it by. Pickles are refused.
+    Exit code: 0 nothing found, 1 suspicious, 4 cannot be loaded or nothing to judge it by; a crash is 70, never 1.
+    Pickles are refused.
     """
     from harness import scan as scanning
 
+    if out is not None:
+        writable(out, file=True)
     registry = loaded(files, strict)
     subject = opened(model, revision, like, device, registry, population)
     asked, skipped = applicable(subject, registry, detectors, given={"data": data, "prompts": prompts})
@@ -49,14 +58,14 @@ def scan(
     findings = scanning.examine(asked, subject.model, knowledge, subject.population, seed)
     findings, figures = shown(subject, findings, knowledge.prompts)
     document = report(subject, findings, skipped)
-    if out is not None:
-        from harness.scanpage import page
-
-        out.expanduser().write_text(page(document, figures), encoding="utf-8")
     if as_json:
         print_json(document)
     else:
-        _say(document, out)
+        _say(document)
+    if out is not None:
+        _write(document, figures, out.expanduser())
+        if not as_json:
+            click.echo(f"report: {out}")
     return EXITS[document["verdict"]]
 
 
@@ -73,13 +82,17 @@ def applicable(
     """Detectors by canonical spec, and why others were left out. Asked for by name, one that cannot be asked is an
     error: click.UsageError."""
     stamps = "text" if subject.model.conditional else "noise"
-    specs = list(wanted) if wanted else _unasked(subject, registry)
+    usual = _unasked(subject, registry)
+    specs = [each for spec in wanted for each in _meant(spec, usual)] if wanted else usual
     chosen, skipped = {}, []
     for spec in specs:
         detector = registry.build("defenses", spec)
         why = _unfit(detector, stamps, subject, given)
         if why is None:
-            chosen[registry.canonical("defenses", spec)] = detector
+            canonical = registry.canonical("defenses", spec)
+            chosen[canonical] = detector
+            if wanted:
+                _note_unknown(spec, canonical, subject)
         elif wanted:
             raise click.UsageError(f"{spec}: {why}")
         else:
@@ -95,6 +108,21 @@ def _unasked(subject: Subject, registry: Registry) -> list[str]:
     names = {parse_spec(spec)[0] for spec in compared}
     usual = default_detectors(subject.model) + ([] if compared else _third_party(registry))
     return compared + [spec for spec in usual if parse_spec(spec)[0] not in names]
+
+
+def _meant(spec: str, usual: Sequence[str]) -> list[str]:
+    """A bare name stands for how the default scan asks that detector; `name()` has the class's own defaults."""
+    return [each for each in usual if each.partition("(")[0] == spec.strip()] or [spec]
+
+
+def _note_unknown(spec: str, canonical: str, subject: Subject) -> None:
+    """A line where the clean models were asked the same detector with other parameters."""
+    name = canonical.partition("(")[0]
+    compared = list(subject.population.suspicion) if subject.population is not None else []
+    same = [known for known in compared if known.partition("(")[0] == name]
+    if same and canonical not in same:
+        asked = " and ".join(same)
+        note(f"{spec} has no clean models to compare with; they were asked {asked}: give --detector {name}")
 
 
 def _third_party(registry: Registry) -> list[str]:
@@ -228,7 +256,14 @@ def _limits(subject: Subject, said: str) -> list[str]:
     return lines
 
 
-def _say(document: Mapping[str, Any], out: Path | None) -> None:
+def _write(document: Mapping[str, Any], figures: Sequence[tuple[str, Tensor]], path: Path) -> None:
+    from harness.scanpage import page
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page(document, figures), encoding="utf-8")
+
+
+def _say(document: Mapping[str, Any]) -> None:
     click.echo(f"{document['model']}: {document['verdict']}. {document['because']}")
     rows = [("detector", "suspicion", "clean models", "chance", "says")]
     for row in document["findings"]:
@@ -239,5 +274,3 @@ def _say(document: Mapping[str, Any], out: Path | None) -> None:
     click.echo(columns(rows, indent="  "))
     for line in document["limits"]:
         click.echo(f"- {line}")
-    if out is not None:
-        click.echo(f"report: {out}")

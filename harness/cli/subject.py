@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from harness.cli.common import as_json, plugin_files, strict_option
+from harness.cli.common import as_json, check_device, plugin_files, strict_option
 
 if TYPE_CHECKING:
     from harness.registry import Registry
     from harness.scan import Population
-    from harness.types import Knowledge
+    from harness.types import Data, Knowledge
 
 SHARE, LEAST = 0.1, 512  # clean data that a defense is given, as in a run
 PROMPTS = 100
@@ -56,7 +56,8 @@ class Subject:
 def opened(
     where: str, revision: str, like: str | None, device: str | None, registry: Registry, population: Path | None = None
 ) -> Subject:
-    """Raises CheckpointError for what cannot be loaded, UnknownName for a plugin that there is not.
+    """Raises CheckpointError for what cannot be loaded, UnknownName for a plugin that there is not, click.UsageError
+    for one of another kind of model and for a device that this machine does not have.
 
     population: a file of clean models; default: those beside the embedded weights.
     """
@@ -65,10 +66,13 @@ def opened(
     from harness import hub
     from harness.scan import read_population, signature
 
+    check_device(device)
     plugin = None if like is None else registry.build("models", like)
     source = hub.Source(where, revision)
     directory = source.fetch()
     model = hub.load(hub.Source(str(directory)) if source.directory is None else source)
+    if plugin is not None:
+        _check_like(plugin, where, model, registry)
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     populations = list(known_populations(registry)) if population is None else [read_population(population)]
     if plugin is not None:
@@ -77,6 +81,39 @@ def opened(
         matching = [population for population in populations if dict(population.signature) == signature(model)]
         plugin = registry.build("models", matching[0].model) if matching else None
     return Subject(where, directory, model, plugin, matching[0] if matching else None)
+
+
+def _check_like(plugin: Any, where: str, model: Any, registry: Registry) -> None:
+    """Raise click.UsageError where the plugin's data and prompts are for another kind of model; it names those that
+    fit."""
+    theirs, ours = _kind_of(plugin), _kind(model.conditional, model.vae is not None, pixels(model))
+    if set(theirs) <= set(ours):
+        return
+    fitting = [name for name, cls in registry.classes("models").items() if _kind_of(cls()) == ours]
+    way = f"name {' or '.join(fitting)}" if fitting else "no plugin fits; give --data and --prompts instead"
+    raise click.UsageError(f"--like {plugin.name} {', '.join(theirs)}; {where} {', '.join(ours)}; {way}")
+
+
+def _kind(conditional: bool, latent: bool = False, images: Sequence[int] = ()) -> tuple[str, ...]:
+    """What decides whether data and prompts fit a model, in words; without `images`, what is known of an unseen one."""
+    prompts = "takes prompts" if conditional else "takes no prompts"
+    space = "diffuses latents" if latent else "diffuses pixels"
+    return (prompts, space, f"makes images of {_sides(images)}") if images else (prompts,)
+
+
+def _kind_of(plugin: Any) -> tuple[str, ...]:
+    """The kind of a plugin's model, as far as it is known without fetching anything."""
+    from harness.checkpoint import CheckpointError, embedded
+    from harness.published import Published
+
+    if isinstance(plugin, Published):
+        return _kind(plugin.conditional, plugin.latent, (3, plugin.side, plugin.side))
+    try:
+        embedded(plugin, plugin.name)
+        model = plugin.load()
+    except CheckpointError:  # neither here nor described
+        return _kind(plugin.conditional)
+    return _kind(model.conditional, model.vae is not None, pixels(model))
 
 
 def known_populations(registry: Registry) -> Iterator[Population]:
@@ -112,17 +149,19 @@ def known(subject: Subject, data: Path | None, prompts: Path | None, seed: int, 
     import torch
 
     from harness.seeds import generator
-    from harness.types import Data, Knowledge
+    from harness.types import Knowledge
 
     rng, like, found = generator(seed, "knowledge"), subject.like, {}
     if data is not None:
         from harness import imagedata
 
-        found["data"] = imagedata.read(data, ("train",), side_of(subject.model))
+        read = imagedata.read(data, ("train",), pixels(subject.model)[-1])
+        found["data"] = _fitting(read, subject.model, f"--data {data}", "--like MODEL")
     elif like is not None and "data" in needs:
         whole: Data = like.data()
         share = min(len(whole), max(LEAST, round(SHARE * len(whole))))
-        found["data"] = whole.rows(torch.randperm(len(whole), generator=rng)[:share])
+        some = whole.rows(torch.randperm(len(whole), generator=rng)[:share])
+        found["data"] = _fitting(some, subject.model, f"the data of {like.name}", "--data DIR")
     if prompts is not None:
         lines = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines()]
         found["prompts"] = tuple(line for line in lines if line)
@@ -138,10 +177,32 @@ def known(subject: Subject, data: Path | None, prompts: Path | None, seed: int, 
     return Knowledge(**found)
 
 
-def side_of(model: Any) -> int:
-    """Pixels of the model's images."""
-    side = model.shape[-1]
-    return side if model.vae is None else side * 2 ** (len(model.vae.config.block_out_channels) - 1)
+def _fitting(data: Data, model: Any, given: str, other: str) -> Data:
+    """The data in the model's channels: colours become grey where it has one. Raises click.UsageError for images that
+    do not fit."""
+    from harness.imagedata import grey
+
+    wanted, images = pixels(model), data.images
+    if images.shape[1] == 3 and wanted[0] == 1:
+        images = grey(images)
+    if images.shape[1:] != wanted:
+        has, takes = _sides(images.shape[1:]), _sides(wanted)
+        raise click.UsageError(f"{given}: images of {has} do not fit a model of {takes}; give others with {other}")
+    return replace(data, images=images)
+
+
+def pixels(model: Any) -> tuple[int, int, int]:
+    """(C, H, W) of the model's images."""
+    channels, height, width = model.shape
+    if model.vae is None:
+        return channels, height, width
+    config = model.vae.config
+    scale = 2 ** (len(config.block_out_channels) - 1)
+    return config.in_channels, height * scale, width * scale
+
+
+def _sides(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape))
 
 
 def listen(quiet: bool) -> None:
