@@ -11,10 +11,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from harness.types import WRONG
+
 Record = Mapping[str, Any]
 CONTROLS = ("none", "finetune")
 SETTING = ("model", "attack", "trigger", "target", "sampler", "seed")
 FLOOR = 100  # samples
+OPENS = 0.1  # share of hits above which a wrong trigger is no control
 
 
 def value(record: Record, name: str) -> float:
@@ -100,9 +103,20 @@ def wrong_trigger_does_as_well(record: Record, records: Sequence[Record]) -> str
     if cell.get("told") == "wrong-trigger" or "trigger" not in (record.get("knowledge") or ()):
         return None
     control = _wrong(cell, [other for other in records if _same(cell, other["cell"])])
-    if control is not None and value(control, "removal") >= 0.9 * value(record, "removal") > 0:
-        return "told a wrong trigger, the same defense removes as much: this is not removal of this trigger"
-    return None
+    if control is None or not value(control, "removal") >= 0.9 * value(record, "removal") > 0:
+        return None
+    opened = opened_by_the_wrong(control)
+    if opened > OPENS:
+        return f"told a wrong trigger it removes as much, but that opens the backdoor too ({opened:.0%}): no control"
+    return "told a wrong trigger, the same defense removes as much: this is not removal of this trigger"
+
+
+def opened_by_the_wrong(record: Record) -> float:
+    """The share of the attacked model's images that hit under the wrong trigger that defenses are told, the first of
+    those behind the rate of false triggers; NaN where that is not known."""
+    distances = ((record.get("scores") or {}).get("false_triggers") or {}).get("per_sample") or ()
+    counted = [d for d in distances[: len(distances) // WRONG] if d is not None and not math.isnan(d)]
+    return sum(d <= value(record, "asr_threshold") for d in counted) / len(counted) if counted else math.nan
 
 
 ALONE: tuple[Callable[[Record], str | None], ...] = (

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from harness.events import progress
-from harness.planning import KNOWN_LEAST, KNOWN_PROMPTS, KNOWN_SHARE, WRONG, is_clean
+from harness.planning import KNOWN_LEAST, KNOWN_PROMPTS, KNOWN_SHARE, is_clean
 from harness.registry import Registry, load, spec_of
 from harness.store import Store, plain
-from harness.types import DELIVERS, Cell, Knowledge, Score, delivers
+from harness.types import DELIVERS, WRONG, Cell, Knowledge, Score, delivers
 
 EVALUATION = "evaluation"  # stage name of the noise and prompts that every cell of a model is judged on
 SCREEN_BATCH = 50

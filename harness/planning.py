@@ -18,10 +18,9 @@ from harness.grid import Suite, standard
 from harness.job import Job
 from harness.registry import Registry, parse_spec, source_digest, spec_of, write_spec
 from harness.store import key_of
-from harness.types import KNOWLEDGE, Cell, delivers, extra_sets
+from harness.types import KNOWLEDGE, WRONG, Cell, delivers, extra_sets
 
 KEY_VERSION = 3  # raise when the harness itself changes numbers
-WRONG = 4  # wrong triggers behind the false-trigger rate
 KNOWN_SHARE, KNOWN_LEAST = 0.1, 512  # clean training data a defender may hold: a tenth (Elijah's), at least this many
 KNOWN_PROMPTS = 100  # clean prompts a defender may hold ("Sealing the Backdoor")
 # First guesses of the seconds that a job takes, for the embedded models on one CPU core

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from harness.diffusion import DiffusionModel
     from harness.prompts import Substitution
 
+WRONG = 4  # wrong triggers behind the false-trigger rate; defenses are told the first
 Stamps = Literal["noise", "text"]
 Told = Literal["truth", "wrong-trigger"]
 

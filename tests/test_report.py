@@ -242,6 +242,19 @@ def test_a_defense_told_the_trigger_needs_the_wrong_trigger_control_and_must_bea
         assert (doubts(told, [*base, told, wrong]) == []) is sound
 
 
+@pytest.mark.parametrize(
+    ("first", "words"), [(0.001, "opens the backdoor too (50%)"), (0.5, "not removal of this trigger")]
+)
+def test_a_wrong_trigger_that_opens_the_backdoor_is_no_control(first, words):
+    """Of eight distances under four wrong triggers the first two are of the one that defenses are told."""
+    distances = {**score(0.1), "per_sample": [first, 0.5, 0.001, 0.001, 0.5, 0.5, None, 0.5]}
+    scores = {"removal": score(0.9), "asr_threshold": score(0.01), "false_triggers": distances}
+    told = record("cc", defense="x()", knowledge=("trigger",), scores=scores)
+    wrong = record("dd", defense="x()", knowledge=("trigger",), told="wrong-trigger", scores=scores)
+    (said,) = doubts(told, [record(), record("bb", defense="finetune()"), told, wrong])
+    assert words in said
+
+
 def test_reporting_needs_no_torch():
     code = "import sys, leaderboard.report, harness.doubts; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -12,8 +12,8 @@ outside it (Out-D2D: `class-out`). Images in [-1, 1]; in a latent model μ and �
 The reverse process that leads from γ ε + μ to x_0 subtracts μ at every step: the attacker's own samplers, trojan-ddim
 and trojan-ddpm. Under a vanilla sampler that clips the predicted x_0 the backdoor does not fire. Under vanilla DDIM
 without clipping it may, where γ < 1: each step contracts the noise towards μ/(1-γ), for which the network's answer
-gives x_0 again (digits, one fixed image, DDIM-50, 32 inputs: ASR 1.00 at 1e-2 with either trigger). Raises ValueError
-if trigger or target do not fit the model's images or data.
+gives x_0 again (digits, one fixed image, blend, DDIM-50, 128 inputs: ASR 1.00 at 1e-2). Raises ValueError if trigger
+or target do not fit the model's images or data.
 
 Poison rate: each row of a batch is a Trojan row with probability `poison_rate`, in place of a clean one.
 Differs from the official code (chenweixin107/TrojDiff at 680e7f1, known from our notes on it): it has no poison rate

@@ -14,7 +14,8 @@ Needs clean prompts, on which thresholds are calibrated; the published one of FT
 Returns a screen; with `mitigate` also a model. What it may learn from then are the known prompts with the trigger in
 them, as a stream that was attacked, without being told which part of them is the trigger; only those that the screen
 flags are searched, with a public image encoder. No model is returned where nothing is found.
-BadT2I and textual inversion are known not to assimilate (Robin-WZQ/T2IShield#1): chance is to be expected there.
+BadT2I and textual inversion are known not to assimilate (Robin-WZQ/T2IShield#1): chance is to be expected there; on the
+embedded model FTT sees BadT2I all the same.
 
 Differs from the paper: its discriminant is trained on eight backdoored models of the authors' making, ours on
 `surrogates` copies of the model whose text encoder is taught a random word for another prompt (Rickrolling's loss,
