@@ -144,6 +144,8 @@ def _digests(folder: Path, outcome: Outcome) -> None:
         return
     if manifest.get("format") != results.FORMAT:
         outcome.problems.append(Problem(str(path), f"format {manifest.get('format')}, this version reads 1"))
+    for name in results.strays(folder):
+        outcome.problems.append(Problem(str(folder / name), "no part of the results; move it elsewhere"))
     there = set(results.contents(folder))
     for name in sorted(there | set(files)):
         if name not in there:
@@ -184,6 +186,7 @@ def _suite(suite: Results, outcome: Outcome, annotate: Annotate, derive: bool) -
         outcome.records += 1
         outcome.recomputed += len(again.recomputed)
         outcome.measured += len(again.recomputed) + len(again.unsupported)
+    outcome.problems += [Problem(str(file), words) for file, words in results.twins([suite])]
     _together(suite, outcome)
     _attestations(suite, outcome)
     if derive:

@@ -55,12 +55,13 @@ def terminal(records: Iterable[Record], dropped: Iterable[Record] = (), width: i
 def write(records: Iterable[Record], dropped: Iterable[Record], out: Path, packed: bool = False) -> dict[str, Path]:
     """Write the report into folder `out` and return {"md", "json", "csv", "records": path}.
 
-    packed: records as .json.gz. Contact sheets that records name and that lie in the folder are linked. At the end
-    manifest.json seals whatever lies in the folder.
+    packed: records as .json.gz. Contact sheets that records name and that lie in the folder are linked. Records and
+    pictures of an earlier run are removed. At the end manifest.json seals the results in the folder.
     """
     done, left_out = [_plain_json(record) for record in records], [_plain_json(entry) for entry in dropped]
     for record in done:
         results.write_record(out, _file_name(record["key"]), results.dump(record), packed)
+    results.prune(out, done)
     for name, text in derived(done, left_out, out).items():
         results.write_text(out / name, text)
     results.seal(out)

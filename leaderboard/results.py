@@ -5,6 +5,9 @@
         sheets/<hash>.png      contact sheets of at most 256 colours, by content: rows that show the same share one
         reproduced/<key>.json  what `bench reproduce --keep` found
         report.md  report.json  report.csv
+        run.json  events.jsonl    beside a report in the store
+
+Whatever else lies in the folder is somebody's own: it is neither sealed nor removed.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,12 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 COLOURS = 256
 LARGEST = 64_000_000  # bytes of a packed file, unpacked
+PARTS = ("records", "sheets", "reproduced")
 SHEET = re.compile(r"sheets/[0-9a-f]{8,64}\.png")
+OURS = re.compile(
+    rf"records/[0-9a-f]{{64}}\.json(\.gz)?|{SHEET.pattern}|reproduced/[0-9a-f]{{64}}\.json"
+    r"|report\.(md|json|csv)|run\.json|events\.jsonl"
+)
 SHIPPED = Path(__file__).parent / "results"
 
 
@@ -79,18 +87,22 @@ def read_suite(folder: Path) -> Results:
     order = {str(record.get("key")): i for i, record in enumerate(report.get("records") or ())}
     found = [_record(path) for path in record_files(folder)]
     records = tuple(sorted(found, key=lambda record: order.get(str(record.get("key")), len(order))))
-    reproduced = {path.stem: load(path) for path in sorted((folder / "reproduced").glob("*.json"))}
+    reproduced = {path.stem: load(path) for path in _files(folder, "reproduced")}
     return Results(folder.resolve().name, folder, records, tuple(report.get("dropped") or ()), reproduced)
 
 
 def record_files(folder: Path) -> list[Path]:
-    return sorted([*(folder / "records").glob("*.json"), *(folder / "records").glob("*.json.gz")])
+    return _files(folder, "records")
+
+
+def _files(folder: Path, part: str) -> list[Path]:
+    return [folder / name for name in contents(folder) if name.startswith(f"{part}/")]
 
 
 def _record(path: Path) -> dict[str, Any]:
     """A record whose key is its file's name, so that no key can name a file elsewhere."""
-    record, key = load(path), path.name.partition(".")[0]
-    if record.get("key") != key or not re.fullmatch(r"[0-9a-f]{8,64}", key):
+    record = load(path)
+    if record.get("key") != path.name.partition(".")[0]:
         raise ResultsError(f"{path}: a record is a file named for its key, which is hex digits")
     if record.get("sheet") is not None and not SHEET.fullmatch(str(record["sheet"])):
         raise ResultsError(f"{path}: its contact sheet should be sheets/<hash>.png, not {record['sheet']}")
@@ -137,6 +149,32 @@ def find(every: Iterable[Results], start: str) -> tuple[Results, dict[str, Any]]
         several = f"{len(found)} records: {', '.join(key[:12] for key in sorted(found)[:4])}" if found else "no record"
         raise ResultsError(f"key {start} names {several}")
     return next(iter(found.values()))
+
+
+def cell_of(record: Record) -> str:
+    """What two records of one cell have in common."""
+    return canonical(record["cell"])
+
+
+def twins(every: Iterable[Results], keys: Container[str] | None = None) -> Iterator[tuple[Path, str]]:
+    """(file, what is wrong) for each record of a cell of which there is another one; of those in `keys`, by default of
+    all. Code, weights or plugins changed between the two: they are no two seeds."""
+    first: dict[str, tuple[str, Path]] = {}
+    for results in every:
+        for record in results.records:
+            key, file = record["key"], results.record_file(record["key"])
+            if keys is not None and key not in keys:
+                continue
+            known, other = first.setdefault(cell_of(record), (key, file))
+            if known != key:
+                way = "remove the outdated one, or run the suite again with the same -o"
+                yield file, f"a second record of the cell of {other}; {way}"
+
+
+def distinct(every: Sequence[Results], keys: Container[str] | None = None) -> None:
+    """Raise ResultsError where two records are of one cell."""
+    for file, words in twins(every, keys):
+        raise ResultsError(f"{file}: {words}")
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -203,6 +241,16 @@ def write_record(folder: Path, key: str, text: str, packed: bool = False) -> Non
     path.unlink(missing_ok=True)
 
 
+def prune(folder: Path, records: Sequence[Record]) -> None:
+    """Remove the records, pictures and attestations in `folder` that are not of these records."""
+    keys, sheets = {record["key"] for record in records}, {record.get("sheet") for record in records}
+    for name in contents(folder):
+        part, _, file = name.partition("/")
+        known = name in sheets if part == "sheets" else file.partition(".")[0] in keys
+        if part in PARTS and not known:
+            (folder / name).unlink()
+
+
 def write_text(path: Path, text: str) -> None:
     """Write whole or not at all."""
     _write(path, text.encode())
@@ -243,7 +291,7 @@ def sheet_name(content: bytes) -> str:
 
 
 def seal(folder: Path) -> Path:
-    """Write manifest.json over everything else in `folder`."""
+    """Write manifest.json over the results in `folder`."""
     records = [load(path) for path in record_files(folder)]
     manifest = {
         "format": FORMAT,
@@ -255,9 +303,18 @@ def seal(folder: Path) -> Path:
 
 
 def contents(folder: Path) -> list[str]:
-    """The files below `folder` that a manifest covers, as relative paths."""
-    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in found if name != MANIFEST)
+    """The files in `folder` that a manifest covers, as relative paths."""
+    return sorted(name for name in _names(folder) if OURS.fullmatch(name) and (folder / name).is_file())
+
+
+def strays(folder: Path) -> list[str]:
+    """What lies in `folder` and is no part of results, as relative paths; a folder counts once."""
+    return sorted(set(_names(folder)) - {MANIFEST, *PARTS, *contents(folder)})
+
+
+def _names(folder: Path) -> Iterator[str]:
+    for path in (*folder.glob("*"), *(path for part in PARTS for path in (folder / part).glob("*"))):
+        yield path.relative_to(folder).as_posix()
 
 
 def digest(path: Path) -> str:

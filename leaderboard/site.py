@@ -21,7 +21,7 @@ from markupsafe import Markup
 from leaderboard import orders, pages, population, report, summary
 from leaderboard.drawings import drawings, population_drawings
 from leaderboard.rendering import asset, environment, inside, png_size, policy, script_json, shown
-from leaderboard.results import Results, write_text
+from leaderboard.results import Results, ResultsError, write_text
 from leaderboard.summary import TASK_WORDS, TASKS, TRACK_WORDS, TRACKS, Block, Cell, Figure, Row
 from leaderboard.tables import CONTROLS, Number, bare, ends
 
@@ -97,7 +97,10 @@ class Site:
 
 def build(every: Iterable[Results], out: Path) -> dict[str, int]:
     """Write the site into `out`, which may exist, and return counts for people. Files of an earlier build that are not
-    of this one are removed. Raises OSError."""
+    of this one are removed. Raises OSError, and ResultsError for a folder that holds something but no page."""
+    found = [path for path in out.glob("*") if not path.name.startswith(".")]
+    if found and not (out / "index.html").is_file():
+        raise ResultsError(f"{out}: holds other files and no page; name a new folder, or one with a page built earlier")
     results = list(every)
     made = summary.cells(results)
     drawn = {record["key"]: suite.sheet_file(record) for suite in results for record in suite.records}

@@ -215,6 +215,52 @@ def test_a_run_ends_with_table_places_and_summary(bench, prepared, tmp_path: Pat
     assert json.loads(bench("report", str(tmp_path / "out"), "--json").out)["records"]
 
 
+def test_a_run_again_into_the_same_folder_leaves_its_own_records_and_the_users_files(
+    bench, prepared, tmp_path: Path
+) -> None:
+    prepared(None)
+    old, mine = (tmp_path / "out" / "records" / name for name in (f"{'b' * 64}.json", "my.json"))
+    old.parent.mkdir(parents=True)
+    for file in (old, mine):
+        file.write_text("no JSON")
+    assert bench("run", "-o", str(tmp_path / "out")).code == Exit.ok
+    assert sorted(path.name for path in old.parent.iterdir()) == [f"{'a' * 64}.json", "my.json"]
+    assert "my.json" not in (tmp_path / "out" / "manifest.json").read_text()
+
+
+@pytest.mark.parametrize("command", ["run", "retry"])
+def test_what_cannot_be_written_is_said_before_anything_is_computed(
+    bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
+) -> None:
+    from harness.cli import run, status
+    from harness.store import Store
+
+    def computed(*_: Any, **__: Any) -> Any:
+        raise AssertionError("it went on")
+
+    for module in (run, status):
+        monkeypatch.setattr(module, "prepare", computed)
+    store = Store(tmp_path / "store")
+    settings = vars(run.Settings("local", None, "", 1.0, 1, 1.0, 1.0, None, 1))
+    told = {"suite": "quick", "only": [], "sets": [], "files": []}
+    store.write_run("quick", {"driver": {}, "told": told, "settings": settings, "jobs": []})
+    afile, here = tmp_path / "afile", ("--store", str(store.root))
+    afile.write_text("")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "records").write_text("")
+    for out, why in (
+        (afile, f"{afile}: cannot be written (Not a directory); name another with -o"),
+        (tmp_path / "out", f"{tmp_path / 'out' / 'records'}: cannot be written (Not a directory)"),
+        (Path("/proc/x"), "/proc/x: cannot be written"),
+        (store.root, f"{store.root}: a store, whose records a report would replace; name another with -o"),
+    ):
+        found = bench(command, "quick", *here, "-o", str(out))
+        assert (found.code, found.out, len(found.err.splitlines())) == (Exit.usage, "", 1) and why in found.err
+    if command == "run":
+        found = bench("run", "--store", "/proc/x")
+        assert found.code == Exit.missing and "name another with --store or BENCH_STORE" in found.err
+
+
 def test_a_run_with_a_failed_cell_exits_with_1(bench, prepared, tmp_path: Path) -> None:
     prepared("attack bad on digits failed: it raised")
     found = bench("run", "--json", "-o", str(tmp_path / "out"))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 
 from harness.cli import call
 from leaderboard import paired
-from tests.records import average, record, share, write_suite
+from leaderboard import results as stored
+from tests.records import average, digest, record, share, write_suite
 
 
 def test_mcnemar_is_the_exact_sign_test_of_the_discordant_pairs() -> None:
@@ -134,3 +136,27 @@ def test_a_comparison_that_cannot_be_made_is_one_line(
     where = () if "--results" in words else ("--results", str(results))
     code, out, err = run(capsys, *words, *where)
     assert (code, out, len(err.splitlines())) == (2, "", 1) and says in err
+    assert "--results DIR" not in err
+
+
+def test_two_records_of_one_cell_are_no_two_seeds(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(results, tmp_path / "run")
+    outdated = record("finetune(steps=100)", 60)
+    key = digest("another version")
+    stored.write_record(tmp_path / "run", key, stored.dump({**outdated, "key": key}))
+    code, out, err = run(capsys, "finetune", "none", "--results", str(tmp_path))
+    files = [tmp_path / "run" / "records" / f"{each}.json" for each in (key, outdated["key"])]
+    assert (code, out, len(err.splitlines())) == (2, "", 1) and all(str(file) in err for file in files)
+    assert "remove the outdated one, or run the suite again with the same -o" in err
+    assert run(capsys, "skd", "none", "--results", str(tmp_path))[0] == 0, "rows that were not asked for"
+
+
+def test_rows_that_are_not_published_say_how_to_name_a_run_of_ones_own(
+    results: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored, "SHIPPED", results)
+    for name in ("shrink", "cag", "f" * 12):
+        code, _, err = run(capsys, name, "finetune")
+        assert code == 2 and err.endswith("; your own run: --results DIR\n")

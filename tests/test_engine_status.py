@@ -27,6 +27,7 @@ from harness.job import Job
 from harness.store import Store
 from tests import engine_tools
 from tests.engine_tools import do, graph, job, local
+from tests.records import record, write_suite
 
 bodies, store = engine_tools.bodies, engine_tools.store
 pytestmark = pytest.mark.usefixtures("bodies")
@@ -43,11 +44,13 @@ def bench(capsys: pytest.CaptureFixture[str], store: Store) -> Callable[..., Any
     return run
 
 
-def remember(store: Store, *jobs: Job, pid: int | None = None, name: str = "tiny") -> cli_run.Prepared:
-    """Note a run as `bench run` does; `pid`: of its driver."""
+def remember(
+    store: Store, *jobs: Job, pid: int | None = None, name: str = "tiny", out: Path | None = None
+) -> cli_run.Prepared:
+    """Note a run as `bench run -o OUT` does; `pid`: of its driver."""
     plan = SimpleNamespace(jobs=graph(*jobs), cells=[])
     ready = cli_run.Prepared(Suite(name, name, (), (), ("asr",), Path("tiny.toml")), plan, store)
-    cli_run._remember(ready, SETTINGS, {"suite": name, "only": ["a=b"], "sets": ["n=1"], "files": []})
+    cli_run._remember(ready, SETTINGS, {"suite": name, "only": ["a=b"], "sets": ["n=1"], "files": [], "out": out})
     if pid is not None:
         run = store.run(name) or {}
         store.write_run(name, run | {"driver": {"host": socket.gethostname(), "pid": pid, "started": time.time()}})
@@ -67,11 +70,28 @@ def test_status_after_the_fact_says_how_each_job_ended(store: Store, bench: Call
     assert "bad: plugin error ValueError: box of side 14 does not fit" in found.out
     assert f"bench logs {bad.key[:12]}" in found.out
     assert "its driver died; the next run tries it again" in found.out
+    for each, state in zip(jobs, ("done", "failed", "skipped", "lost"), strict=True):
+        assert f"  {state:<7} {each.key[:10]} {each.label}" in found.out
+    assert found.out.endswith("\nunfinished: bench retry tiny goes on\n")
     said = json.loads(bench("status", "tiny", "--json").out)
     assert [each["state"] for each in said["jobs"]] == ["done", "failed", "skipped", "lost"]
     assert said["running"] is False
     missing = bench("status", "other")
     assert missing.code == Exit.usage and "there are tiny" in missing.err
+
+
+def test_of_many_jobs_status_shows_those_that_went_wrong_and_with_all_every_one(
+    store: Store, bench: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, bad = job("good"), job("bad", do="fail")
+    do(store, good, bad)
+    remember(store, good, bad, pid=4194305)
+    assert "--all" not in bench("status").out and "good" in bench("status", "tiny.toml").out
+    monkeypatch.setattr(cli_status, "LISTED", 1)
+    brief, whole = bench("status").out, bench("status", "--all").out
+    assert "2 jobs: 1 done, 1 failed; --all shows each" in brief and bad.key[:10] in brief
+    assert good.key[:10] not in brief and good.key[:10] in whole and "--all" not in whole
+    assert "unfinished" not in brief + whole
 
 
 def test_status_and_logs_of_a_run_that_is_alive(store: Store, bench: Callable[..., Any]) -> None:
@@ -94,7 +114,7 @@ def test_status_and_logs_of_a_run_that_is_alive(store: Store, bench: Callable[..
     until.touch()
     followed = bench("logs", learning.key[:8], "-f")  # ends with the job
     thread.join()
-    assert followed.out == "learned\n"
+    assert (followed.out, followed.err) == ("learned\n", "")
     assert bench("logs", learning.key[:8], "--attempt", "1").out == "learned\n"
     assert "1 done" in bench("status", "-f").out
 
@@ -108,6 +128,48 @@ def test_logs_names_what_is_wrong_with_a_key(store: Store, bench: Callable[..., 
     ):
         found = bench("logs", *words)
         assert found.code == Exit.usage and says in found.err
+
+
+def test_logs_of_a_job_that_printed_nothing_say_so(store: Store, bench: Callable[..., Any]) -> None:
+    quiet = job("quiet")
+    do(store, quiet)
+    store.log_path(quiet.key, 1).write_text("")
+    found = bench("logs", quiet.key)
+    assert (found.code, found.out) == (Exit.ok, "")
+    assert found.err == f"job {quiet.key[:12]} printed nothing in attempt 1\n"
+
+
+def test_retry_writes_the_report_where_the_run_did_unless_told_otherwise(
+    store: Store, bench: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = remember(store, job("good"), out=tmp_path / "first")
+    went: list[Any] = []
+    monkeypatch.setattr(cli_status, "prepare", lambda *_: ready)
+    monkeypatch.setattr(cli_run, "engine_of", lambda store, settings: local(store))
+    monkeypatch.setattr(cli_status, "publish", lambda ready, results, out, _: went.append(out) or Exit.ok)
+    monkeypatch.chdir(tmp_path)
+    for words in ([], ["-o", "second"], []):
+        assert bench("retry", "tiny", *words, "--json").code == Exit.ok
+    assert went == [tmp_path / "first", tmp_path / "second", tmp_path / "second"]
+
+
+def test_report_finds_the_last_run_wherever_its_report_went(
+    store: Store, bench: Callable[..., Any], tmp_path: Path
+) -> None:
+    assert "no run tiny in" in (none := bench("report", "tiny").err) and "compute one with bench run" in none
+    measured = job("measure")
+    row = {**record(), "key": measured.key, "sheet": None}
+    write_suite(tmp_path / "first", [row])
+    remember(store, measured, out=tmp_path / "first")
+    assert json.loads(bench("report", "tiny", "--json").out)["records"][0]["key"] == measured.key
+    typo = bench("report", "tinny")
+    assert typo.code == Exit.usage and "no run tinny" in typo.err and "did you mean 'tiny'? there are tiny" in typo.err
+    assert [path.name for path in (store.root / "runs").iterdir()] == ["tiny"], "looking makes no folder"
+    remember(store, job("other"), out=tmp_path / "first")
+    other = bench("report", "tiny")
+    assert other.code == Exit.usage and "another report than that of the last run of tiny; bench retry" in other.err
+    remember(store, measured)
+    assert "no report.json; compute it with bench run" in bench("report", "tiny").err
 
 
 def test_retry_runs_again_what_failed_as_it_was_run(

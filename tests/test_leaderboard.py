@@ -19,7 +19,7 @@ import pytest
 
 from harness.cli import call
 from harness.doubts import annotate
-from leaderboard import charts, check, intake, orders, recompute, rendering, reported, results, site, summary
+from leaderboard import charts, check, intake, orders, recompute, rendering, report, reported, results, site, summary
 from leaderboard.tables import Number, ends
 from tests.records import digest, png, record, score, small, write_suite
 
@@ -108,6 +108,50 @@ def test_rows_get_in_by_adding_a_run_and_replace_those_of_the_same_cell(root: Pa
     assert [r["key"] for r in found] == [newer["key"]] and found[0]["scores"]["asr"]["value"] == 0.05
     assert done.sheet_file(found[0]) is not None and check.check(root, annotate).problems == []
     assert {path.suffix for path in (root / "small" / "records").iterdir()} == {".gz"}
+
+
+def second(folder: Path, defense: str) -> tuple[Path, Path]:
+    """The files of a defense's record and of one that another version of it made, which is put beside it."""
+    suite = results.read_suite(folder)
+    row = next(r for r in suite.records if r["cell"]["defense"].startswith(defense))
+    newer = {**row, "key": digest("another version")}
+    results.write_record(folder, newer["key"], results.dump(newer))
+    return suite.record_file(row["key"]), folder / "records" / f"{newer['key']}.json"
+
+
+def test_two_records_of_one_cell_are_named_and_never_added(root: Path, tmp_path: Path) -> None:
+    run = write_suite(tmp_path / "run", [record("terd(steps=300)", 5, knowledge=["data"])])
+    files = second(run, "terd")
+    with pytest.raises(results.ResultsError, match="remove the outdated one, or run the suite again") as caught:
+        intake.add(run, root / "small", annotate)
+    assert all(str(file) in str(caught.value) for file in files)
+    assert problems(root) == [], "nothing was touched"
+    files[0].unlink()
+    intake.add(run, root / "small", annotate)
+    assert problems(root) == []
+    files = second(root / "small", "elijah")
+    results.seal(root / "small")
+    assert [line for line in problems(root) if all(str(file) in line for file in files) and "a second record" in line]
+    with pytest.raises(results.ResultsError, match="a second record of the cell"):
+        intake.refresh(root / "small", annotate)
+
+
+def test_a_report_written_again_leaves_its_own_records_and_pictures_and_every_file_of_somebody_else(root: Path) -> None:
+    folder, kept = root / "small", small()[:2]
+    others = {"precious.txt": "p", "records/my.json": "no JSON", "records/notes/x.json": "x", "sheets/my.png": "m"}
+    for name, text in others.items():
+        results.write_text(folder / name, text)
+    old = small()[2]["key"]
+    for name in (f"records/{old}.json.gz", f"reproduced/{old}.json", "sheets/0123456789abcdef0123.png"):
+        results.write_text(folder / name, "of an earlier run")
+    report.write(annotate(kept), [], folder)
+    assert {r["key"] for r in results.read_suite(folder).records} == {r["key"] for r in kept}
+    sealed_files = json.loads((folder / "manifest.json").read_text())["files"]
+    ours = {*(f"records/{r['key']}.json" for r in kept), kept[0]["sheet"], "report.md", "report.json", "report.csv"}
+    assert set(sealed_files) == ours
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert found == {*ours, *others, "manifest.json"}
+    assert results.strays(folder) == ["precious.txt", "records/my.json", "records/notes", "sheets/my.png"]
 
 
 def test_packed_records_are_read_like_plain_ones_and_stay_where_they_say_the_same(root: Path) -> None:
@@ -272,8 +316,13 @@ def test_a_row_without_its_controls_fails(root: Path, control: str) -> None:
 
 def test_files_that_the_manifest_does_not_know_and_reports_that_do_not_follow_fail(root: Path) -> None:
     (root / "small" / "notes.txt").write_text("x")
-    assert any("notes.txt" in line and "does not list it" in line for line in problems(root))
+    words = "no part of the results; move it elsewhere"
+    assert problems(root) == [f"{root / 'small' / 'notes.txt'}: {words}"]
     (root / "small" / "notes.txt").unlink()
+    extra = root / "small" / "records" / f"{digest('extra')}.json"
+    shutil.copy(a_record(root), extra)
+    assert f"{extra}: the manifest does not list it" in problems(root)
+    extra.unlink()
     change(root / "small" / "report.md", "97.0", "96.0")
     results.seal(root / "small")
     assert any("report.md" in line and "not what the records give" in line for line in problems(root))
@@ -297,6 +346,58 @@ def test_bench_leaderboard_check_ends_with_5_and_names_the_file(root: Path, caps
     assert call(["leaderboard", "check", "--results", str(root)]) == 5
     assert str(a_record(root)) in capsys.readouterr().out
     assert call(["leaderboard", "check", "--results", "/no/where"]) == 2
+
+
+@pytest.mark.parametrize("words", [["check", "--page"], ["serve"]])
+def test_a_folder_that_is_no_page_is_one_line_with_the_command_that_writes_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    assert call(["leaderboard", *words, str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and len(printed.err.splitlines()) == 1
+    assert f"{tmp_path}: no index.html; bench leaderboard build -o {tmp_path} writes it" in printed.err
+
+
+def test_ctrl_c_ends_serving_quietly(
+    page: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import socketserver
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(socketserver.BaseServer, "serve_forever", interrupted)
+    assert call(["leaderboard", "serve", str(page), "--port", "0"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == "" and printed.out.startswith("http://127.0.0.1:")
+
+
+def test_a_file_in_the_way_of_page_or_results_is_named_before_anything_is_written(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    afile = tmp_path / "afile"
+    afile.write_text("mine")
+    for words, option in (
+        (["build", "--results", str(root), "-o"], "-o"),
+        (["add", str(root / "small"), "--to"], "--to"),
+    ):
+        assert call(["leaderboard", *words, str(afile)]) == 2
+        says = f"{afile}: cannot be written (Not a directory); name another with {option}"
+        assert says in capsys.readouterr().err and afile.read_text() == "mine"
+
+
+def test_adding_and_refreshing_say_what_they_did_as_json(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["add", str(root / "small"), "--to", str(tmp_path / "to")], ["refresh", str(tmp_path / "to")]):
+        assert call(["leaderboard", *words, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == {"folder": str(tmp_path / "to"), "records": 13}
+
+
+def test_results_that_cannot_be_read_are_one_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a_record(root).write_text("no JSON")
+    assert call(["leaderboard", "refresh", str(root / "small")]) == 2
+    assert f"{a_record(root)}: not JSON" in capsys.readouterr().err
 
 
 def test_the_committed_results_and_their_page_pass_the_check() -> None:
@@ -428,11 +529,19 @@ def page(sealed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_same_records_give_the_same_bytes(sealed: Path, page: Path, tmp_path: Path) -> None:
     (tmp_path / "cells").mkdir()
-    (tmp_path / "cells" / "old.html").write_text("of an earlier build")
+    for name in ("index.html", "cells/old.html"):
+        (tmp_path / name).write_text("of an earlier build")
     site.build(results.read(sealed), tmp_path)
     files = {p.relative_to(page) for p in page.rglob("*") if p.is_file()}
     assert files == {p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file()}
     assert all((page / name).read_bytes() == (tmp_path / name).read_bytes() for name in files)
+
+
+def test_a_page_is_built_into_no_folder_of_somebody_elses(sealed: Path, tmp_path: Path) -> None:
+    (tmp_path / "charts").mkdir()
+    with pytest.raises(results.ResultsError, match="holds other files and no page"):
+        site.build(results.read(sealed), tmp_path)
+    assert (tmp_path / "charts").is_dir()
 
 
 def test_the_page_has_every_cell_and_its_one_line_of_reproduction(page: Path) -> None:

@@ -51,6 +51,7 @@ EXITS = (  # errors of modules that are not imported here
     ("harness.store", "StoreError", Exit.missing),
     ("harness.engine.driver", "Interrupted", Exit.interrupted),
     ("harness.engine.ray", "ClusterError", Exit.missing),
+    ("leaderboard.results", "ResultsError", Exit.usage),
 )
 
 

@@ -14,6 +14,7 @@ from harness.cli.leaderboard import read_results, results_option
 from harness.registry import RegistryError, did_you_mean
 
 WRONG = ":wrong-trigger"
+OWN = "; your own run: --results DIR"
 
 
 @click.command(short_help="Paired differences of two defenses, with intervals and corrected p values.")
@@ -30,9 +31,13 @@ def compare(a: str, b: str, scores: tuple[str, ...], root: Path | None, as_json:
     corrected after Holm over all lines. One seed: exact McNemar (Wilcoxon for means); several: Student's t over seeds.
     """
     from leaderboard import paired
+    from leaderboard.results import distinct
 
-    records = {record["key"]: record for suite in read_results(root) for record in suite.records}
-    one, other = (chosen(list(records.values()), text) for text in (a, b))
+    every = read_results(root)
+    records = {record["key"]: record for suite in every for record in suite.records}
+    elsewhere = OWN if root is None else ""
+    one, other = (chosen(list(records.values()), text, elsewhere) for text in (a, b))
+    distinct(every, {record["key"] for record in (*one, *other)})
     try:
         found = paired.compare(one, other, scores or paired.DEFAULT_SCORES)
     except ValueError as error:
@@ -59,10 +64,13 @@ def _line(each: Any) -> tuple[str, ...]:
     return (each.score, f"{each.difference:+.4g}", interval, f"{each.a:.4g}", f"{each.b:.4g}", p, each.test, over)
 
 
-def chosen(records: Sequence[dict[str, Any]], text: str) -> list[dict[str, Any]]:
-    """The records that `text` names. Raises RegistryError for none, and for a name of several variants."""
+def chosen(records: Sequence[dict[str, Any]], text: str, elsewhere: str = "") -> list[dict[str, Any]]:
+    """The records that `text` names. Raises RegistryError for none, and for a name of several variants.
+
+    elsewhere: ends the message with where other records may be.
+    """
     if re.fullmatch(r"[0-9a-f]{8,64}", text):
-        return [record for record in records if record["key"].startswith(text)] or _unknown(records, text)
+        return [record for record in records if record["key"].startswith(text)] or _unknown(records, text, elsewhere)
     told = "wrong-trigger" if text.endswith(WRONG) else "truth"
     name = text.removesuffix(WRONG)
     rows = [record for record in records if record["cell"].get("told", "truth") == told]
@@ -73,8 +81,8 @@ def chosen(records: Sequence[dict[str, Any]], text: str) -> list[dict[str, Any]]
     loose = [record for record in rows if _canonical(record).partition("(")[0] == name]
     variants = sorted({_short(record) for record in loose})
     if len(variants) > 1:
-        raise RegistryError(f"'{text}' has several variants here; name one: {'; '.join(variants)}")
-    return loose or _unknown(rows, text)
+        raise RegistryError(f"'{text}' has several variants here; name one: {'; '.join(variants)}{elsewhere}")
+    return loose or _unknown(rows, text, elsewhere)
 
 
 def _canonical(record: dict[str, Any]) -> str:
@@ -85,6 +93,6 @@ def _short(record: dict[str, Any]) -> str:
     return (record["provenance"].get("short") or {}).get("defense", _canonical(record))
 
 
-def _unknown(records: Sequence[dict[str, Any]], text: str) -> Any:
+def _unknown(records: Sequence[dict[str, Any]], text: str, elsewhere: str) -> Any:
     known = sorted({_canonical(record).partition("(")[0] for record in records})
-    raise RegistryError(f"no rows of '{text}'{did_you_mean(text, known)} there are: {', '.join(known)}")
+    raise RegistryError(f"no rows of '{text}'{did_you_mean(text, known)} there are: {', '.join(known)}{elsewhere}")

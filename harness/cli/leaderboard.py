@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,7 @@ import click
 
 from harness.cli import Exit
 from harness.cli.again import renewed
-from harness.cli.common import as_json, loaded, note, print_json
-from harness.registry import RegistryError
+from harness.cli.common import as_json, loaded, note, print_json, writable
 
 results_option: Callable[[Any], Any] = click.option(
     "--results", "root", type=click.Path(path_type=Path), help="A folder of results; the committed ones by default."
@@ -26,13 +26,15 @@ def results_root(root: Path | None) -> Path:
 
 
 def read_results(root: Path | None) -> list[Any]:
-    """leaderboard.results.read, its errors as one line."""
     from leaderboard import results
 
-    try:
-        return results.read(results_root(root))
-    except results.ResultsError as error:
-        raise RegistryError(str(error)) from None
+    return results.read(results_root(root))
+
+
+def built_page(page: Path | None) -> None:
+    """Raise click.UsageError unless `page` is a built page; None is no page."""
+    if page is not None and not (page / "index.html").is_file():
+        raise click.UsageError(f"{page}: no index.html; bench leaderboard build -o {page} writes it")
 
 
 @click.group(short_help="Build, check and serve the published page.")
@@ -48,6 +50,7 @@ def build(out: Path, root: Path | None, as_json: bool) -> None:
     """Write the page into a folder, from records alone; the same records give the same bytes."""
     from leaderboard import site
 
+    writable(out)
     counts = site.build(read_results(root), out)
     if as_json:
         print_json({"out": out, **counts})
@@ -67,12 +70,9 @@ def check(root: Path | None, page: Path | None, keys: bool, as_json: bool) -> in
     code, weights or plugins that it depends on have changed since: nothing wrong, but worth knowing."""
     from harness.doubts import annotate
     from leaderboard import check as checks
-    from leaderboard.results import ResultsError
 
-    try:
-        found = checks.check(results_root(root), annotate, page)
-    except ResultsError as error:
-        raise RegistryError(str(error)) from None
+    built_page(page)
+    found = checks.check(results_root(root), annotate, page)
     if keys:
         registry = loaded((), strict=False)
         for suite in read_results(root):
@@ -97,29 +97,31 @@ def check(root: Path | None, page: Path | None, keys: bool, as_json: bool) -> in
 @leaderboard.command(short_help="Put the rows of a run into a folder of results.")
 @click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--to", type=click.Path(path_type=Path), required=True, help="Say leaderboard/results/SUITE.")
-def add(run: Path, to: Path) -> None:
+@as_json
+def add(run: Path, to: Path, as_json: bool) -> None:
     """Put the records and pictures that `bench run -o RUN` wrote into a folder of results, and seal it anew. A row of
     the same cell gives way to the new one."""
-    _intake("add", run, to)
+    writable(to, "--to")
+    _intake("add", as_json, run, to)
 
 
 @leaderboard.command(short_help="Write a folder's reports, doubts and manifest anew.")
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
-def refresh(folder: Path) -> None:
+@as_json
+def refresh(folder: Path, as_json: bool) -> None:
     """Write doubts, pictures, reports and manifest of a folder of results anew from its records."""
-    _intake("refresh", folder)
+    _intake("refresh", as_json, folder)
 
 
-def _intake(what: str, *folders: Path) -> None:
+def _intake(what: str, as_json: bool, *folders: Path) -> None:
     from harness.doubts import annotate
     from leaderboard import intake
-    from leaderboard.results import ResultsError
 
-    try:
-        done = getattr(intake, what)(*folders, annotate)
-    except ResultsError as error:
-        raise RegistryError(str(error)) from None
-    click.echo(f"{done.folder}: {len(done.records)} records sealed")
+    done = getattr(intake, what)(*folders, annotate)
+    if as_json:
+        print_json({"folder": done.folder, "records": len(done.records)})
+    else:
+        click.echo(f"{done.folder}: {len(done.records)} records sealed")
 
 
 @leaderboard.command(short_help="Show the page in a browser on this machine.")
@@ -132,6 +134,7 @@ def serve(folder: Path | None, root: Path | None, port: int) -> None:
 
     from leaderboard import site
 
+    built_page(folder)
     if folder is not None:
         _serve(folder, port)
         return
@@ -145,4 +148,5 @@ def _serve(folder: Path, port: int) -> None:
 
     with ThreadingHTTPServer(("127.0.0.1", port), partial(SimpleHTTPRequestHandler, directory=str(folder))) as server:
         click.echo(f"http://127.0.0.1:{server.server_address[1]}/index.html (Ctrl-C ends)")
-        server.serve_forever()
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from harness.cli import Exit
 from harness.cli.common import as_json, opened, print_json, store_option
+from harness.cli.status import run_of
 from harness.registry import RegistryError
+
+if TYPE_CHECKING:
+    from harness.store import Store
 
 
 @click.command(short_help="The tables of a run that is over.")
@@ -21,7 +25,7 @@ def report(run: str, store: Path | None, as_json: bool) -> int:
     """Print the tables of RUN: a suite's name, or the directory that `bench run -o` wrote."""
     from leaderboard.report import terminal
 
-    document = read_run(Path(run) if Path(run).is_dir() else _folder(run, store))
+    document = read_run(Path(run)) if Path(run).is_dir() else _last(run, opened(store))
     if as_json:
         print_json(document)
     else:
@@ -29,11 +33,16 @@ def report(run: str, store: Path | None, as_json: bool) -> int:
     return Exit.failed if any(record.get("error") for record in document["records"]) else Exit.ok
 
 
-def _folder(run: str, store: Path | None) -> Path:
-    try:
-        return opened(store).run_dir(run)
-    except ValueError:
-        raise RegistryError(f"no run '{run}': give a suite's name, or a directory that bench run wrote") from None
+def _last(suite: str, store: Store) -> dict[str, Any]:
+    """The report of a suite's last run, wherever it was to go. Raises RegistryError where another run's lies there."""
+    name, run = run_of(store, suite)
+    out = run["told"].get("out")
+    if out is None:
+        return read_run(store.run_dir(name))
+    document = read_run(Path(out))
+    if not {record["key"] for record in document["records"]} <= {job["key"] for job in run["jobs"]}:
+        raise RegistryError(f"{out}: another report than that of the last run of {name}; bench retry {name} writes it")
+    return document
 
 
 def read_run(folder: Path) -> dict[str, Any]:

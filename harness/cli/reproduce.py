@@ -55,10 +55,7 @@ def reproduce(
     from harness.cli.run import Settings, compute, show_plan
     from leaderboard import results
 
-    try:
-        suite, record = results.find(read_results(root), key)
-    except results.ResultsError as error:
-        raise RegistryError(str(error)) from None
+    suite, record = results.find(read_results(root), key)
     if record.get("error"):
         raise RegistryError(f"record {record['key'][:12]} failed ({record['error']}): there is no number to reproduce")
     ready = prepared(record, store, files)

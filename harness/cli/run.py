@@ -24,6 +24,7 @@ from harness.cli.common import (
     seconds,
     store_option,
     strict_option,
+    writable,
 )
 from harness.store import plain
 
@@ -152,14 +153,37 @@ def run(
     **where: Any,
 ) -> int:
     """Compute SUITE (a name or a .toml file; default: quick) and print its leaderboard. Run again, it resumes."""
+    folder = None if dry_run else places(opened(store), out)
     ready = prepare(suite, only, sets, threads, store, strict, files)
     if dry_run:
         show_plan(ready, as_json)
         return Exit.ok
     settings = Settings(**where, threads=threads)
-    told = {"suite": _lasting(suite), "only": only, "sets": sets, "files": [str(file.absolute()) for file in files]}
+    told = {
+        "suite": _lasting(suite), "only": only, "sets": sets, "files": [str(file.absolute()) for file in files],
+        "out": folder,
+    }  # fmt: skip
     results = compute(ready, settings, told, quiet=as_json)
-    return publish(ready, results, out, as_json)
+    return publish(ready, results, folder, as_json)
+
+
+def places(store: Store, out: Path | None) -> Path | None:
+    """`out` as it is to be found from everywhere. Before anything is computed: raises StoreError for a store that
+    cannot be written, click.UsageError for such a folder, and for one in which the records of a store lie."""
+    from harness.store import Store, StoreError
+
+    try:
+        writable(store.root, "--store or BENCH_STORE")
+    except click.UsageError as error:
+        raise StoreError(error.message) from None
+    if out is None:
+        return None
+    for place in (out, out / "records", out / "sheets"):
+        writable(place)
+    folder = out.expanduser().absolute()
+    if folder == store.root or any(Store(folder).keys()):
+        raise click.UsageError(f"{out}: a store, whose records a report would replace; name another with -o")
+    return folder
 
 
 def _lasting(suite: str) -> str:
@@ -207,9 +231,8 @@ def _remember(ready: Prepared, settings: Settings, told: Mapping[str, Any]) -> N
         for job in ready.plan.jobs.values()
     ]
     driver = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.time()}
-    ready.store.write_run(
-        ready.suite.name, {"driver": driver, "told": dict(told), "settings": asdict(settings), "jobs": jobs}
-    )
+    run = {"driver": driver, "told": told, "settings": asdict(settings), "jobs": jobs}
+    ready.store.write_run(ready.suite.name, plain(run))
 
 
 def engine_of(store: Store, settings: Settings) -> LocalEngine | RayEngine:
@@ -244,14 +267,14 @@ def engine_of(store: Store, settings: Settings) -> LocalEngine | RayEngine:
 
 
 def publish(ready: Prepared, results: Mapping[str, Any], out: Path | None, as_json: bool) -> int:
-    """Records, report and the closing lines; the exit code."""
+    """Records, report in folder `out` (by default in the store) and the closing lines; the exit code."""
     from harness import doubts
     from harness.records import collect
     from leaderboard import report
 
     records = doubts.annotate(collect(ready.plan, results, ready.store))
     dropped = [plain(each) for each in ready.suite.dropped]
-    folder = out.expanduser().absolute() if out is not None else ready.store.run_dir(ready.suite.name)
+    folder = ready.store.run_dir(ready.suite.name) if out is None else out
     records = _with_sheets(records, folder)
     paths = report.write(records, dropped, folder)
     counts = Counter(result.status for result in results.values())

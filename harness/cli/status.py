@@ -13,8 +13,9 @@ import click
 from click.core import ParameterSource
 
 from harness.cli import Exit
-from harness.cli.common import as_json, opened, print_json, seconds, store_option
-from harness.cli.run import Settings, compute, engine_options, prepare, publish
+from harness.cli.common import as_json, note, opened, print_json, seconds, store_option
+from harness.cli.run import Settings, compute, engine_options, places, prepare, publish
+from harness.registry import did_you_mean
 
 if TYPE_CHECKING:
     from harness.engine.state import JobState
@@ -22,17 +23,22 @@ if TYPE_CHECKING:
 
 FOLLOW_S = 2.0
 LOG_S = 0.3
+LISTED = 40  # jobs up to which all are shown
 
 
 @click.command(short_help="How a run stands: live, or after the fact.")
 @click.argument("suite", required=False)
 @click.option("-f", "--follow", is_flag=True, help="Show it again and again until the run ends.")
+@click.option("--all", "whole", is_flag=True, help=f"Show every job, also of more than {LISTED}.")
 @store_option
 @as_json
-def status(suite: str | None, follow: bool, store: Path | None, as_json: bool) -> int:
-    """Say of each job of SUITE's last run (default: the newest run) what it does or how it ended."""
+def status(suite: str | None, follow: bool, whole: bool, store: Path | None, as_json: bool) -> int:
+    """Say of each job of SUITE's last run (default: the newest run) what it does or how it ended.
+
+    Of many jobs only those that run or went wrong are shown; --all shows every one.
+    """
     where = opened(store)
-    name, run = _run_of(where, suite)
+    name, run = run_of(where, suite)
     while True:
         living = _lives(run["driver"])
         found = _states(where, run)
@@ -41,18 +47,22 @@ def status(suite: str | None, follow: bool, store: Path | None, as_json: bool) -
         else:
             if follow:
                 click.clear()
-            click.echo(_page(where, name, run, living, found))
+            click.echo(_page(where, name, run, living, found, whole))
         if not (follow and living is not False and any(job.state in ("running", "waiting") for job in found)):
             return Exit.failed if any(job.state == "failed" for job in found) else Exit.ok
         time.sleep(FOLLOW_S)
 
 
-def _run_of(store: Store, suite: str | None) -> tuple[str, dict[str, Any]]:
+def run_of(store: Store, suite: str | None) -> tuple[str, dict[str, Any]]:
+    """Name and memory of the last run of a suite (its name or its file), by default of the newest run. Raises
+    click.UsageError where there is none."""
     runs = store.runs()
-    name = Path(suite).stem if suite else runs[-1] if runs else None
+    name = Path(suite).name.removesuffix(".toml") if suite else runs[-1] if runs else None
     run = store.run(name) if name in runs else None
     if name is None or run is None:
-        known = f"; there are {', '.join(runs)}" if runs else ""
+        known = (
+            f"{did_you_mean(name or '', runs)} there are {', '.join(runs)}" if runs else "; compute one with bench run"
+        )
         raise click.UsageError(f"no run {name or ''} in {store.root}{known}")
     return name, run
 
@@ -75,30 +85,50 @@ def _lives(driver: Mapping[str, Any]) -> bool | None:
         return False
 
 
-def _page(store: Store, name: str, run: Mapping[str, Any], living: bool | None, found: Sequence[JobState]) -> str:
-    from harness.engine.display import describe, first_line
+def _page(
+    store: Store, name: str, run: Mapping[str, Any], living: bool | None, found: Sequence[JobState], whole: bool
+) -> str:
     from harness.engine.state import newest_remaining
 
     counts = Counter(job.state for job in found)
+    shown = _shown(found, whole)
+    rest = "" if len(shown) == len(found) else "; --all shows each"
     driver = run["driver"]
     since = time.strftime("%Y-%m-%d %H:%M", time.localtime(driver["started"]))
     how = {True: "running", False: "over", None: "started"}[living]
     lines = [f"{name}: {how}, process {driver['pid']} on {driver['host']}, since {since}"]
-    lines.append(f"{len(found)} jobs: " + ", ".join(f"{n} {state}" for state, n in counts.items()))
+    lines.append(f"{len(found)} jobs: " + ", ".join(f"{n} {state}" for state, n in counts.items()) + rest)
     left = newest_remaining(store, name) if living else None
     if left is not None:
         lines.append(f"about {seconds(max(left[1] - (time.time() - left[0]), 0.0))} left")
-    for job in found:
-        if job.state == "running":
-            ran = seconds(time.time() - job.started) if job.started else "?"
-            does = f" {describe(job.event)}," if job.event else ""
-            lines.append(f"  running {job.key[:10]} {job.label}:{does} for {ran}")
-    for job in found:
-        if job.state in ("failed", "lost"):
-            why = first_line(job.error) or "its driver died; the next run tries it again"
-            lines.append(f"  {job.state:<7} {job.key[:10]} {job.label}: {job.failure or ''} {why}".rstrip())
-            lines += [f"          {job.advice}"] if job.advice else []
+    for job in shown:
+        lines.append(f"  {job.state:<7} {job.key[:10]} {job.label}{_story(job)}")
+        lines += [f"          {job.advice}"] if job.advice else []
+    if living is False and counts["waiting"] + counts["lost"]:
+        lines.append(f"unfinished: bench retry {name} goes on")
     return "\n".join(lines)
+
+
+def _shown(found: Sequence[JobState], whole: bool) -> list[JobState]:
+    """Every job, or of many those that run and then those that went wrong."""
+    if whole or len(found) <= LISTED:
+        return list(found)
+    running = [job for job in found if job.state == "running"]
+    return running + [job for job in found if job.state in ("failed", "lost")]
+
+
+def _story(job: JobState) -> str:
+    """What a job does, or why it did not end well."""
+    from harness.engine.display import describe, first_line
+
+    if job.state == "running":
+        ran = seconds(time.time() - job.started) if job.started else "?"
+        does = f" {describe(job.event)}," if job.event else ""
+        return f":{does} for {ran}"
+    if job.state in ("failed", "lost"):
+        why = first_line(job.error) or "its driver died; the next run tries it again"
+        return f": {job.failure or ''} {why}".rstrip()
+    return ""
 
 
 @click.command(short_help="What a job printed.")
@@ -126,8 +156,10 @@ def logs(key: str, follow: bool, attempt: int | None, store: Path | None) -> Non
             offset += len(text)
             click.echo(text.decode(errors="replace"), nl=False)
         if not running:
-            return
+            break
         time.sleep(LOG_S)
+    if not offset:
+        note(f"job {whole[:12]} printed nothing in attempt {number}")
 
 
 def _job(store: Store, beginning: str) -> str:
@@ -144,7 +176,9 @@ def _job(store: Store, beginning: str) -> str:
 @click.command(short_help="Run again what failed, as it was run.")
 @click.argument("suite", required=False)
 @click.argument("keys", nargs=-1)
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Where the report goes; in the store by default.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="Where the report goes; by default where the run's went."
+)
 @engine_options
 @store_option
 @as_json
@@ -163,12 +197,15 @@ def retry(
     With KEYS (or their beginnings) only these jobs, what they need and what needs them.
     """
     root = opened(store)
-    _, run = _run_of(root, suite)
+    _, run = run_of(root, suite)
     given = {
         name: value for name, value in where.items() if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
     }
     settings = Settings(**{**run["settings"], **given})
     told = run["told"]
+    remembered = Path(told["out"]) if told.get("out") else None
+    folder = places(root, out or remembered)
+    told = {**told, "out": folder}
     files = tuple(Path(file) for file in told["files"])
     ready = prepare(told["suite"], told["only"], told["sets"], settings.threads, root.root, False, files)
     wanted = None if not keys else _around({_planned(ready.plan.jobs, key) for key in keys}, ready.plan.jobs)
@@ -176,7 +213,7 @@ def retry(
     for key in ready.plan.jobs:
         if key not in results:
             results[key] = _left(ready.store, key)
-    return publish(ready, results, out, as_json)
+    return publish(ready, results, folder, as_json)
 
 
 def _planned(jobs: Mapping[str, Any], beginning: str) -> str:
