@@ -13,19 +13,28 @@
 set -euo pipefail
 
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="${RAY_AUTH_TOKEN_PATH:-$HOME/.ray-token}" RAY_USAGE_STATS_ENABLED=0
-if [ ! -s "$RAY_AUTH_TOKEN_PATH" ]; then
-    (umask 077 && python3 -c "import secrets; print(secrets.token_hex(32))" >"$RAY_AUTH_TOKEN_PATH")
+if [ ! -s "$RAY_AUTH_TOKEN_PATH" ]; then # whole, and by one of two allocations that begin at once
+    (umask 077 && python3 -c "import secrets; print(secrets.token_hex(32))" >"$RAY_AUTH_TOKEN_PATH.$SLURM_JOB_ID")
+    ln "$RAY_AUTH_TOKEN_PATH.$SLURM_JOB_ID" "$RAY_AUTH_TOKEN_PATH" 2>/dev/null || true
+    rm -f "$RAY_AUTH_TOKEN_PATH.$SLURM_JOB_ID"
 fi
 
 cpus="${SLURM_CPUS_PER_TASK:-1}" # Ray would count the whole machine's
 node=(--ntasks-per-node=1 --cpus-per-task="$cpus")
 head="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
-address="$(srun "${node[@]}" --nodes=1 --ntasks=1 -w "$head" hostname --ip-address | awk '{print $1}'):$((20000 + SLURM_JOB_ID % 20000))"
+names="$(srun "${node[@]}" --nodes=1 --ntasks=1 -w "$head" hostname --ip-address)"
+host="$(tr ' ' '\n' <<<"$names" | grep -m 1 -v '^127\.' || echo "${names%% *}")" # some hosts call themselves 127.0.1.1, too
+address="$host:$((20000 + SLURM_JOB_ID % 20000))"
 
 srun "${node[@]}" --nodes=1 --ntasks=1 -w "$head" \
     ray start --head --port="${address##*:}" --num-cpus="$cpus" --include-dashboard=false --block &
-for _ in $(seq 60); do
-    if ray status --address "$address" >/dev/null 2>&1; then break; fi
+tries=0
+until ray status --address "$address" >/dev/null 2>&1; do
+    tries=$((tries + 1))
+    if [ "$tries" -ge 60 ]; then
+        echo "no Ray head at $address; the lines above may say why" >&2
+        exit 1
+    fi
     sleep 1
 done
 if [ "$SLURM_NNODES" -gt 1 ]; then

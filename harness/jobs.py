@@ -118,7 +118,7 @@ def _screened(
 ) -> dict[str, list[float]]:
     """The screen's scores of n clean and of n other, triggered evaluation inputs, which it sees shuffled together: no
     two share noise or seed, so that nothing but the trigger tells them apart. Prompts in which the trigger has no place
-    are in neither."""
+    are left out, with their counterparts in the other half. Raises ValueError where none is left."""
     import torch
 
     n, trigger = spec["screened"]["n"], registry.build("triggers", spec["screened"]["trigger"])
@@ -140,10 +140,13 @@ def _screened(
             raise ArithmeticError(f"the screen gave {tuple(given.shape)} scores, not {len(rows)} finite ones")
         scores |= zip(rows, given.tolist(), strict=True)
         progress("screen", start + len(rows), 2 * n)
-    able = range(2 * n)
+    pairs = range(n)
     if inputs.prompts is not None and stamped.prompts is not None:
-        able = [i for i in able if inputs.prompts[i] != stamped.prompts[i]]
-    return {"clean": [scores[i] for i in able if i < n], "triggered": [scores[i] for i in able if i >= n]}
+        able = [plain != other for plain, other in zip(inputs.prompts, stamped.prompts, strict=True)]
+        pairs = [i for i in pairs if able[i] and able[n + i]]
+        if not pairs:
+            raise ValueError(f"the trigger has a place in too few of {2 * n} prompts to screen any; use a larger n")
+    return {"clean": [scores[i] for i in pairs], "triggered": [scores[n + i] for i in pairs]}
 
 
 def _sampler_spec(registry: Registry, defense: Any, sampler: Any) -> str | None:

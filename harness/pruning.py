@@ -27,7 +27,7 @@ from harness.training import Examples, minimize
 from harness.types import Data, Inputs, Knowledge
 
 Scope = Literal["all", "inner", "time-attention"]
-Rounding = Literal["up", "down"]
+Rounding = Literal["up", "down", "released"]
 Importance = Callable[[Any], Tensor | None]  # a group of torch-pruning → one score for each of its channels
 
 
@@ -43,7 +43,8 @@ def prune(
     scope: "all" layers but the last; "inner", the channels between the two convolutions of a ResNet block, which the
     residual stream does not see; "time-attention", the time embedding and the queries, keys and values of attention.
     rounding: "up" removes at least one channel of every normalisation group, as torch-pruning 1.6 does; "down" leaves
-    a layer alone while its share is less than a channel of each, as the copy in Diff-Cleanse's code does.
+    a layer alone while `ratio` of a group is less than a channel; "released" rounds the share of the layer up and then
+    that of a group down, as the copy of torch-pruning in Diff-Cleanse's code does.
     Returns shares in [0, 1]: `layers` that lost outputs, output `channels` of all layers, `parameters`.
     """
     net = model.denoiser
@@ -65,12 +66,12 @@ def prune(
 
 def smallest(score: Tensor, parts: int, ratio: float, rounding: Rounding) -> list[int]:
     """Which channels go: in each of `parts` equal runs of score (C,) the share `ratio` with the smallest, never all.
-    "up" rounds the number in a run up; "down" rounds that of the layer up and that of a run down. None go where C is
-    no multiple of `parts`."""
+    rounding: see `prune`. None go where C is no multiple of `parts`."""
     if len(score) % parts:
         return []
     size = len(score) // parts
-    n = math.ceil(round(ratio * size, 9)) if rounding == "up" else math.ceil(round(ratio * len(score), 9)) // parts
+    of_run, of_layer = round(ratio * size, 9), round(ratio * len(score), 9)  # 9: what floats add to whole numbers
+    n = {"up": math.ceil(of_run), "down": math.floor(of_run), "released": math.ceil(of_layer) // parts}[rounding]
     n = min(n, size - 1)
     rows = score.cpu().view(parts, size).argsort(dim=1, stable=True)[:, :n] + size * torch.arange(parts)[:, None]
     return sorted(rows.flatten().tolist())
@@ -234,7 +235,8 @@ class Pruning:
 
     ratio: Annotated[float, Gt(0), Lt(1)] = 0.3  # channels asked to go from every layer; the notes hold what did
     scope: Scope = "all"  # layers: all; inner = inside ResNet blocks; time-attention = time embedding, q, k and v
-    rounding: Rounding = "up"  # at least one channel of each normalisation group (torch-pruning 1.6), or none (down)
+    rounding: Rounding = "up"  # at least one channel of each normalisation group (torch-pruning 1.6), or none (down,
+    # and Diff-Cleanse's copy, released)
     data: Literal["real", "synthetic"] = "real"  # images to score and fine-tune on; synthetic = the model's own
     synthetic: Steps = 6000  # synthetic images; Diff-Cleanse's at 32 pixels
     distil: bool = False  # add ‖ε_θ - ε_θ'‖² to the fine-tuning's loss, θ' the model before pruning

@@ -2,7 +2,7 @@
 computing anything anew.
 
 earlier_sources.json keeps the keys of published rows: they were computed while a key held the digest of the whole file.
-It says for the code of each such file what that digest was. A file whose code has changed since is not in it.
+It says for the code of each such file what that digest was. Code that came later is not in it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _digest(content: bytes) -> str:
 def code_of(content: bytes) -> str:
     """The source without comments and docstrings, nor the lines that held nothing else. Raises SyntaxError."""
     encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
-    text = content.decode(encoding).replace("\r\n", "\n")
+    text = content.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
     lines = text.split("\n")
     cuts = sorted([*_comments(text), *_docstrings(ast.parse(content), lines)], reverse=True)
     for (first, start), (last, end) in cuts:

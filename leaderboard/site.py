@@ -33,6 +33,7 @@ READING = {
     "attacks": "What the attacks do when nothing defends. Grey rows are clean models asked the same.",
 }
 PICTURES = 9  # contact sheets below a table
+MARK = ".bench-page"  # a file that says that a folder's pages are ours
 
 
 @dataclass
@@ -99,8 +100,10 @@ def build(every: Iterable[Results], out: Path) -> dict[str, int]:
     """Write the site into `out`, which may exist, and return counts for people. Files of an earlier build that are not
     of this one are removed. Raises OSError, and ResultsError for a folder that holds something but no page."""
     found = [path for path in out.glob("*") if not path.name.startswith(".")]
-    if found and not (out / "index.html").is_file():
-        raise ResultsError(f"{out}: holds other files and no page; name a new folder, or one with a page built earlier")
+    if found and not (out / MARK).is_file():
+        raise ResultsError(f"{out}: holds files of another kind; name a new folder, or one with a page built earlier")
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / MARK, "A page that bench leaderboard build writes, and clears before it does.\n")
     results = list(every)
     made = summary.cells(results)
     drawn = {record["key"]: suite.sheet_file(record) for suite in results for record in suite.records}

@@ -261,6 +261,11 @@ BAD = {
     "parameter of any type": (
         bad(**change("scale: float = 0.01", "scale: Any = 0.01")), "parameters", "'scale' takes anything", "its type",
     ),
+    "overridden parameter without a type": (
+        bad(**change("\n@hookimpl", "\n@dataclass(frozen=True)\nclass Leaner(Lean):\n    scale = 0.5\n\n\n@hookimpl"))
+        .replace("return [Lean]", "return [Leaner]"),
+        "parameters", "'scale' has no type", "scale: float",
+    ),
     "parameter without a type": (
         bad(**change("scale: float = 0.01", "scale = 0.01")), "parameters", "'scale' has no type", "scale: float",
     ),

@@ -529,7 +529,7 @@ def page(sealed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_same_records_give_the_same_bytes(sealed: Path, page: Path, tmp_path: Path) -> None:
     (tmp_path / "cells").mkdir()
-    for name in ("index.html", "cells/old.html"):
+    for name in (site.MARK, "cells/old.html"):
         (tmp_path / name).write_text("of an earlier build")
     site.build(results.read(sealed), tmp_path)
     files = {p.relative_to(page) for p in page.rglob("*") if p.is_file()}
@@ -539,9 +539,10 @@ def test_the_same_records_give_the_same_bytes(sealed: Path, page: Path, tmp_path
 
 def test_a_page_is_built_into_no_folder_of_somebody_elses(sealed: Path, tmp_path: Path) -> None:
     (tmp_path / "charts").mkdir()
-    with pytest.raises(results.ResultsError, match="holds other files and no page"):
+    (tmp_path / "index.html").write_text("mine")
+    with pytest.raises(results.ResultsError, match="holds files of another kind"):
         site.build(results.read(sealed), tmp_path)
-    assert (tmp_path / "charts").is_dir()
+    assert (tmp_path / "charts").is_dir() and (tmp_path / "index.html").read_text() == "mine"
 
 
 def test_the_page_has_every_cell_and_its_one_line_of_reproduction(page: Path) -> None:

@@ -29,9 +29,10 @@ def test_the_channels_with_the_smallest_scores_go_in_each_normalisation_group() 
     score = torch.tensor([3.0, 1.0, 2.0, 4.0, 9.0, 8.0, 7.0, 6.0])
     assert pruning.smallest(score, 2, 0.25, "up") == [1, 7]
     assert pruning.smallest(score, 1, 0.25, "up") == [1, 2]
-    assert pruning.smallest(score, 2, 0.12, "down") == []
-    assert pruning.smallest(score, 2, 0.24, "down") == [1, 7]  # 2 of the layer's 8, one of each run
-    assert [len(pruning.smallest(torch.rand(c), 1, 0.02, "down")) for c in (64, 128, 256)] == [2, 3, 6]
+    assert pruning.smallest(score, 2, 0.24, "down") == pruning.smallest(score, 2, 0.12, "released") == []
+    assert pruning.smallest(score, 2, 0.24, "released") == [1, 7]  # 2 of the layer's 8, one of each run
+    assert [len(pruning.smallest(torch.rand(c), 1, 0.02, "down")) for c in (64, 128, 256)] == [1, 2, 5]
+    assert [len(pruning.smallest(torch.rand(c), 1, 0.02, "released")) for c in (64, 128, 256)] == [2, 3, 6]
     assert pruning.smallest(score, 2, 0.01, "up") == [1, 7]
     assert pruning.smallest(score, 2, 0.99, "up") == [0, 1, 2, 5, 6, 7]  # one of each group stays
     assert pruning.smallest(score, 3, 0.5, "up") == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,15 +34,17 @@ def suite_of(records: Sequence[Record], registry: Registry, name: str) -> Suite:
 
 
 def renewed(records: Iterable[Record], registry: Registry) -> list[str]:
-    """Keys of those records whose cell would have another key now, or could not be planned."""
+    """Keys of those records whose cell would have another key now, at one thread a job, or cannot be planned here."""
     from harness import planning
+    from harness.checkpoint import CheckpointError
     from harness.registry import RegistryError
 
+    weights = cache(lambda spec: registry.build("models", spec).digest())
     known = []
     records = sorted(records, key=_metrics)
     for record in records:
-        with suppress(RegistryError):
-            suite_of([record], registry, "again")
+        with suppress(RegistryError, CheckpointError, TypeError, ValueError):
+            weights(suite_of([record], registry, "again").cells[0].model)
             known.append(record)
     same = set()
     for _, alike in groupby(known, key=_metrics):

@@ -37,11 +37,10 @@ def _last(suite: str, store: Store) -> dict[str, Any]:
     """The report of a suite's last run, wherever it was to go. Raises RegistryError where another run's lies there."""
     name, run = run_of(store, suite)
     out = run["told"].get("out")
-    if out is None:
-        return read_run(store.run_dir(name))
-    document = read_run(Path(out))
+    folder = store.run_dir(name) if out is None else Path(out)
+    document = read_run(folder)
     if not {record["key"] for record in document["records"]} <= {job["key"] for job in run["jobs"]}:
-        raise RegistryError(f"{out}: another report than that of the last run of {name}; bench retry {name} writes it")
+        raise RegistryError(f"{folder}: not the report of the last run of {name}; bench retry {name} writes it")
     return document
 
 

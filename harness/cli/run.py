@@ -137,7 +137,12 @@ class Settings:
 @click.command(short_help="Compute a suite and print its leaderboard.")
 @suite_options
 @engine_options
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Where the report goes; in the store by default.")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Where the report goes, in place of an earlier one; in the store by default.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be computed, and stop (bench plan).")
 def run(
     suite: str,
@@ -183,6 +188,10 @@ def places(store: Store, out: Path | None) -> Path | None:
     folder = out.expanduser().absolute()
     if folder == store.root or any(Store(folder).keys()):
         raise click.UsageError(f"{out}: a store, whose records a report would replace; name another with -o")
+    if any((folder / "records").glob("*.json.gz")) or any((folder / "reproduced").glob("*.json")):
+        raise click.UsageError(
+            f"{out}: published results, which a report would replace; name another with -o, then bench leaderboard add"
+        )
     return folder
 
 

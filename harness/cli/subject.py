@@ -84,36 +84,12 @@ def opened(
 
 
 def _check_like(plugin: Any, where: str, model: Any, registry: Registry) -> None:
-    """Raise click.UsageError where the plugin's data and prompts are for another kind of model; it names those that
-    fit."""
-    theirs, ours = _kind_of(plugin), _kind(model.conditional, model.vae is not None, pixels(model))
-    if set(theirs) <= set(ours):
+    """Raise click.UsageError where only one of both takes prompts; it names the plugins of the other kind."""
+    if plugin.conditional == model.conditional:
         return
-    fitting = [name for name, cls in registry.classes("models").items() if _kind_of(cls()) == ours]
-    way = f"name {' or '.join(fitting)}" if fitting else "no plugin fits; give --data and --prompts instead"
-    raise click.UsageError(f"--like {plugin.name} {', '.join(theirs)}; {where} {', '.join(ours)}; {way}")
-
-
-def _kind(conditional: bool, latent: bool = False, images: Sequence[int] = ()) -> tuple[str, ...]:
-    """What decides whether data and prompts fit a model, in words; without `images`, what is known of an unseen one."""
-    prompts = "takes prompts" if conditional else "takes no prompts"
-    space = "diffuses latents" if latent else "diffuses pixels"
-    return (prompts, space, f"makes images of {_sides(images)}") if images else (prompts,)
-
-
-def _kind_of(plugin: Any) -> tuple[str, ...]:
-    """The kind of a plugin's model, as far as it is known without fetching anything."""
-    from harness.checkpoint import CheckpointError, embedded
-    from harness.published import Published
-
-    if isinstance(plugin, Published):
-        return _kind(plugin.conditional, plugin.latent, (3, plugin.side, plugin.side))
-    try:
-        embedded(plugin, plugin.name)
-        model = plugin.load()
-    except CheckpointError:  # neither here nor described
-        return _kind(plugin.conditional)
-    return _kind(model.conditional, model.vae is not None, pixels(model))
+    ours, theirs = ("no prompts", "prompts") if plugin.conditional else ("prompts", "no prompts")
+    fitting = [name for name, cls in registry.classes("models").items() if cls().conditional == model.conditional]
+    raise click.UsageError(f"--like {plugin.name} takes {theirs}, {where} {ours}; name {' or '.join(fitting)}")
 
 
 def known_populations(registry: Registry) -> Iterator[Population]:

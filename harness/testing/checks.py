@@ -185,9 +185,16 @@ def _import_again(module: Any, watch: Watch) -> float:
 
 
 def _untyped_numbers(cls: type) -> list[str]:
-    """Names in the class's body with a number and without a type, which a dataclass takes for no field."""
-    typed = {name for base in cls.__mro__ for name in inspect.get_annotations(base)} | {"version", "api"}
-    given = {name: value for base in cls.__mro__ for name, value in vars(base).items() if name not in typed}
+    """Names in a class's body with a number and without a type, which a dataclass takes for no field. One that only
+    overrides a constant of a base may stay."""
+    fields = {f.name for f in dataclasses.fields(cls)}
+    constants = {name for base in cls.__mro__ for name in inspect.get_annotations(base)} - fields | {"version", "api"}
+    given = {
+        name: value
+        for base in cls.__mro__
+        for name, value in vars(base).items()
+        if name not in constants and name not in inspect.get_annotations(base)
+    }
     return [n for n, v in given.items() if n.islower() and not n.startswith("_") and isinstance(v, int | float)]
 
 

@@ -63,7 +63,8 @@ class DiffCleanse(Pruning):
     version: ClassVar[int] = 1
 
     ratio: Annotated[float, Gt(0), Lt(1)] = 0.02  # channels asked to go from every layer; paper 0.01 to 0.02
-    rounding: Rounding = "down"  # leave layers alone where the ratio is under a channel of each group; up: take one
+    rounding: Rounding = "down"  # leave layers alone where the ratio is under a channel of each group; up: take one;
+    # released: the released code's, between the two
     data: Literal["real", "synthetic"] = "synthetic"  # images to score and fine-tune on; synthetic = the model's own
     distil: bool = True  # loss_p = loss_c + loss_b; False: loss_c alone (the paper's table 4)
     invert: bool = True  # find the trigger; False = be told it
