@@ -167,7 +167,7 @@ def test_report_finds_the_last_run_wherever_its_report_went(
     assert [path.name for path in (store.root / "runs").iterdir()] == ["tiny"], "looking makes no folder"
     remember(store, job("other"), out=tmp_path / "first")
     other = bench("report", "tiny")
-    assert other.code == Exit.usage and "another report than that of the last run of tiny; bench retry" in other.err
+    assert other.code == Exit.usage and "not the report of the last run of tiny; bench retry" in other.err
     remember(store, measured)
     assert "no report.json; compute it with bench run" in bench("report", "tiny").err
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from harness import jobs
+from harness import jobs, registry
 from harness.evidence import Evidence, contact_sheet, mean, mean_interval, rate, reachable
 from harness.images import quantise
 from harness.prompts import Substitution
@@ -153,3 +153,20 @@ def test_a_found_text_stands_before_the_prompt_or_in_its_letters_place() -> None
         again = jobs._found(json.loads(json.dumps(jobs._stored(found))))
         assert torch.equal(again, found) if isinstance(found, torch.Tensor) else again == found
     assert found_text(Substitution("o", "\u043e")) == "\u043e" and found_text(torch.ones(1)) is None
+
+
+def test_a_screen_is_asked_in_pairs_and_where_the_trigger_has_no_place_the_pair_is_left_out() -> None:
+    """Prompts 0 and 1 are shown clean, 2 and 3 with the trigger; "a cat" has no o."""
+    prompts = ["a dog", "a cat", "a fox", "a cow"]
+    plugin = SimpleNamespace(prompts=lambda split, n, rng: tuple(prompts[:n]))
+    model = SimpleNamespace(shape=(1, 2, 2), device="cpu", check_trigger=lambda trigger, prompts: None)
+    spec = {"screened": {"n": 2, "trigger": "homoglyph"}, "seed": 0}
+
+    def scores() -> Any:
+        screen = lambda inputs: torch.tensor([float("\u043e" in prompt) for prompt in inputs.prompts])  # noqa: E731
+        return jobs._screened(spec, registry.load(), plugin, model, screen)
+
+    assert scores() == {"clean": [0.0], "triggered": [1.0]}
+    prompts[2] = "a rat"
+    with pytest.raises(ValueError, match="use a larger n"):
+        scores()
