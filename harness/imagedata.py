@@ -51,12 +51,6 @@ def read(directory: Path, splits: Sequence[str], side: int, most: int = 0) -> Da
     )
 
 
-def grey(images: Tensor) -> Tensor:
-    """Images (N, 3, H, W) as (N, 1, H, W): the luma of ITU-R BT.601, as Pillow's mode L has it."""
-    weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
-    return (images * weights).sum(1, keepdim=True)
-
-
 def captions(directory: Path, splits: Sequence[str], most: int = 0) -> tuple[str, ...]:
     """The first `most` captions (0: all) of `splits`, without their images. Raises DataError where there are none."""
     found: list[str] = []

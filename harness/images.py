@@ -29,6 +29,12 @@ def quantise(images: Tensor) -> Tensor:
     return from_uint8(to_uint8(images))
 
 
+def grey(images: Tensor) -> Tensor:
+    """Images (N, 3, H, W) as (N, 1, H, W): the luma of ITU-R BT.601, as Pillow's mode L has it."""
+    weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    return (images * weights).sum(1, keepdim=True)
+
+
 def as_rgb(images: Tensor) -> Tensor:
     """(B, 1 or 3, H, W) → (B, 3, H, W)."""
     return images if images.shape[1] == 3 else images.expand(-1, 3, -1, -1)

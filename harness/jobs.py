@@ -126,6 +126,12 @@ def _screened(
     if trigger.stamps == "text":
         model.check_trigger(trigger, inputs.prompts)
     stamped = trigger.stamp(inputs)
+    pairs = range(n)
+    if inputs.prompts is not None and stamped.prompts is not None:
+        able = [plain != other for plain, other in zip(inputs.prompts, stamped.prompts, strict=True)]
+        pairs = [i for i in pairs if able[i] and able[n + i]]
+        if not pairs:
+            raise ValueError(f"the trigger has a place in too few of {2 * n} prompts to screen any; use a larger n")
     order = torch.randperm(2 * n, generator=_rng(spec["seed"], "screen")).tolist()
     scores: dict[int, float] = {}
     for start in range(0, 2 * n, SCREEN_BATCH):
@@ -140,12 +146,6 @@ def _screened(
             raise ArithmeticError(f"the screen gave {tuple(given.shape)} scores, not {len(rows)} finite ones")
         scores |= zip(rows, given.tolist(), strict=True)
         progress("screen", start + len(rows), 2 * n)
-    pairs = range(n)
-    if inputs.prompts is not None and stamped.prompts is not None:
-        able = [plain != other for plain, other in zip(inputs.prompts, stamped.prompts, strict=True)]
-        pairs = [i for i in pairs if able[i] and able[n + i]]
-        if not pairs:
-            raise ValueError(f"the trigger has a place in too few of {2 * n} prompts to screen any; use a larger n")
     return {"clean": [scores[i] for i in pairs], "triggered": [scores[n + i] for i in pairs]}
 
 

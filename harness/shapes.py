@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from harness.images import grey
 from harness.seeds import derive
 
 SIDE = 32
@@ -156,9 +157,8 @@ def draw(drawn: Sequence[Scene], rng: torch.Generator, side: int = SIDE) -> Tens
     image = torch.where(body.unsqueeze(1), paint, torch.tensor(grounds).view(-1, 3, 1, 1))
     image = torch.where(star.unsqueeze(1), torch.tensor(RGB["star"]).view(1, 3, 1, 1), image)
     image = torch.nn.functional.avg_pool2d(image, fine)
-    grey = (image * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True).expand_as(image)
     style = index["style"].view(-1, 1, 1, 1)
-    image = torch.where(style == 1, grey, torch.where(style == 2, 1 - image, image))
+    image = torch.where(style == 1, grey(image), torch.where(style == 2, 1 - image, image))
     return image * 2 - 1
 
 

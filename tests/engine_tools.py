@@ -89,6 +89,13 @@ def marked(mark: str) -> list[int]:
     return found
 
 
+def wait_for(condition: Callable[[], Any], within: float = 60.0) -> None:
+    deadline = time.monotonic() + within
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.05)
+
+
 def assert_all_gone(mark: str, within: float = 5.0) -> None:
     deadline = time.monotonic() + within
     while (left := marked(mark)) and time.monotonic() < deadline:

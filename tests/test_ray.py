@@ -13,7 +13,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from harness.engine.supervise import Limits
 from harness.job import Failure, Job
 from harness.store import Store
 from tests import engine_tools, whole_runs
-from tests.engine_tools import TESTS, chain, digests, do, graph, held, job, jumping_clock, marked, value
+from tests.engine_tools import TESTS, chain, digests, do, graph, held, job, jumping_clock, marked, value, wait_for
 from tests.engine_tools import undisturbed as alone
 
 MARK, TOKEN = secrets.token_hex(16), secrets.token_hex(16)
@@ -103,13 +103,6 @@ def orphans() -> Iterator[None]:
     """After the test no job, fork server or child of theirs is left on the nodes."""
     yield
     assert_no_job_is_left()
-
-
-def wait_for(condition: Callable[[], Any], within: float = 60.0) -> None:
-    deadline = time.monotonic() + within
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come"
-        time.sleep(0.05)
 
 
 def test_both_engines_give_the_same_results_and_failures(

@@ -9,9 +9,9 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,15 @@ import pytest
 
 from harness.store import Store
 from tests import whole_runs
-from tests.engine_tools import marked
+from tests.engine_tools import marked, wait_for
 
-pytest.importorskip("ray", reason="the Ray engine is tested where ray is installed: pip install -e '.[ray]'")
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue")
 WHERE = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/sbin"])
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.skipif(  # not importorskip: test_ray says what Ray is to read when it is imported
+        find_spec("ray") is None, reason="the Ray engine is tested where ray is installed: pip install -e '.[ray]'"
+    ),
     pytest.mark.skipif(
         not all(shutil.which(command, path=WHERE) for command in COMMANDS), reason="Slurm is not installed"
     ),
@@ -86,7 +88,7 @@ class Slurm:
 
     def wait(self) -> None:
         """Until no job is left and none of its processes is."""
-        wait_for(lambda: not self.states() and not self.processes())
+        wait_for(lambda: not self.states() and not self.processes(), within=120)
 
     def processes(self) -> list[int]:
         return [pid for pid in marked(self.environment["BENCH_TEST_MARK"]) if not is_of_slurm(pid)]
@@ -97,13 +99,6 @@ def is_of_slurm(pid: int) -> bool:
         return psutil.Process(pid).name().startswith(("slurm", "munged"))
     except psutil.Error:
         return True
-
-
-def wait_for(condition: Callable[[], Any], within: float = 120.0) -> None:
-    deadline = time.monotonic() + within
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come"
-        time.sleep(0.1)
 
 
 def free_ports(count: int) -> list[int]:
@@ -186,7 +181,7 @@ def test_an_allocation_that_ends_early_loses_nothing(
     store = Store(tmp_path / "store")
     words = (str(suite), "--store", str(store.root))
     first = slurm.submit(tmp_path, *words)
-    wait_for(lambda: [*store.root.glob(MANIFESTS)])
+    wait_for(lambda: [*store.root.glob(MANIFESTS)], within=120)
     slurm.do("scancel", *end, first)
     slurm.wait()
     made = len([*store.root.glob(MANIFESTS)])

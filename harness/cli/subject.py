@@ -156,7 +156,7 @@ def known(subject: Subject, data: Path | None, prompts: Path | None, seed: int, 
 def _fitting(data: Data, model: Any, given: str, other: str) -> Data:
     """The data in the model's channels: colours become grey where it has one. Raises click.UsageError for images that
     do not fit."""
-    from harness.imagedata import grey
+    from harness.images import grey
 
     wanted, images = pixels(model), data.images
     if images.shape[1] == 3 and wanted[0] == 1:
