@@ -1,16 +1,23 @@
-# `make run`: environment, then the default suite, ending with a leaderboard. `make test`: environment, then all checks.
+# `make run`: environment, then the default suite, ending with a leaderboard. `make check`: environment, then linters, types
+# and fast tests, beside each other. `make test`: environment, then all checks, those that train or start whole runs too.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SUITE ?= quick
 STAMP := $(VENV)/.installed
 
-.PHONY: run test lint docs clean
+.PHONY: run check test fast lint docs clean
 run: $(STAMP)
 	$(BIN)/bench run $(SUITE)
 
+check: $(STAMP)
+	$(MAKE) --no-print-directory -j2 lint fast
+
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+fast: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

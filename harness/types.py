@@ -1,34 +1,35 @@
-"""The values that flow through a run: data only, no behaviour that touches a device, a path or a random state.
+"""The values that flow through a run: only data, without behaviour that touches a device, a path or a random state.
 
-Images are (B, C, H, W) in [-1, 1] and timesteps (B,) int64 everywhere; only `harness.images` rescales.
+Images are (B, C, H, W) in [-1, 1] and timesteps are (B,) int64 everywhere; only `harness.diffusion.images` rescales.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from harness.diffusion import DiffusionModel
-    from harness.prompts import Substitution
+    from harness.diffusion.model import DiffusionModel
+    from harness.methods.prompt_edits import Substitution
 
-WRONG = 4  # wrong triggers behind the false-trigger rate; defenses are told the first
-Stamps = Literal["noise", "text"]
-Told = Literal["truth", "wrong-trigger"]
+WRONG = 4  # decoy triggers for the false-trigger rate; in controls defenses are given the first
+Modality = Literal["noise", "text"]
+Family = Literal["vp", "ve"]
+TriggerGiven = Literal["true", "decoy"]
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """All that a generator is given.
+    """All inputs of a generator.
 
     noise: (B, C, H, W) unit-variance starting noise (latent shape for latent models), before `init_noise_sigma`.
-    prompts: B texts for a text-to-image model, None for an unconditional one.
-    seeds: B integers; a stochastic sampler draws image i's step noise from seeds[i] alone, so that an image does not
-        depend on its batch.
+    prompts: B texts for a text-to-image model, None for an unconditional one. seeds: B integers; a stochastic sampler
+    draws the step noise of image i from seeds[i] alone, so that an image does not depend on its batch.
     """
 
     noise: Tensor
@@ -56,8 +57,10 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Data:
-    """Training data: images (N, C, H, W) in [-1, 1]; captions (N texts) where the model is text-to-image;
-    labels (N,) int64 where classes are known."""
+    """Training data: images (N, C, H, W) in [-1, 1].
+
+    captions: N texts if the model is text-to-image. labels: (N,) int64 if classes are known.
+    """
 
     images: Tensor
     captions: tuple[str, ...] | None = None
@@ -72,47 +75,46 @@ class Data:
         return Data(self.images[index], captions, None if self.labels is None else self.labels[index])
 
 
+@runtime_checkable
 class Trigger(Protocol):
-    """What an attacker stamps on a generator's inputs. A frozen dataclass whose fields are its parameters."""
+    """What an attacker adds to the inputs of a generator. A frozen dataclass whose fields are its parameters."""
 
     name: ClassVar[str]
     version: ClassVar[int]
-    stamps: ClassVar[Stamps]
+    modality: ClassVar[Modality]
 
     def stamp(self, inputs: Inputs) -> Inputs: ...
 
     def wrong(self, k: int) -> Trigger:
-        """The k-th of several other triggers of the same kind and size, for the wrong-trigger controls."""
+        """The k-th of several other triggers of the same kind and size, for the controls with decoy triggers."""
         ...
 
 
+@runtime_checkable
 class NoiseTrigger(Trigger, Protocol):
     def delta(self, shape: Sequence[int]) -> Tensor:
-        """The pattern r, (C, H, W), that is added to unit noise. ValueError if it does not fit `shape`.
-
-        One that also scales the noise declares `biased_noise = True` and has `scale(shape)`: see harness.stamping.
-        """
+        """The pattern r, (C, H, W), that is added to unit noise. ValueError if it does not fit `shape`."""
         ...
 
 
+@runtime_checkable
 class TextTrigger(Trigger, Protocol):
     def apply(self, prompt: str) -> str: ...
 
 
 class Target(Protocol):
-    """What triggered inputs should give. `kind` says which attacks can be asked for it ("image", "patch", ...).
+    """What triggered inputs should give. `kind` decides which attacks accept it ("image", "patch", ...).
 
-    Kind "class" is any image of a class: `image` gives None and `examples(data, rng)` gives some, (N, C, H, W). A
-    target that depends on the trigger has `of(trigger)`, which a Backdoor calls: the target for that trigger.
+    Kind "class" is any image of a class: `image` returns None, and the target is an ExamplesTarget.
     """
 
     name: ClassVar[str]
     version: ClassVar[int]
     kind: ClassVar[str]
-    gate: ClassVar[str]  # the threshold, one of `thresholds`, that decides a hit
+    hit_threshold: ClassVar[str]  # the threshold, one of `thresholds`, that defines a hit
 
     def image(self, shape: Sequence[int]) -> Tensor | None:
-        """The target picture (C, H, W) in [-1, 1], where it is one picture."""
+        """The target image (C, H, W) in [-1, 1], if it is one image."""
         ...
 
     def region(self, images: Tensor) -> Tensor:
@@ -120,25 +122,24 @@ class Target(Protocol):
         ...
 
     def distances(self, images: Tensor, context: TargetContext) -> Tensor:
-        """(B,) float, the quantity that is compared with a threshold: smaller is closer to the target."""
+        """(B,) float, the quantity that is compared with a threshold; smaller is closer to the target."""
         ...
 
     def thresholds(self, context: TargetContext) -> Mapping[str, float]:
-        """Named thresholds: an image hits where its distance is at most that."""
+        """Named thresholds: an image is a hit if its distance is at most the threshold."""
         ...
 
     def hits(self, images: Tensor, context: TargetContext) -> Tensor:
-        """(B,) bool, whether each image shows the target at the gate threshold."""
+        """(B,) bool, whether each image shows the target at the hit threshold."""
         ...
 
 
 @dataclass(frozen=True)
 class TargetContext:
-    """What a target's judge may look at besides the images.
+    """What a target's judge may use in addition to the images.
 
     clean: the clean model's images for the same prompts and seeds without the trigger, (B, C, H, W); thresholds are
-        calibrated on them.
-    prompts: the prompts before stamping. judge: the model's classifier, where it has one.
+    calibrated on them. prompts: the prompts without the trigger. judge: the model's classifier, if it has one.
     """
 
     clean: Tensor
@@ -148,20 +149,21 @@ class TargetContext:
 
 @dataclass(frozen=True)
 class Backdoor:
-    """Ground truth of an attack. No defense has a route to it."""
+    """Ground truth of an attack. No defense has access to it."""
 
     trigger: Trigger
     target: Target
 
     def __post_init__(self) -> None:
-        of = getattr(self.target, "of", None)
-        if of is not None:
-            object.__setattr__(self, "target", of(self.trigger))
+        from harness.capabilities import TriggerDependentTarget, offers
+
+        if offers(self.target, TriggerDependentTarget):
+            object.__setattr__(self, "target", self.target.of(self.trigger))
 
 
 @dataclass(frozen=True)
 class Backdoored:
-    """What an attack returns. A reverse process of the attacker's own is a registered sampler, chosen by the cell."""
+    """The result of an attack. An attacker's own reverse process is a registered sampler, selected by the cell."""
 
     model: DiffusionModel
     backdoor: Backdoor
@@ -169,15 +171,16 @@ class Backdoored:
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What a defender may use. The harness fills what the defense's `needs` names; everything else stays None.
+    """What a defender may use. The harness fills the fields that the defense's `needs` names; all others are None.
 
-    trigger: the trigger the defender was told (in a wrong-trigger control: another one).
-    data: a share of clean training data (images, captions).
-    prompts: clean prompts, disjoint from those of the evaluation.
-    clean_model: the model before the attack.
-    words: neutral words of the model's language.
-    encoder: a public image encoder, images (B, C, H, W) in [-1, 1] → features (B, D): the model's CLIP-like scorer
-        where it has one, else its judge's features.
+    - trigger: the trigger that the defender is given (in a control with a decoy trigger: another one).
+    - data: a share of clean training data (images, captions).
+    - prompts: clean prompts, disjoint from those of the evaluation.
+    - clean_model: the model before the attack.
+    - words: neutral words of the model's language.
+    - encoder: a public image encoder, images (B, C, H, W) in [-1, 1] → features (B, D): the model's CLIP-like scorer if
+      it
+      has one, otherwise the features of its judge.
     """
 
     trigger: Trigger | None = None
@@ -192,35 +195,22 @@ KNOWLEDGE = ("trigger", "data", "prompts", "clean_model", "words", "encoder")
 DELIVERS = ("model", "suspicion", "screen", "sampler")
 
 
-SETS = (
-    "backdoored/found",
-)  # image sets beyond every cell's own, sampled where a metric declares in `sets` to read them
-
-
-def extra_sets(metric: Any) -> tuple[str, ...]:
-    """The image sets beyond every cell's own that a metric reads. Raises ValueError for one that there is not."""
-    wanted = tuple(getattr(metric, "sets", ()))
-    for name in wanted:
-        if name not in SETS:
-            raise ValueError(f"metric '{metric.name}' reads the images {name!r}; there are {', '.join(SETS)}")
-    return wanted
-
-
-def delivers(defense: Any) -> tuple[str, ...]:
-    """What a defense declares to deliver; one that declares nothing purifies a model."""
-    return tuple(getattr(defense, "delivers", ("model",)))
-
-
 @dataclass(frozen=True)
 class Defended:
-    """What a defense delivers; the rest stays None. Its class names these in `delivers` (default: the model alone).
+    """The result of a defense. Its class names the fields in `delivers` (default: the model alone); all others are
+    None.
 
-    model: purified model. suspicion: model-level score, higher = more likely backdoored; the defense itself flags a
-    model above `flag_above`. features: further model-level numbers. screen: Inputs → (B,) scores, higher = more
-    suspicious, each a function of its own input alone; the defense itself flags inputs above `screen_above`. sampler:
-    an inference-time sampler (a registered one), used instead of the cell's; one that has `around(inner)` wraps the
-    cell's. trigger: the inverted trigger, (C, H, W), the text found, to be put before a prompt, or a Substitution
-    (harness.prompts), a text found in the place of a letter. notes: numbers worth keeping (curves, norms).
+    - model: purified model.
+    - suspicion: model-level score, higher = more likely backdoored. The defense itself flags a model above
+      `flag_above`.
+    - features: further model-level numbers.
+    - screen: Inputs → (B,) scores, higher = more suspicious; each is a function of its own input alone. The defense
+      itself flags inputs above `screen_above`.
+    - sampler: an inference-time sampler (a registered one), used instead of the cell's. A WrappingSampler wraps
+      the cell's sampler.
+    - trigger: the inverted trigger: (C, H, W), or a text that is put before a prompt, or a Substitution
+      (harness.methods.prompt_edits), a text that replaces a letter.
+    - notes: numbers worth keeping (curves, norms).
     """
 
     model: DiffusionModel | None = None
@@ -238,9 +228,11 @@ class Defended:
 class Score:
     """One measured number.
 
-    value: in base units; NaN where it could not be measured (with `warning` saying why), never 0, never absent.
-    n: number of samples behind it. interval: 95 %, (low, high). per_sample: values from which `value` follows.
+    value: in base units; NaN if it could not be measured (with the reason in `warning`), never 0, never absent. n:
+    number of samples. interval: 95 %, (low, high). per_sample: values from which `value` follows.
     """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     value: float
     n: int
@@ -251,8 +243,22 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Doubt:
+    """A reason to doubt the numbers of a record. code: which one, for code to read (`harness.runs.doubts.DoubtCode`).
+    text: the same with its figures, for people to read; no code reads it."""
+
+    code: StrEnum
+    text: str
+
+
+@dataclass(frozen=True)
 class Cell:
-    """One experiment, as specs with all defaults filled in."""
+    """One experiment, as specs with all defaults filled in.
+
+    trigger_given: the trigger for a defense that needs one: the true one or a decoy (a control).
+    """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     model: str
     attack: str
@@ -261,26 +267,12 @@ class Cell:
     defense: str
     sampler: str
     seed: int
-    told: Told = "truth"
+    trigger_given: TriggerGiven = "true"
     n: int = 100
 
 
-@dataclass(frozen=True)
-class Record:
-    """The outcome of a cell: plain JSON values only."""
-
-    key: str
-    cell: Cell
-    scores: Mapping[str, Score]
-    warnings: tuple[str, ...] = ()
-    error: str | None = None
-    attempts: tuple[Mapping[str, Any], ...] = ()
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    knowledge: tuple[str, ...] = ()
-
-
 class Judge(Protocol):
-    """A feature extractor and classifier that belongs to a model's data, named for itself in every column."""
+    """A feature extractor and classifier for the data of a model; its name is in the names of its scores."""
 
     @property
     def name(self) -> str: ...
@@ -295,7 +287,7 @@ class Judge(Protocol):
 
 
 class TextImageScorer(Protocol):
-    """A CLIP-like pair of encoders, named for itself."""
+    """A CLIP-like pair of encoders; its name is in the names of its scores."""
 
     @property
     def name(self) -> str: ...
@@ -306,11 +298,11 @@ class TextImageScorer(Protocol):
 
 
 class Model(Protocol):
-    """A model plugin: the clean model, the data it was made from and the judges that fit it."""
+    """A model plugin: the clean model, its training data, and the judges for its images."""
 
     name: ClassVar[str]
     version: ClassVar[int]
-    stamps: ClassVar[Stamps]  # where its inputs can carry a trigger
+    modality: ClassVar[Modality]  # the part of its inputs that can carry a trigger
     conditional: ClassVar[bool]  # text-to-image
 
     def load(self) -> DiffusionModel: ...
@@ -322,13 +314,13 @@ class Model(Protocol):
     def data(self) -> Data: ...
 
     def reference(self) -> Tensor:
-        """Real images (M, C, H, W) of what the evaluation's clean inputs ask for, for distances to them."""
+        """Real images (M, C, H, W) of what the clean inputs of the evaluation ask for, for distances to them."""
         ...
 
     def prompts(self, split: Literal["train", "test"], n: int, rng: torch.Generator) -> tuple[str, ...] | None: ...
 
     def attributes(self, prompt: str) -> Mapping[str, int]:
-        """The attribute classes that a prompt asks for, in the judge's coding; {} where it asks for none."""
+        """The attribute classes that a prompt asks for, in the coding of the judge; {} if it asks for none."""
         ...
 
     def words(self) -> tuple[str, ...]: ...
@@ -336,6 +328,19 @@ class Model(Protocol):
     def judge(self) -> Judge | None: ...
 
     def scorer(self) -> TextImageScorer | None: ...
+
+
+class Sampler(Protocol):
+    """An algorithm from x_T to x_0. `nfe` is its number of network evaluations per image."""
+
+    name: ClassVar[str]
+
+    @property
+    def nfe(self) -> int: ...
+
+    def run(self, model: DiffusionModel, inputs: Inputs) -> Tensor:
+        """x_0 (B, C, H, W) in the model's own space (latents for latent models), from unit noise `inputs.noise`."""
+        ...
 
 
 class Attack(Protocol):
@@ -359,8 +364,7 @@ class Defense(Protocol):
 
 
 class Metric(Protocol):
-    """One that also declares `sets = ("backdoored/found",)` reads image sets that are sampled for it alone, and is part
-    of a suite only where the suite names it."""
+    """A metric of the evidence of a cell."""
 
     name: ClassVar[str]
     version: ClassVar[int]

@@ -16,17 +16,17 @@ LINE = 19  # height of a name
 STYLE = """
 svg{font:13px system-ui,sans-serif}
 .axis{stroke:#8a8f98;fill:none}.grid{stroke:#8a8f98;stroke-opacity:.2}.tick,.label{fill:#5b616b}.name{fill:#1c2024}
-.lead{stroke:#8a8f98;stroke-opacity:.55;fill:none}.blind{fill:#1f6fb2}.told{fill:#b3591b}.control{fill:#8a8f98}
+.lead{stroke:#8a8f98;stroke-opacity:.55;fill:none}.blind{fill:#1f6fb2}.given{fill:#b3591b}.control{fill:#8a8f98}
 .curve{fill:none;stroke-width:2}.s0{stroke:#1f6fb2}.s1{stroke:#b3591b}.s2{stroke:#2c7d4f}.s3{stroke:#8646a8}
 .s4{stroke:#a8324a}.s5{stroke:#6b7280}
-@media(prefers-color-scheme:dark){.tick,.label{fill:#a3aab5}.name{fill:#e6e8eb}.blind{fill:#62b0f0}.told{fill:#f0975a}
+@media(prefers-color-scheme:dark){.tick,.label{fill:#a3aab5}.name{fill:#e6e8eb}.blind{fill:#62b0f0}.given{fill:#f0975a}
 .s0{stroke:#62b0f0}.s1{stroke:#f0975a}.s2{stroke:#6cc792}.s3{stroke:#c79be0}.s4{stroke:#ee8296}.s5{stroke:#a3aab5}}
 """
 
 
 @dataclass(frozen=True)
 class Point:
-    """kind: "blind" (not told the trigger), "told" or "control"; each has a shape of its own."""
+    """kind: "blind" (not given the trigger), "given" or "control"; each has a shape of its own."""
 
     name: str
     x: float
@@ -165,12 +165,12 @@ def _frame(
 
 
 def _mark(point: Point, x: float, y: float, words: str) -> str:
-    """A circle (not told), a diamond (told) or a square (control), with a tooltip."""
+    """A circle (blind), a diamond (given the trigger) or a square (control), with a tooltip."""
     tip = f"<title>{escape(point.name)}: {escape(words)}</title>"
     if point.kind == "blind":
         return f'<circle class="blind" cx="{_n(x)}" cy="{_n(y)}" r="5">{tip}</circle>'
-    if point.kind == "told":
-        return f'<path class="told" d="M{_n(x)} {_n(y - 6.5)}l6.5 6.5l-6.5 6.5l-6.5 -6.5z">{tip}</path>'
+    if point.kind == "given":
+        return f'<path class="given" d="M{_n(x)} {_n(y - 6.5)}l6.5 6.5l-6.5 6.5l-6.5 -6.5z">{tip}</path>'
     return f'<rect class="control" x="{_n(x - 4.5)}" y="{_n(y - 4.5)}" width="9" height="9">{tip}</rect>'
 
 

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from leaderboard.recompute import SHARES, quantile, threshold
+from harness.judges import statistics
+from harness.runs.record import Record
+from leaderboard import recompute
+from leaderboard.recompute import SHARES, threshold
 
-Record = Mapping[str, Any]
+Place = tuple[tuple[str, str | int], ...]
 SETTING = ("model", "attack", "trigger", "target", "sampler", "n")
 DEFAULT_SCORES = ("asr", "drift", "attribute_accuracy", "screen_auroc")
 
@@ -30,7 +33,7 @@ class Comparison:
     """
 
     score: str
-    setting: tuple[tuple[str, Any], ...]
+    setting: Place
     a: float
     b: float
     difference: float
@@ -51,13 +54,13 @@ def compare(a: Iterable[Record], b: Iterable[Record], scores: Sequence[str] = DE
     Only scores measured on both sides are compared. Raises ValueError where two rows share setting and seed but were
     made from different checkpoints or images: those are not paired.
     """
-    pairs: dict[tuple[tuple[str, Any], ...], list[tuple[Record, Record]]] = defaultdict(list)
-    others = {place(record): record for record in b if not record.get("error")}
+    pairs: dict[Place, list[tuple[Record, Record]]] = defaultdict(list)
+    others = {place(record): record for record in b if not record.error}
     for record in a:
         other = others.get(place(record))
-        if other is not None and not record.get("error"):
+        if other is not None and not record.error:
             _same_start(record, other)
-            pairs[tuple((name, record["cell"].get(name)) for name in SETTING)].append((record, other))
+            pairs[_setting(record)].append((record, other))
     found = [
         made
         for setting, rows in sorted(pairs.items(), key=str)
@@ -68,41 +71,38 @@ def compare(a: Iterable[Record], b: Iterable[Record], scores: Sequence[str] = DE
     return [replace(each, p_holm=p) for each, p in zip(found, corrected, strict=True)]
 
 
-def place(record: Record) -> tuple[Any, ...]:
+def place(record: Record) -> Place:
     """Where a record stands but for its defense: records of one place are about one backdoored model."""
-    return tuple(record["cell"].get(name) for name in (*SETTING, "seed"))
+    return (*_setting(record), ("seed", record.cell.seed))
+
+
+def _setting(record: Record) -> Place:
+    return tuple((name, getattr(record.cell, name)) for name in SETTING)
 
 
 def _same_start(a: Record, b: Record) -> None:
-    jobs = [{key for key, job in _jobs(r).items() if job.get("kind") == "attack"} for r in (a, b)]
-    if jobs[0] != jobs[1]:
+    if attack_jobs(a) != attack_jobs(b):
         raise ValueError(
-            f"records {a['key'][:12]} and {b['key'][:12]} defend different backdoored models (the attack was run by "
+            f"records {a.key[:12]} and {b.key[:12]} defend different backdoored models (the attack was run by "
             "different code or weights): not paired. Run both anew with one version"
         )
 
 
-def _jobs(record: Record) -> Mapping[str, Any]:
-    return (record.get("provenance") or {}).get("jobs") or {}
+def attack_jobs(record: Record) -> set[str]:
+    """The keys of the jobs that made the record's backdoored model."""
+    return {key for key, job in record.provenance.jobs.items() if job.kind == "attack"}
 
 
-def _compared(
-    score: str, setting: tuple[tuple[str, Any], ...], rows: Sequence[tuple[Record, Record]]
-) -> Comparison | None:
-    rows = sorted(rows, key=lambda pair: pair[0]["cell"]["seed"])
-    rows = [pair for pair in rows if not any(math.isnan(value_of(record, score)) for record in pair)]
-    values = [(a["cell"]["seed"], value_of(a, score), value_of(b, score)) for a, b in rows]
+def _compared(score: str, setting: Place, rows: Sequence[tuple[Record, Record]]) -> Comparison | None:
+    rows = sorted(rows, key=lambda pair: pair[0].cell.seed)
+    rows = [pair for pair in rows if not any(math.isnan(record.value(score)) for record in pair)]
+    values = [(a.cell.seed, a.value(score), b.value(score)) for a, b in rows]
     if not values:
         return None
     made = seeds(values) if len(values) > 1 else samples(score, *rows[0])
     difference, low, high, p, test, unit, n, note = made
     x, y = (math.fsum(row[i] for row in values) / len(values) for i in (1, 2))
     return Comparison(score, setting, x, y, difference, low, high, p, test, unit, n, tuple(values), note=note)
-
-
-def value_of(record: Record, score: str) -> float:
-    value = (record.get("scores", {}).get(score) or {}).get("value")
-    return math.nan if value is None else float(value)
 
 
 Made = tuple[float, float | None, float | None, float | None, str, str, int, str | None]
@@ -117,37 +117,37 @@ def seeds(values: Sequence[tuple[int, float, float]]) -> Made:
     if len(set(d)) == 1:
         note = "every seed gives the same difference: no variance, no interval"
         return mean, None, None, None, "none", "seeds", len(d), note
+    low, high = statistics.mean_interval(d) or (None, None)
     test: Any = ttest_1samp(d, 0.0)
-    low, high = test.confidence_interval(0.95)
-    return mean, float(low), float(high), float(test.pvalue), "t over seeds", "seeds", len(d), None
+    return mean, low, high, float(test.pvalue), "t over seeds", "seeds", len(d), None
 
 
 def samples(score: str, a: Record, b: Record) -> Made:
     """One checkpoint: the same samples under A and under B."""
     note = "one seed: says nothing about another training of the attack"
     u, v = _both(per_sample(a, score), per_sample(b, score))
-    taus = [threshold(score.partition("@")[2], record["scores"]) for record in (a, b)]
-    if u and score.partition("@")[0] in SHARES and taus[0] is not None and taus[1] is not None:
-        x, y = [value <= taus[0] for value in u], [value <= taus[1] for value in v]
+    tau_a, tau_b = (threshold(score.partition("@")[2], record.scores) for record in (a, b))
+    if u and score.partition("@")[0] in SHARES and not math.isnan(tau_a + tau_b):
+        x, y = [value <= tau_a for value in u], [value <= tau_b for value in v]
         only_a, only_b = (sum(p > q for p, q in zip(*pair, strict=True)) for pair in ((x, y), (y, x)))
         difference, low, high = paired_shares(only_a, only_b, len(x))
         return difference, low, high, mcnemar(only_a, only_b), "exact McNemar", "samples", len(x), note
     if u and score != "screen_auroc":
         difference, low, high, p = paired_means(u, v)
         return difference, low, high, p, "Wilcoxon signed rank", "samples", len(u), note
-    difference = value_of(a, score) - value_of(b, score)
+    difference = a.value(score) - b.value(score)
     return difference, None, None, None, "none", "samples", 0, f"not a mean over samples; {note}"
 
 
-def per_sample(record: Record, score: str) -> Sequence[float | None]:
-    """The values behind a score; those of `asr` behind `asr@1e-3`."""
+def per_sample(record: Record, score: str) -> Sequence[float]:
+    """The values behind a score, NaN for those that do not count; those of `asr` behind `asr@1e-3`."""
     base = score.partition("@")[0]
-    return (record["scores"].get(base if base in SHARES else score) or {}).get("per_sample") or ()
+    return recompute.per_sample(record.scores, base if base in SHARES else score)
 
 
-def _both(u: Sequence[float | None], v: Sequence[float | None]) -> tuple[list[float], list[float]]:
+def _both(u: Sequence[float], v: Sequence[float]) -> tuple[list[float], list[float]]:
     """The values of samples that count on both sides; two empty lists where they are not the same samples."""
-    pairs = [(x, y) for x, y in zip(u, v, strict=False) if x is not None and y is not None]
+    pairs = [(x, y) for x, y in zip(u, v, strict=False) if not math.isnan(x + y)]
     return ([x for x, _ in pairs], [y for _, y in pairs]) if len(u) == len(v) else ([], [])
 
 
@@ -167,7 +167,7 @@ def paired_shares(only_a: int, only_b: int, n: int) -> tuple[float, float, float
     Wald's with half an observation added to each cell of the 2×2 table. Clipped to [-1, 1]."""
     b, c, m = only_a + 0.5, only_b + 0.5, n + 2
     d = (b - c) / m
-    half = 1.959963984540054 * math.sqrt(b + c - (b - c) ** 2 / m) / m
+    half = statistics.Z * math.sqrt(b + c - (b - c) ** 2 / m) / m
     return (only_a - only_b) / n, max(-1.0, d - half), min(1.0, d + half)
 
 
@@ -180,9 +180,9 @@ def paired_means(u: Sequence[float], v: Sequence[float]) -> tuple[float, float |
     mean = float(d.mean())
     if len(d) < 2 or np.ptp(d) == 0:
         return mean, None, None, None
-    half = quantile(len(d) - 1) * float(d.std(ddof=1)) / math.sqrt(len(d))
+    low, high = statistics.mean_interval(d) or (None, None)
     test: Any = wilcoxon(d)
-    return mean, mean - half, mean + half, float(test.pvalue)
+    return mean, low, high, float(test.pvalue)
 
 
 def holm(p: Sequence[float | None]) -> list[float | None]:

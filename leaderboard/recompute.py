@@ -2,7 +2,7 @@
 
 A score follows from its own values (a mean, or a share of distances under a threshold), from another score's values
 (`asr@1e-3` from those of `asr`), or from other scores (`removal`, ratios). The rest (Fréchet distances, costs) has
-nothing to be recomputed from, and only the manifest's digest speaks for it.
+nothing to be recomputed from, and only the record's digest speaks for it.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from typing import Any
+from functools import partial
+from typing import Literal
 
-from harness import roc
+from harness.judges import statistics
+from harness.types import Score
 
-Scores = Mapping[str, Mapping[str, Any]]
+Scores = Mapping[str, Score]
 Found = tuple[float, tuple[float, float] | None]
+Level = Literal["claimed", "recomputed", "reproduced"]
+LEVELS: tuple[Level, ...] = ("claimed", "recomputed", "reproduced")
 SHARES = ("asr", "asr_before", "clean_hits", "clean_hits_before", "false_triggers", "clean_model_hits")
 PARTS = {  # a score that is one score over another, less another, ...
     "fid_ratio[]": ("fid[]", "fid_clean[]"),
@@ -37,7 +40,7 @@ def recompute(scores: Scores) -> Outcome:
     """Every measured score of a record, again."""
     done, left, wrong = [], [], []
     for name, score in scores.items():
-        if score.get("value") is None:
+        if math.isnan(score.value):
             continue
         found = again(name, scores)
         if found is None:
@@ -48,9 +51,17 @@ def recompute(scores: Scores) -> Outcome:
     return Outcome(tuple(done), tuple(left), tuple(wrong))
 
 
+def level(scores: Scores, reproduced: bool) -> Level:
+    """How far a record's numbers were checked: "claimed" (as handed in), "recomputed" (every score that has per-sample
+    values follows from them) or "reproduced" (also run again, and within the interval)."""
+    outcome = recompute(scores)
+    if outcome.problems or not outcome.recomputed:
+        return "claimed"
+    return "reproduced" if reproduced else "recomputed"
+
+
 def again(name: str, scores: Scores) -> list[Found] | None:
     """What the score should be, None where the record does not say. Several candidates where rounding may decide."""
-    score = scores[name]
     base, _, at = name.partition("@")
     values = samples(scores, base)
     if base in SHARES:
@@ -58,51 +69,55 @@ def again(name: str, scores: Scores) -> list[Found] | None:
     if name in SPECIAL:
         return SPECIAL[name](scores)
     if values:
-        return [mean(values)] if base == name else None
+        return [(math.fsum(values) / len(values), statistics.mean_interval(values))] if base == name else None
     if "[" in name and f"{name.partition('[')[0]}[]" in PARTS:
         return _ratio(name, scores)
-    return _counted(score)
+    return _counted(scores[name])
 
 
 def samples(scores: Scores, name: str) -> list[float]:
-    """The values behind a score, those aside that do not count (null)."""
-    return [value for value in scores.get(name, {}).get("per_sample") or () if value is not None]
+    """The values behind a score, those aside that do not count (NaN)."""
+    return [value for value in per_sample(scores, name) if not math.isnan(value)]
 
 
-def threshold(at: str, scores: Scores) -> float | None:
-    """The threshold that a name ends with ("1e-3"); the gate's for none or for a word ("calibrated")."""
+def per_sample(scores: Scores, name: str) -> tuple[float, ...]:
+    """The values behind a score, NaN for those that do not count; () where there are none."""
+    return (scores[name].per_sample or ()) if name in scores else ()
+
+
+def value_of(scores: Scores, name: str) -> float:
+    """The value of a score, NaN where it is absent or unmeasured."""
+    return scores[name].value if name in scores else math.nan
+
+
+def threshold(at: str, scores: Scores) -> float:
+    """The threshold that a name ends with ("1e-3"); that of a hit for none or for a word ("calibrated"). NaN where the
+    record does not say."""
     try:
         return float(at)
     except ValueError:
-        return scores.get("asr_threshold", {}).get("value")
+        return value_of(scores, "asr_threshold")
 
 
-def _shares(values: Sequence[float], tau: float | None) -> list[Found] | None:
+def _shares(values: Sequence[float], tau: float) -> list[Found] | None:
     """Shares of values at most τ. Distances were compared in single or in double precision: either may be right."""
     import numpy as np
 
-    if tau is None:
+    if math.isnan(tau):
         return None
     exact = np.asarray(values, dtype=np.float64)
     counts = {int((exact <= tau).sum()), int((exact.astype(np.float32) <= np.float32(tau)).sum())}
-    return [(k / len(exact), wilson(k, len(exact))) for k in sorted(counts)]
+    return [_share(k, len(exact)) for k in sorted(counts)]
 
 
-def mean(values: Sequence[float]) -> Found:
-    """The mean with its 95 % t interval, None for fewer than two values or equal ones."""
-    import numpy as np
-
-    x = np.asarray(values, dtype=np.float64)
-    if len(x) < 2 or np.ptp(x) == 0:
-        return float(x.mean()), None
-    half = quantile(len(x) - 1) * float(x.std(ddof=1)) / math.sqrt(len(x))
-    return float(x.mean()), (float(x.mean()) - half, float(x.mean()) + half)
+def _share(k: int, n: int) -> Found:
+    return k / n, statistics.wilson(k, n)
 
 
 def _ratio(name: str, scores: Scores) -> list[Found] | None:
     stem, _, judge = name.partition("[")
-    above, below = (scores.get(part.replace("[]", f"[{judge}"), {}).get("value") for part in PARTS[f"{stem}[]"])
-    return [(above / below, None)] if above is not None and below else None
+    above, below = (value_of(scores, part.replace("[]", f"[{judge}")) for part in PARTS[f"{stem}[]"])
+    return None if math.isnan(above) or math.isnan(below) or below == 0 else [(above / below, None)]
 
 
 def _removal(scores: Scores) -> list[Found] | None:
@@ -112,44 +127,41 @@ def _removal(scores: Scores) -> list[Found] | None:
     return [(1 - value, None if ends is None else (1 - ends[1], 1 - ends[0])) for value, ends in found]
 
 
-def _counted(score: Mapping[str, Any]) -> list[Found] | None:
+def _counted(score: Score) -> list[Found] | None:
     """A share with a Wilson interval but without values: it must be a whole count over n, with that very interval."""
-    value, n, interval = score["value"], score.get("n") or 0, score.get("interval")
-    if interval is None or not 0 <= value <= 1 or n < 2:
+    if score.interval is None or not 0 <= score.value <= 1 or score.n < 2:
         return None
-    k = round(value * n)
-    return [(k / n, wilson(k, n))]
+    return [_share(round(score.value * score.n), score.n)]
 
 
-def _screened(scores: Scores) -> tuple[list[float], list[float]] | None:
+def _screened(scores: Scores) -> tuple[Sequence[float], Sequence[float]] | None:
     """What a screen said of n clean inputs and of n triggered ones."""
-    values = scores.get("screen_auroc", {}).get("per_sample")
+    values = per_sample(scores, "screen_auroc")
     return (values[: len(values) // 2], values[len(values) // 2 :]) if values else None
 
 
 def _area(scores: Scores) -> list[Found] | None:
     """The area under the ROC curve."""
     said = _screened(scores)
-    return None if said is None else [roc.auroc(*said)]
+    return None if said is None else [statistics.auroc(*said)]
 
 
 def _caught(scores: Scores) -> list[Found] | None:
     """TPR at an FPR of at most 1 %."""
     said = _screened(scores)
-    return None if said is None else [_share(roc.at_fpr(*said, 0.01).tpr, len(said[1]))]
+    return None if said is None else [_rounded(statistics.at_fpr(*said, 0.01).tpr, len(said[1]))]
 
 
-def _at_threshold(scores: Scores, which: str) -> list[Found] | None:
+def _at_threshold(scores: Scores, which: Literal["fpr", "tpr"]) -> list[Found] | None:
     """FPR or TPR at the defense's own threshold."""
-    said, threshold = _screened(scores), scores.get("screen_threshold", {}).get("value")
-    if said is None or threshold is None:
+    said, own = _screened(scores), value_of(scores, "screen_threshold")
+    if said is None or math.isnan(own):
         return None
-    return [_share(getattr(roc.at(*said, threshold), which), len(said[0]))]
+    return [_rounded(getattr(statistics.at(*said, own), which), len(said[0]))]
 
 
-def _share(value: float, n: int) -> Found:
-    k = round(value * n)
-    return k / n, wilson(k, n)
+def _rounded(value: float, n: int) -> Found:
+    return _share(round(value * n), n)
 
 
 SPECIAL: dict[str, Callable[[Scores], list[Found] | None]] = {
@@ -161,37 +173,19 @@ SPECIAL: dict[str, Callable[[Scores], list[Found] | None]] = {
 }
 
 
-@cache
-def wilson(k: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share."""
-    from scipy.stats import binomtest
-
-    low, high = binomtest(k, n).proportion_ci(method="wilson")
-    return float(low), float(high)
-
-
-@cache
-def quantile(degrees: int) -> float:
-    """97.5 % quantile of Student's t."""
-    from scipy.special import stdtrit
-
-    return float(stdtrit(degrees, 0.975))
-
-
-def _differences(name: str, score: Mapping[str, Any], found: Sequence[Found]) -> list[str]:
+def _differences(name: str, score: Score, found: Sequence[Found]) -> list[str]:
     """In words, how the stored score differs from every candidate; [] if one of them agrees."""
-    said, ends = score["value"], score.get("interval")
-    if not any(close(said, value) for value, _ in found):
-        return [f"{name} says {said:.10g}, its values give {found[0][0]:.10g}"]
+    if not any(close(score.value, value) for value, _ in found):
+        return [f"{name} is {score.value:.10g} in the record, its values give {found[0][0]:.10g}"]
     for value, interval in found:
-        if close(said, value) and _same_interval(ends, interval, abs(value)):
+        if close(score.value, value) and _same_interval(score.interval, interval, abs(value)):
             return []
-    return [f"{name} says the interval {_ends(ends)}, its values give {_ends(found[0][1])}"]
+    return [f"{name} has the interval {_ends(score.interval)}, its values give {_ends(found[0][1])}"]
 
 
 def _same_interval(a: Sequence[float] | None, b: Sequence[float] | None, size: float) -> bool:
-    if a is None or b is None:
-        return a is None and b is None
+    if a is None or b is None:  # values that are equal in single precision may differ in double
+        return all(close(ends[0], ends[1], size) for ends in (a, b) if ends is not None)
     return all(close(x, y, max(size, abs(b[0]), abs(b[1]))) for x, y in zip(a, b, strict=True))
 
 

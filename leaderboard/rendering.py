@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from leaderboard import report, summary
-from leaderboard.summary import Cell, Figure, Row
-from leaderboard.tables import bare, ends, network_evaluations
+from harness.runs.printable import one_line
+from harness.runs.record import Provenance
+from leaderboard import rows
+from leaderboard.columns import Column
+from leaderboard.rows import Row
+from leaderboard.specs import bare, inside
 
 ASSETS = Path(__file__).parent / "assets"
 BESIDE = "'self' file:"
@@ -49,9 +52,9 @@ def environment() -> Environment:
         lstrip_blocks=True, finalize=_visible, keep_trailing_newline=True,
     )  # fmt: skip
     made.filters |= {
-        "shown": shown, "ends": lambda number, figure: ends(number, figure.percent), "bare": bare, "inside": inside,
-        "slug": slug, "whisker": whisker, "nfe": nfe,
-        "fixed": lambda x: "" if x is None else f"{x:.1f}", "inside_square": summary.judge,
+        "shown": shown, "bare": bare, "inside": inside, "slug": slug, "whisker": whisker,
+        "nfe": lambda cell: ", ".join(map(str, cell.nfe)) or "–",
+        "fixed": lambda x: "" if x is None else f"{x:.1f}", "judge_of": rows.judge_of,
         "megabytes": lambda x: "" if x is None else f"{x / 1e6:.0f}", "provenance": provenance,
     }  # fmt: skip
     return made
@@ -59,18 +62,13 @@ def environment() -> Environment:
 
 def _visible(value: Any) -> Any:
     """Text of records without characters that are obeyed or hidden."""
-    return report.plain(value) if type(value) is str else value
+    return value if isinstance(value, Markup) else one_line(value)
 
 
-def shown(value: float | None, figure: Figure) -> str:
+def shown(value: float | None, column: Column) -> str:
     if value is None or math.isnan(value):
         return "n/a"
-    return f"{value * (100 if figure.percent else 1):.{figure.digits}f}"
-
-
-def inside(spec: str) -> str:
-    """What stands between the brackets of a spec."""
-    return spec.partition("(")[2].removesuffix(")")
+    return f"{value * (100 if column.percent else 1):.{column.digits}f}"
 
 
 def slug(spec: str) -> str:
@@ -79,40 +77,32 @@ def slug(spec: str) -> str:
     return name if SAFE_NAME.fullmatch(name) else hashlib.sha256(name.encode()).hexdigest()[:12]
 
 
-def nfe(cell: Cell) -> str:
-    return ", ".join(map(str, network_evaluations(cell.records))) or "–"
-
-
-def provenance(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+def provenance(found: Provenance) -> list[tuple[str, str]]:
     """What a reader needs of a record's provenance."""
-    found = found or {}
-    versions = ", ".join(f"{name} {version}" for name, version in sorted((found.get("versions") or {}).items()))
-    machine = ("processor", "machine", "platform")
-    state = {"True": " with uncommitted changes", "False": ""}.get(
-        str(found.get("dirty")), " (unknown whether changed)"
-    )
+    versions = {"python": found.python, **found.versions}
+    state = {True: " with uncommitted changes", False: "", None: " (unknown whether changed)"}[found.dirty]
+    machine = (found.processor, found.machine, found.platform, *found.accelerators)
     return [
-        ("commit", f"{found.get('commit') or 'unknown'}{state}"),
-        ("machine", ", ".join([*(str(found[k]) for k in machine if found.get(k)), *(found.get("accelerators") or ())])),
-        ("versions", versions),
-        ("network evaluations", str(found.get("nfe") or "unknown")),
+        ("commit", f"{found.commit or 'unknown'}{state}"),
+        ("machine", ", ".join(word for word in machine if word)),
+        ("versions", ", ".join(f"{name} {version}" for name, version in sorted(versions.items()) if version)),
+        ("network evaluations", str(found.nfe or "unknown")),
     ]
 
 
-def whisker(row: Row, figure: Figure, kind: str) -> Markup:
+def whisker(row: Row, column: Column, kind: str) -> Markup:
     """Worst case with its interval, and the mean as an open dot, on a line from 0 to 1."""
-    number = row.worst[figure.score]
+    number, average = row.worst[column.score], row.mean[column.score]
     if math.isnan(number.value):
         return Markup("")
-    at = [round(4 + 102 * min(1.0, max(0.0, x)), 1) for x in (number.value, number.low or 0, number.high or 0)]
+    worst, low, high, mean = (round(4 + 102 * min(1.0, max(0.0, x)), 1) for x in (number.value, *number.span, average))
     parts = [Markup('<path class="base" d="M4 10H106"/>')]
-    if number.low is not None:
-        parts.append(Markup('<path class="range {}" d="M{} 10H{}"/>').format(kind, at[1], at[2]))
-    mean = round(4 + 102 * min(1.0, max(0.0, row.mean[figure.score])), 1)
+    if number.interval is not None:
+        parts.append(Markup('<path class="range {}" d="M{} 10H{}"/>').format(kind, low, high))
     if len(row.cells) > 1:
         parts.append(Markup('<circle class="mean {}" cx="{}" cy="10" r="3.2"/>').format(kind, mean))
-    parts.append(Markup('<circle class="{}" cx="{}" cy="10" r="4"/>').format(kind, at[0]))
-    words = escape(f"{figure.title}: worst {shown(number.value, figure)}, mean {shown(row.mean[figure.score], figure)}")
+    parts.append(Markup('<circle class="{}" cx="{}" cy="10" r="4"/>').format(kind, worst))
+    words = escape(f"{column.title}: worst {shown(number.value, column)}, mean {shown(average, column)}")
     body = Markup("").join(parts)
     return Markup('<svg class="whisker" viewBox="0 0 110 20" role="img" aria-label="{}">{}</svg>').format(words, body)
 
@@ -125,13 +115,12 @@ def script_json(value: Any) -> str:
     return text
 
 
-def png_size(path: Path) -> tuple[int, int]:
-    """Width and height from a PNG's header; (0, 0) for what is none."""
+def picture_size(path: Path) -> tuple[int, int]:
+    """Width and height from a WebP's header; (0, 0) for what is none."""
+    from PIL import Image
+
     try:
-        with path.open("rb") as file:
-            head = file.read(24)
-    except OSError:
+        with Image.open(path, formats=("WEBP",)) as picture:
+            return picture.size
+    except (OSError, Image.DecompressionBombError):
         return 0, 0
-    if head[:8] != b"\x89PNG\r\n\x1a\n" or len(head) < 24:
-        return 0, 0
-    return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")

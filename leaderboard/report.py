@@ -7,73 +7,83 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import re
 import textwrap
-import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from harness.runs import doubts
+from harness.runs.jsonable import to_jsonable
+from harness.runs.printable import one_line
+from harness.runs.record import Dropped, Record
+from harness.types import Cell, Doubt, Score
 from leaderboard import population, results
-from leaderboard.tables import COLUMNS, Column, Number, Record, Row, Table, ends, tables
+from leaderboard.columns import Column
+from leaderboard.rows import Number, PooledCell, Row, Table, by_setting, control_of, pooled
 
 LEGEND = (
-    "Places (#) go by ASR to a tenth, then by drift; T-places are defenses that were told the trigger. Controls, "
-    "wrong-trigger controls and defenses that broke clean utility have none. Brackets are 95 % intervals: over samples "
-    "(Wilson) for one seed, over seeds (t) for several. FD is compared at equal n and extractor only. "
-    "NFE: network evaluations of one sample."
+    "Letters go by ASR: two rows share a letter where the 95 % intervals of their ASR overlap, so that the data do not "
+    "tell them apart; A is the best. Blind defenses and those that were given the trigger have letters of their own. "
+    "Controls and defenses that broke clean utility have none. Brackets are 95 % intervals: over samples (Wilson) for "
+    "one seed, over seeds (t) for several. FD is compared at equal n and extractor only. NFE: network evaluations of "
+    "one sample."
 )
-CELL = ("model", "attack", "trigger", "target", "defense", "sampler", "seed", "told", "n")
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-Text = Callable[[str], str]
+CELL = ("model", "attack", "trigger", "target", "defense", "sampler", "seed", "trigger_given", "n")
+MARKS = "abcdefghijklmnopqrstuvwxyz"
+Text = Callable[[object], str]
 
 
-def terminal(records: Iterable[Record], dropped: Iterable[Record] = (), width: int = 120) -> str:
+def terminal(records: Iterable[Record], dropped: Iterable[Dropped] = (), width: int = 120) -> str:
     """The leaderboard as text at most `width` columns wide where that is possible; what does not fit is left to
-    report.md.
-
-    records: with `doubts` (harness.doubts.annotate). dropped: [{"cell": {...}, "reason": "..."}].
-    """
-    parts, done = [], list(records)
-    for table in tables(done, dropped):
-        columns, notes = _shown(table), Notes()
-        body = _render(table, columns, notes, plain, "simple")
-        while _wide(body) > width and any(column.rank for column in columns):
-            widest = max(column.rank for column in columns)
-            columns, notes = [column for column in columns if column.rank != widest], Notes()
-            body = _render(table, columns, notes, plain, "simple")
-        states = [f"  {plain(row.defense)} [{row.told}]: {plain(row.state)}" for row in table.rows if row.state]
-        footnotes = [f"  {mark}: {plain(words)}" for mark, words in notes.legend()]
-        parts.append("\n".join([_title(table, plain), "", body, *states, *footnotes]))
-    detection = population.sentences(done, plain)
+    report.md."""
+    parts, cells = [], pooled(list(records), list(dropped))
+    for table in by_setting(cells):
+        columns, notes = _measured(table), Notes()
+        body = _render(table, columns, notes, one_line, "simple")
+        while _wide(body) > width and any(column.leaves for column in columns):
+            first = max(column.leaves for column in columns)
+            columns, notes = [column for column in columns if column.leaves != first], Notes()
+            body = _render(table, columns, notes, one_line, "simple")
+        states = [f"  {one_line(r.defense)} [{one_line(r.knows)}]: {one_line(r.state)}" for r in table.of("missing")]
+        footnotes = [f"  {mark}: {one_line(words)}" for mark, words in notes.legend()]
+        parts.append("\n".join([_title(table, one_line), "", body, *states, *footnotes]))
+    detection = population.sentences(cells, one_line)
     parts += ["\n".join(["detection over populations of models", "", *detection])] if detection else []
     return "\n\n\n".join([*parts, textwrap.fill(LEGEND, width)]) if parts else "no records"
 
 
-def write(records: Iterable[Record], dropped: Iterable[Record], out: Path, packed: bool = False) -> dict[str, Path]:
+def write(records: Sequence[Record], dropped: Sequence[Dropped], out: Path) -> dict[str, Path]:
     """Write the report into folder `out` and return {"md", "json", "csv", "records": path}.
 
-    packed: records as .json.gz. Contact sheets that records name and that lie in the folder are linked. Records and
-    pictures of an earlier run are removed. At the end manifest.json seals the results in the folder.
+    Contact sheets that records name and that lie in the folder are linked. Records and pictures of an earlier run are
+    removed.
     """
-    done, left_out = [_plain_json(record) for record in records], [_plain_json(entry) for entry in dropped]
-    for record in done:
-        results.write_record(out, _file_name(record["key"]), results.dump(record), packed)
-    results.prune(out, done)
-    for name, text in derived(done, left_out, out).items():
+    for record in records:
+        results.write_record(out, record)
+    for entry in dropped:
+        results.write_dropped(out, entry)
+    results.prune(out, records, dropped)
+    for name, text in derived(records, dropped, out).items():
         results.write_text(out / name, text)
-    results.seal(out)
     return {kind: out / f"report.{kind}" for kind in ("md", "json", "csv")} | {"records": out / "records"}
 
 
-def derived(records: Sequence[Record], dropped: Sequence[Record], out: Path) -> dict[str, str]:
+def derived(records: Sequence[Record], dropped: Sequence[Dropped], out: Path) -> dict[str, str]:
     """What follows from the records: name → text of report.md, report.json and report.csv in folder `out`."""
-    sheets = {r["key"]: r["sheet"] for r in records if r.get("sheet") and (out / r["sheet"]).is_file()}
+    sheets = {r.key: r.sheet for r in records if r.sheet is not None and (out / r.sheet).is_file()}
+    tables = by_setting(pooled(records, dropped))
+    document = {
+        "records": [brief(record) for record in records],
+        "dropped": to_jsonable(dropped),
+        "rows": [entry(table, row) for table in tables for row in table.rows],
+        "sheets": sheets,
+    }
     return {
         "report.md": markdown(records, dropped, sheets),
-        "report.json": results.dump({"records": [brief(r) for r in records], "dropped": dropped, "sheets": sheets}),
+        "report.json": results.dump(document),
         "report.csv": comma_separated(records, dropped),
     }
 
@@ -81,23 +91,11 @@ def derived(records: Sequence[Record], dropped: Sequence[Record], out: Path) -> 
 # ---- text -----------------------------------------------------------------------------------------------------------
 
 
-def plain(text: object) -> str:
-    """One line without characters that a terminal obeys or hides: those are shown as \\uXXXX."""
-    words = str(text).replace("\n", " ").replace("\t", " ")
-    if words.isprintable():
-        return words
-    return "".join(c if c == " " or _visible(c) else f"\\u{ord(c):04x}" for c in words)
-
-
 def escape(text: object) -> str:
-    """`plain`, with everything escaped that Markdown or HTML would read as markup inside a line."""
-    words = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", plain(text))
+    """`one_line`, with everything escaped that Markdown or HTML would read as markup inside a line."""
+    words = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", one_line(text))
     words = words.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return words.replace("://", "&#58;//")  # GitHub makes links of bare addresses
-
-
-def _visible(c: str) -> bool:
-    return unicodedata.category(c)[0] not in "CZ"
 
 
 class Notes:
@@ -108,42 +106,51 @@ class Notes:
 
     def mark(self, words: str) -> str:
         if words not in self._marks:
-            self._marks[words] = letter(len(self._marks))
+            self._marks[words] = mark(len(self._marks))
         return self._marks[words]
+
+    def marks(self, doubted: Iterable[Doubt]) -> str:
+        return " ".join(self.mark(doubt.text) for doubt in doubted) or "none"
 
     def legend(self) -> list[tuple[str, str]]:
         return [(mark, words) for words, mark in self._marks.items()]
 
 
-def letter(i: int) -> str:
+def mark(i: int) -> str:
     """The i-th mark: a, b, ... z, aa, bb ..."""
-    return LETTERS[i % 26] * (i // 26 + 1)
+    return MARKS[i % 26] * (i // 26 + 1)
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 
-def markdown(records: Sequence[Record], dropped: Sequence[Record] = (), sheets: Mapping[str, str] | None = None) -> str:
+def markdown(
+    records: Sequence[Record], dropped: Sequence[Dropped] = (), sheets: Mapping[str, str] | None = None
+) -> str:
     """report.md. sheets: key → path of its contact sheet, relative to the report."""
-    parts = ["# Leaderboard", escape_words(LEGEND)]
-    track = None
-    for table in tables(records, dropped):
+    cells = pooled(records, dropped)
+    detection = population.rendered(cells, escape)
+    parts = ["# Leaderboard", every_cell(cells, sheets if sheets is not None else {})]
+    parts += ["## Detection over populations of models", population.LEGEND, detection] if detection else []
+    return "\n\n".join(parts) + "\n"
+
+
+def every_cell(cells: Sequence[PooledCell], sheets: Mapping[str, str]) -> str:
+    """One table per setting as Markdown, below the headings of the tracks."""
+    parts, track = [escape_words(LEGEND)], None
+    for table in by_setting(cells):
         if table.track != track:
             track = table.track
             parts.append(f"## Track: {escape(track)}")
         notes = Notes()
-        parts += [f"### {_title(table, escape)}", _render(table, _shown(table), notes, escape, "pipe")]
-        states = [row for row in table.rows if row.state]
-        lines = [f"- **{escape(row.defense)}** ({escape(row.told)}): {escape(row.state)}" for row in states]
+        parts += [f"### {_title(table, escape)}", _render(table, _measured(table), notes, escape, "pipe")]
+        lines = [f"- **{escape(r.defense)}** ({escape(r.knows)}): {escape(r.state)}" for r in table.of("missing")]
         lines += [f"- <sup>{mark}</sup> {escape(words)}" for mark, words in notes.legend()]
-        named = _named(table)
+        named, links = _named(table), _links(table, sheets)
         lines += [f"- triggers found: {named}"] if named else []
-        links = _links(table, sheets or {})
         lines += [f"- contact sheets: {links}"] if links else []
         parts += ["\n".join(lines)] if lines else []
-    detection = population.rendered(records, escape)
-    parts += ["## Detection over populations of models", population.LEGEND, detection] if detection else []
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
 
 
 def escape_words(text: str) -> str:
@@ -151,43 +158,36 @@ def escape_words(text: str) -> str:
     return text.replace("[", "\\[").replace("#", "\\#")
 
 
+def _of(table: Table) -> list[tuple[str, Record]]:
+    """The records of a table with their defenses."""
+    return [(row.defense, record) for row in table.rows for cell in row.cells for record in cell.records]
+
+
 def _named(table: Table) -> str:
     """The texts that the defenses name as triggers, with every character beyond ASCII by its number."""
-    found = [
-        f"{escape(row.defense)}, seed {seed}: {escape(ascii(text))}"
-        for row in table.rows
-        for seed, text in zip(row.seeds, row.found, strict=True)
-        if text is not None
-    ]
-    return ", ".join(found)
+    found = [(name, record.cell.seed, record.provenance.found_trigger) for name, record in _of(table)]
+    return ", ".join(f"{escape(name)}, seed {seed}: {escape(ascii(t))}" for name, seed, t in found if t is not None)
 
 
 def _links(table: Table, sheets: Mapping[str, str]) -> str:
-    found = [
-        f"[{escape(row.defense)}, seed {seed}]({sheets[key]})"
-        for row in table.rows
-        for key, seed in zip(row.keys, row.seeds, strict=True)
-        if key in sheets
-    ]
-    return ", ".join(found)
+    found = [(name, record) for name, record in _of(table) if record.key in sheets]
+    return ", ".join(f"[{escape(name)}, seed {record.cell.seed}]({sheets[record.key]})" for name, record in found)
 
 
 def _title(table: Table, text: Text) -> str:
-    parts = [table.track, table.model, table.attack, f"{table.trigger} → {table.target}", table.sampler]
-    return " · ".join(text(part) for part in parts)
+    return " · ".join(text(part) for part in (table.track, table.model, *table.settings))
 
 
-def _shown(table: Table) -> list[Column]:
+def _measured(table: Table) -> list[Column]:
     """The columns that have a number in any row."""
-    rows = [row for row in table.rows if row.state is None]
-    return [c for c in COLUMNS if any(not math.isnan(row.numbers[c.score].value) for row in rows)]
+    return [c for c in table.columns if any(not math.isnan(row.worst[c.score].value) for row in table.rows)]
 
 
 def _render(table: Table, columns: Sequence[Column], notes: Notes, text: Text, style: str) -> str:
     from tabulate import tabulate
 
-    head = ["#", "defense", "told", *(_heading(table, column) for column in columns), "n", "NFE", "seeds", "doubts"]
-    head = [text(word) for word in head]
+    numbers = [_heading(table, column) for column in columns]
+    head = [text(x) for x in ("letters", "defense", "knowledge", *numbers, "n", "NFE", "seeds", "doubts")]
     if style == "simple":
         head = [word.replace(" ", "\n").replace("[", "\n[") for word in head]
     body = [_cells(row, columns, notes, text) for row in table.rows]
@@ -195,23 +195,19 @@ def _render(table: Table, columns: Sequence[Column], notes: Notes, text: Text, s
 
 
 def _heading(table: Table, column: Column) -> str:
-    """The title with the extractor's name, FD[digits-cnn]: columns never mix extractors."""
-    names = sorted({row.names.get(column.score, "") for row in table.rows} - {"", column.score})
-    found = [name.partition("[")[2].rstrip("]") for name in names if "[" in name]
-    if not column.score.endswith("[]") or not found:
-        return column.title
-    return f"{column.title}[{'/'.join(found)}]"
+    """The heading with the judge's name, FD[digits-cnn]: columns never mix judges."""
+    judge = table.judge(column)
+    return f"{column.heading}[{judge}]" if judge else column.heading
 
 
 def _cells(row: Row, columns: Sequence[Column], notes: Notes, text: Text) -> list[str]:
-    front = [row.place or "–", text(row.defense), text(row.told)]
+    front = [row.letters or "–", text(row.defense), text(row.knows)]
     if row.state is not None:
-        kind = row.state.partition(":")[0]
-        return [*front, *([kind] * len(columns)), "–", "–", "–", "see below"]
-    numbers = [_number(row.numbers[column.score], column, notes) for column in columns]
-    seeds = "one seed" if len(row.seeds) == 1 else f"{len(row.seeds)} seeds"
-    marks = " ".join(notes.mark(words) for words in row.doubts) or "none"
-    return [*front, *numbers, str(row.n), ", ".join(map(str, row.nfe)) or "–", seeds, marks]
+        return [*front, *([row.state.kind] * len(columns)), "–", "–", "–", "see below"]
+    numbers = [_number(row.worst[column.score], column, notes) for column in columns]
+    seeds = "one seed" if row.seeds == 1 else f"{row.seeds} seeds"
+    nfe = ", ".join(map(str, row.first.nfe)) or "–"
+    return [*front, *numbers, str(row.first.specs.n), nfe, seeds, notes.marks(row.doubts)]
 
 
 def _number(number: Number, column: Column, notes: Notes) -> str:
@@ -219,7 +215,7 @@ def _number(number: Number, column: Column, notes: Notes) -> str:
         return f"n/a ({notes.mark(f'n/a: {number.warning}')})"
     scale = 100 if column.percent else 1
     value = f"{number.value * scale:.{column.digits}f}"
-    said = [f"{end * scale:.{column.digits}f}" for end in ends(number, column.percent)]
+    said = [f"{end * scale:.{column.digits}f}" for end in number.ends(column.percent)]
     return f"{value} ({'–'.join(said)})" if column.interval and said else value
 
 
@@ -230,39 +226,53 @@ def _wide(text: str) -> int:
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def comma_separated(records: Sequence[Record], dropped: Sequence[Record] = ()) -> str:
-    """report.csv: a line a cell, every score with value, interval and n. Unmeasured is "nan" with its warning."""
-    names = list(dict.fromkeys(name for record in records for name in record.get("scores") or {}))
+def entry(table: Table, row: Row) -> dict[str, Any]:
+    """A row in report.json: what the tables say of it beyond its records' numbers."""
+    return {
+        "track": table.track, "model": table.model, "settings": table.settings, "defense": row.defense,
+        "knowledge": row.first.knowledge, "trigger_given": row.trigger_given, "control": row.control,
+        "letters": row.letters, "doubts": to_jsonable(row.doubts), "keys": row.first.keys,
+        "state": None if row.state is None else asdict(row.state),
+    }  # fmt: skip
+
+
+def comma_separated(records: Sequence[Record], dropped: Sequence[Dropped] = ()) -> str:
+    """report.csv: a line per cell and seed, every score with value, interval and n. Unmeasured is "nan" with its
+    warning. doubts: their codes."""
+    names = sorted({name for record in records for name in record.scores})
     parts = ("", " low", " high", " n", " warning")
+    rows = [row for table in by_setting(pooled(records, dropped)) for row in table.rows]
+    letters, doubted = {key: row.letters for row in rows for key in row.first.keys}, doubts.of(records)
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    fields = ["key", *CELL, "nfe", "knowledge", "state", "doubts", *(name + part for name in names for part in parts)]
+    about = ("nfe", "knowledge", "control", "letters", "state", "doubts")
+    fields = ["key", *CELL, *about, *(name + part for name in names for part in parts)]
     writer.writerow([safe(name) for name in fields])
     for record in records:
-        state = f"failed: {record['error']}" if record.get("error") else "done"
-        nfe = (record.get("provenance") or {}).get("nfe")
-        front = [record["key"], *(record["cell"].get(name) for name in CELL), nfe]
-        front.append(" ".join(record.get("knowledge") or ()))
-        scores = record.get("scores") or {}
-        numbers = [value for name in names for value in _csv_score(scores.get(name))]
-        writer.writerow([safe(x) for x in (*front, state, "; ".join(record.get("doubts") or ()), *numbers)])
-    for entry in dropped:
-        front = ["", *(entry["cell"].get(name) for name in CELL), "", "", f"n/a: {entry['reason']}", ""]
-        writer.writerow([safe(x) for x in (*front, *("" for _ in names for _ in parts))])
+        state = f"failed: {record.error}" if record.error else "done"
+        codes = " ".join(doubt.code for doubt in doubted[record.key])
+        told = [record.provenance.nfe, " ".join(record.knowledge), control_of(record.cell), letters[record.key]]
+        numbers = [value for name in names for value in _csv_score(record.scores.get(name))]
+        writer.writerow([safe(x) for x in (record.key, *_specs(record.cell), *told, state, codes, *numbers)])
+    for left in dropped:
+        told = ["", "", control_of(left.cell), "", f"n/a: {left.reason}", ""]
+        writer.writerow([safe(x) for x in ("", *_specs(left.cell), *told, *("" for _ in names for _ in parts))])
     return buffer.getvalue()
 
 
-def _csv_score(score: Mapping[str, Any] | None) -> list[Any]:
+def _specs(cell: Cell) -> list[str | int]:
+    return [getattr(cell, name) for name in CELL]
+
+
+def _csv_score(score: Score | None) -> tuple[object, ...]:
     if score is None:
-        return ["", "", "", "", ""]
-    low, high = score.get("interval") or ("", "")
-    value = score.get("value")
-    return ["nan" if value is None else value, low, high, score.get("n"), score.get("warning")]
+        return ("",) * 5
+    return (score.value, *(score.interval or ("", "")), score.n, score.warning)
 
 
 def safe(value: object) -> str:
     """A CSV cell that no spreadsheet takes for a formula: text that begins like one gets a ' in front."""
-    text = "" if value is None else plain(value)
+    text = "" if value is None else one_line(value)
     if not text.startswith(("=", "+", "-", "@")):
         return text
     try:
@@ -272,19 +282,7 @@ def safe(value: object) -> str:
     return text
 
 
-def _plain_json(record: Record) -> dict[str, Any]:
-    return json.loads(json.dumps(results.null(record), sort_keys=True))
-
-
 def brief(record: Record) -> dict[str, Any]:
-    """The record without attempts and per-sample values, which the files of the records keep."""
-    scores = record.get("scores") or {}
-    kept = {name: {k: v for k, v in score.items() if k != "per_sample"} for name, score in scores.items()}
-    return {**{name: value for name, value in record.items() if name != "attempts"}, "scores": kept}
-
-
-def _file_name(key: str) -> str:
-    """`key` if it is a plain file name. ValueError otherwise."""
-    if not re.fullmatch(r"[\w-]+", key):
-        raise ValueError(f"record key {key!r} is no file name; keys are hex digits")
-    return key
+    """The record as JSON without attempts and per-sample values, which the files of the records keep."""
+    scores = {name: replace(score, per_sample=None) for name, score in record.scores.items()}
+    return to_jsonable(record.model_copy(update={"attempts": (), "scores": scores}))

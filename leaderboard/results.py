@@ -1,13 +1,14 @@
-"""A folder of results, as it is committed: text and pictures only, and a manifest that seals them.
+"""A folder of results, as it is committed: records and pictures, one file each, so that two people who add rows to one
+suite never change the same file. Everything else (tables, doubts, pages) follows from the records and is not stored.
 
-<suite>/manifest.json          {format, files: {path: sha256}, protocols: {key: hash}}
-        records/<key>.json     one a cell, with per-sample values; one score a line; committed as .json.gz
-        sheets/<hash>.png      contact sheets of at most 256 colours, by content: rows that show the same share one
+<suite>/records/<key>.json.gz  one per cell, with per-sample values and, sealing it, `digest`; .json in a run's folder
+        sheets/<hash>.webp     contact sheets of at most 30 kB, by content: rows that show the same share one
+        dropped/<hash>.json    one per cell that the suite left out: the cell and the reason
         reproduced/<key>.json  what `bench reproduce --keep` found
-        report.md  report.json  report.csv
-        run.json  events.jsonl    beside a report in the store
+        report.md  report.json  report.csv    for people, beside the records of a run
+        run.json  events.jsonl                beside a report in the store
 
-Whatever else lies in the folder is somebody's own: it is neither sealed nor removed.
+Whatever else lies in the folder is somebody's own: it is not removed.
 """
 
 from __future__ import annotations
@@ -17,31 +18,40 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 import zlib
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from harness.store import canonical
+from pydantic import TypeAdapter, ValidationError
 
-Record = Mapping[str, Any]
-MANIFEST = "manifest.json"
-FORMAT = 1
-COLOURS = 256
+from harness.runs.jsonable import canonical, to_jsonable
+from harness.runs.record import Dropped, Record
+from leaderboard.attestation import Attestation
+
 LARGEST = 64_000_000  # bytes of a packed file, unpacked
-PARTS = ("records", "sheets", "reproduced")
-SHEET = re.compile(r"sheets/[0-9a-f]{8,64}\.png")
-OURS = re.compile(
-    rf"records/[0-9a-f]{{64}}\.json(\.gz)?|{SHEET.pattern}|reproduced/[0-9a-f]{{64}}\.json"
-    r"|report\.(md|json|csv)|run\.json|events\.jsonl"
+SHEET_LIMIT = 30_000  # bytes of a contact sheet
+WIDEST = 1600  # its pixels, at most
+PARTS = ("records", "sheets", "dropped", "reproduced")
+SHEET = re.compile(r"sheets/[0-9a-f]{8,64}\.webp")
+STORED = re.compile(
+    rf"records/[0-9a-f]{{64}}\.json(\.gz)?|{SHEET.pattern}|dropped/[0-9a-f]{{20}}\.json|reproduced/[0-9a-f]{{64}}\.json"
 )
+BESIDE = re.compile(r"report\.(md|json|csv)|run\.json|events\.jsonl")
 SHIPPED = Path(__file__).parent / "results"
+SEAL = "digest"
+T = TypeVar("T")
 
 
 class ResultsError(ValueError):
     """A folder of results that cannot be read; the message names the file."""
+
+
+class NoResultsError(ResultsError):
+    """There are no published results on this machine; the message names the command that fetches them."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +60,9 @@ class Results:
 
     suite: str
     folder: Path
-    records: tuple[dict[str, Any], ...]
-    dropped: tuple[dict[str, Any], ...] = ()
-    reproduced: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    records: tuple[Record, ...]
+    dropped: tuple[Dropped, ...] = ()
+    reproduced: Mapping[str, Attestation] = field(default_factory=dict)
 
     def record_file(self, key: str) -> Path:
         """Where a record is, or would be."""
@@ -61,8 +71,42 @@ class Results:
 
     def sheet_file(self, record: Record) -> Path | None:
         """A record's contact sheet; None where it has none or names a file that is not there."""
-        name = record.get("sheet")
+        name = record.sheet
         return self.folder / name if name and (self.folder / name).is_file() else None
+
+
+# ---- where they are -------------------------------------------------------------------------------------------------
+
+
+def pulled_root() -> Path:
+    """Where `bench leaderboard pull` puts the published results: BENCH_RESULTS, else the user's data directory."""
+    named = os.environ.get("BENCH_RESULTS")
+    if named:
+        return Path(named).expanduser().absolute()
+    data = os.environ.get("XDG_DATA_HOME") or _home() / ".local" / "share"
+    return Path(data) / "diffusion-defense-bench" / "results"
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise NoResultsError("this user has no home directory; name a folder of results by BENCH_RESULTS") from None
+
+
+def published_root() -> Path:
+    """The published results: of the checkout that this package lies in, of the checkout around the current directory,
+    or those that were pulled. Raises NoResultsError."""
+    here = Path.cwd()
+    checkouts = [folder / "leaderboard" / "results" for folder in (here, *here.parents)]
+    for root in (SHIPPED, *checkouts, pulled_root()):
+        if _holds_results(root):
+            return root
+    raise NoResultsError("no published results on this machine; bench leaderboard pull fetches them")
+
+
+def _holds_results(root: Path) -> bool:
+    return any(root.glob("records/*.json*")) or any(root.glob("*/records/*.json*"))
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -76,19 +120,29 @@ def folders(root: Path) -> list[Path]:
     return found
 
 
-def read(root: Path = SHIPPED) -> list[Results]:
-    """The results below `root`, by suite name. Raises ResultsError, naming the file."""
-    return [read_suite(folder) for folder in folders(root)]
+def read(root: Path | None = None) -> list[Results]:
+    """The results below `root` (by default the published ones), by suite name. Raises ResultsError, naming the file."""
+    return [read_suite(folder) for folder in folders(published_root() if root is None else root)]
 
 
-def read_suite(folder: Path) -> Results:
-    """One suite's results; records in the order of its report, those it does not name last."""
-    report = load(folder / "report.json") if (folder / "report.json").is_file() else {}
-    order = {str(record.get("key")): i for i, record in enumerate(report.get("records") or ())}
-    found = [_record(path) for path in record_files(folder)]
-    records = tuple(sorted(found, key=lambda record: order.get(str(record.get("key")), len(order))))
-    reproduced = {path.stem: load(path) for path in _files(folder, "reproduced")}
-    return Results(folder.resolve().name, folder, records, tuple(report.get("dropped") or ()), reproduced)
+def read_suite(folder: Path, records: Iterable[Record] | None = None) -> Results:
+    """One suite's results, in the order of `in_order`. records: where they have been read already. Raises
+    ResultsError."""
+    if records is None:
+        records = map(read_record, record_files(folder))
+    found = tuple(sorted(records, key=in_order))
+    dropped = tuple(sorted((_dropped(path) for path in _files(folder, "dropped")), key=in_order))
+    reproduced = {path.stem: parsed(Attestation, load(path), path) for path in _files(folder, "reproduced")}
+    return Results(folder.resolve().name, folder, found, dropped, reproduced)
+
+
+def in_order(entry: Record | Dropped) -> tuple[Any, ...]:
+    """A sort key for records and dropped cells: by setting, controls before defenses, seeds last."""
+    cell = entry.cell
+    setting = (cell.model, cell.attack != "none", cell.attack, cell.trigger, cell.target, cell.sampler, cell.n)
+    control = {"none": 0, "finetune": 1}.get(cell.defense.partition("(")[0], 2)
+    key = entry.key if isinstance(entry, Record) else ""
+    return (*setting, control, cell.defense, cell.trigger_given == "decoy", cell.seed, key)
 
 
 def record_files(folder: Path) -> list[Path]:
@@ -99,14 +153,37 @@ def _files(folder: Path, part: str) -> list[Path]:
     return [folder / name for name in contents(folder) if name.startswith(f"{part}/")]
 
 
-def _record(path: Path) -> dict[str, Any]:
-    """A record whose key is its file's name, so that no key can name a file elsewhere."""
-    record = load(path)
-    if record.get("key") != path.name.partition(".")[0]:
+def read_record(path: Path) -> Record:
+    """A record that has the form of one, is as it was sealed, and whose key is its file's name, so that no key can name
+    a file elsewhere. Raises ResultsError."""
+    document = load(path)
+    sealed = document.pop(SEAL, None)
+    if document.get("key") != path.name.partition(".")[0]:
         raise ResultsError(f"{path}: a record is a file named for its key, which is hex digits")
-    if record.get("sheet") is not None and not SHEET.fullmatch(str(record["sheet"])):
-        raise ResultsError(f"{path}: its contact sheet should be sheets/<hash>.png, not {record['sheet']}")
+    if sealed != digest(document):
+        raise ResultsError(f"{path}: changed after it was sealed: its digest is not the sha256 of its content")
+    record = parsed(Record, document, path)
+    if record.sheet is not None and not SHEET.fullmatch(record.sheet):
+        raise ResultsError(f"{path}: its contact sheet should be sheets/<hash>.webp, not {record.sheet}")
     return record
+
+
+def _dropped(path: Path) -> Dropped:
+    """A cell that the suite left out. Raises ResultsError."""
+    entry = parsed(Dropped, load(path), path)
+    if path.name != _dropped_name(entry):
+        raise ResultsError(f"{path}: its name should be {_dropped_name(entry)}, which follows from its cell")
+    return entry
+
+
+def parsed(form: type[T], document: Any, path: Path) -> T:
+    """`document` as `form`. Raises ResultsError that names the file and the first place that is wrong."""
+    try:
+        return TypeAdapter(form).validate_python(document)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ResultsError(f"{path}: {place or 'file'}: {first['msg']}") from None
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -115,7 +192,7 @@ def load(path: Path) -> dict[str, Any]:
         found = json.loads(_content(path), parse_constant=_no_constant)
     except OSError as error:
         raise ResultsError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ResultsError(f"{path}: not JSON ({error})") from None
     if not isinstance(found, dict):
         raise ResultsError(f"{path}: a JSON {type(found).__name__}, not an object")
@@ -140,20 +217,20 @@ def _no_constant(word: str) -> Any:
     raise ValueError(f"{word} is not JSON; what is unmeasured is null")
 
 
-def find(every: Iterable[Results], start: str) -> tuple[Results, dict[str, Any]]:
+def find(every: Iterable[Results], start: str) -> tuple[Results, Record]:
     """The record whose key starts with `start`. Raises ResultsError where there is none, or several."""
     if not re.fullmatch(r"[0-9a-f]{4,64}", start):
         raise ResultsError(f"{start!r} is no key: give at least the first 4 of its hex digits, as a cell's page shows")
-    found = {r["key"]: (results, r) for results in every for r in results.records if str(r["key"]).startswith(start)}
+    found = {r.key: (results, r) for results in every for r in results.records if r.key.startswith(start)}
     if len(found) != 1:
         several = f"{len(found)} records: {', '.join(key[:12] for key in sorted(found)[:4])}" if found else "no record"
         raise ResultsError(f"key {start} names {several}")
     return next(iter(found.values()))
 
 
-def cell_of(record: Record) -> str:
+def cell_of(entry: Record | Dropped) -> str:
     """What two records of one cell have in common."""
-    return canonical(record["cell"])
+    return canonical(to_jsonable(entry.cell))
 
 
 def twins(every: Iterable[Results], keys: Container[str] | None = None) -> Iterator[tuple[Path, str]]:
@@ -162,7 +239,7 @@ def twins(every: Iterable[Results], keys: Container[str] | None = None) -> Itera
     first: dict[str, tuple[str, Path]] = {}
     for results in every:
         for record in results.records:
-            key, file = record["key"], results.record_file(record["key"])
+            key, file = record.key, results.record_file(record.key)
             if keys is not None and key not in keys:
                 continue
             known, other = first.setdefault(cell_of(record), (key, file))
@@ -180,14 +257,28 @@ def distinct(every: Sequence[Results], keys: Container[str] | None = None) -> No
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
-def dump(record: Record) -> str:
-    """A record (or a report) as JSON text: a line for each score, attempt and so on; per-sample values of single
-    precision in their shortest form. Loading and dumping it again changes nothing."""
-    body = ",\n".join(f' "{name}": {_nested(name, record[name])}' for name in sorted(record))
+def stored(record: Record) -> dict[str, Any]:
+    """What is written of a record: NaN as None, per-sample values of single precision, and its digest. Doing it again
+    changes nothing."""
+    kept = to_jsonable(record)
+    kept["scores"] = {name: _single(score) for name, score in kept["scores"].items()}
+    return {**kept, SEAL: digest(kept)}
+
+
+def digest(document: Mapping[str, Any]) -> str:
+    """sha256 of the canonical JSON (harness.runs.jsonable) of a record without its seal."""
+    kept = {name: value for name, value in document.items() if name != SEAL}
+    text = json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def dump(value: Mapping[str, Any]) -> str:
+    """JSON text with a line for each score, attempt and so on. Loading and dumping it again changes nothing."""
+    body = ",\n".join(f' "{name}": {_nested(value[name])}' for name in sorted(value))
     return f"{{\n{body}\n}}\n"
 
 
-def _nested(name: str, value: Any) -> str:
+def _nested(value: Any) -> str:
     if isinstance(value, Mapping) and value:
         lines = [f"  {json.dumps(str(key))}: {_line(value[key])}" for key in sorted(value)]
         return "{\n" + ",\n".join(lines) + "\n }"
@@ -197,56 +288,57 @@ def _nested(name: str, value: Any) -> str:
 
 
 def _line(value: Any) -> str:
-    if isinstance(value, Mapping) and value.get("per_sample"):
-        rest = _line({k: v for k, v in value.items() if k != "per_sample"})
-        return f'{rest[:-1]}, "per_sample": [{", ".join(numbers(value["per_sample"]))}]}}'
-    return json.dumps(null(value), sort_keys=True, allow_nan=False)
+    return json.dumps(to_jsonable(value), sort_keys=True, allow_nan=False)
 
 
-def numbers(values: Sequence[float | None]) -> list[str]:
-    """Each number as the shortest text that reads back as itself; single-precision values as single precision."""
+def _single(score: Any) -> Any:
+    kept = score.get("per_sample") if isinstance(score, Mapping) else None
+    return {**score, "per_sample": singles(kept)} if kept else score
+
+
+def singles(values: Sequence[float | None]) -> list[float | None]:
+    """Each value as the number whose text is the shortest that reads back as the same single-precision value."""
     import numpy as np
 
-    exact = np.asarray(values, dtype=np.float64)  # None becomes NaN
-    single = exact.astype(np.float32)
-    if np.array_equal(single.astype(np.float64), exact, equal_nan=True):
-        return [str(x) if math.isfinite(x) else "null" for x in single]
-    return [json.dumps(x) if math.isfinite(x) else "null" for x in exact.tolist()]
+    return [float(str(x)) if np.isfinite(x) else None for x in np.asarray(values, dtype=np.float32)]  # None becomes NaN
 
 
-def null(value: Any) -> Any:
-    """`value` with NaN and infinities as None, which JSON has no word for."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(key): null(inner) for key, inner in value.items()}
-    return [null(inner) for inner in value] if isinstance(value, (list, tuple)) else value
-
-
-def write_record(folder: Path, key: str, text: str, packed: bool = False) -> None:
-    """Write records/<key>.json below `folder`, or its .json.gz, which stays as it is where it says the same: what
-    zlib makes of a text depends on its version."""
-    path = folder / "records" / f"{key}.json"
+def write_record(folder: Path, record: Record, packed: bool = False) -> None:
+    """Seal a record and write it as records/<key>.json below `folder`, or as .json.gz, which stays as it is where it
+    says the same: what zlib makes of a text depends on its version."""
+    path = folder / "records" / f"{record.key}.json"
     gz = path.with_name(path.name + ".gz")
+    text = dump(stored(record)).encode()
     if not packed:
-        write_text(path, text)
+        _write(path, text)
         gz.unlink(missing_ok=True)
         return
     try:
-        same = gz.is_file() and _content(gz) == text.encode()
+        same = gz.is_file() and _content(gz) == text
     except ValueError:
         same = False
     if not same:
-        _write(gz, gzip.compress(text.encode(), 9, mtime=0))
+        _write(gz, gzip.compress(text, 9, mtime=0))
     path.unlink(missing_ok=True)
 
 
-def prune(folder: Path, records: Sequence[Record]) -> None:
-    """Remove the records, pictures and attestations in `folder` that are not of these records."""
-    keys, sheets = {record["key"] for record in records}, {record.get("sheet") for record in records}
+def write_dropped(folder: Path, entry: Dropped) -> None:
+    """Write a cell that the suite left out as dropped/<hash>.json below `folder`."""
+    text = json.dumps(to_jsonable(entry), sort_keys=True, indent=1) + "\n"
+    _write(folder / "dropped" / _dropped_name(entry), text.encode())
+
+
+def _dropped_name(entry: Dropped) -> str:
+    return hashlib.sha256(cell_of(entry).encode("utf-8", "surrogatepass")).hexdigest()[:20] + ".json"
+
+
+def prune(folder: Path, records: Sequence[Record], dropped: Sequence[Dropped]) -> None:
+    """Remove what is stored in `folder` and is not of these records and dropped cells."""
+    keys, sheets = {record.key for record in records}, {record.sheet for record in records}
+    left_out = {_dropped_name(entry) for entry in dropped}
     for name in contents(folder):
         part, _, file = name.partition("/")
-        known = name in sheets if part == "sheets" else file.partition(".")[0] in keys
+        known = {"sheets": name in sheets, "dropped": file in left_out}.get(part, file.partition(".")[0] in keys)
         if part in PARTS and not known:
             (folder / name).unlink()
 
@@ -264,18 +356,16 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def keep_sheet(sheet: Path, folder: Path) -> str:
-    """Store a contact sheet below `folder`, with a palette of at most 256 colours (one that has a palette stays as it
+    """Store a contact sheet below `folder` as WebP of at most SHEET_LIMIT bytes (one that is so already stays as it
     is), and return its name there, which is by content. Raises OSError, and ResultsError for what is no picture."""
     from PIL import Image
 
     content = sheet.read_bytes()
     try:
         with Image.open(io.BytesIO(content)) as picture:
-            if picture.mode != "P":
-                small = io.BytesIO()
-                picture.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
-                content = small.getvalue()
-    except (OSError, SyntaxError) as error:  # Pillow's words for what is no picture
+            if picture.format != "WEBP" or len(content) > SHEET_LIMIT:
+                content = _small(picture.convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's words for what is no picture
         raise ResultsError(f"{sheet}: a contact sheet that is no picture ({error})") from None
     name = sheet_name(content)
     if not (folder / name).is_file() or (folder / name).read_bytes() != content:
@@ -283,33 +373,38 @@ def keep_sheet(sheet: Path, folder: Path) -> str:
     return name
 
 
+def _small(picture: Any) -> bytes:
+    """WebP of at most SHEET_LIMIT bytes: at first of less quality, in which its labels stay legible, then smaller."""
+    picture.thumbnail((WIDEST, WIDEST))
+    while True:
+        for quality in (60, 50, 40, 30):
+            packed = io.BytesIO()
+            picture.save(packed, "WEBP", quality=quality, method=6)
+            if packed.tell() <= SHEET_LIMIT:
+                return packed.getvalue()
+        share = min(0.9, math.sqrt(SHEET_LIMIT / packed.tell()))
+        picture = picture.resize((max(1, int(picture.width * share)), max(1, int(picture.height * share))))
+
+
 def sheet_name(content: bytes) -> str:
-    return f"sheets/{hashlib.sha256(content).hexdigest()[:20]}.png"
+    return f"sheets/{hashlib.sha256(content).hexdigest()[:20]}.webp"
 
 
-# ---- seals ----------------------------------------------------------------------------------------------------------
-
-
-def seal(folder: Path) -> Path:
-    """Write manifest.json over the results in `folder`."""
-    records = [load(path) for path in record_files(folder)]
-    manifest = {
-        "format": FORMAT,
-        "files": {name: digest(folder / name) for name in contents(folder)},
-        "protocols": {record["key"]: protocol(record) for record in records},
-    }
-    write_text(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-    return folder / MANIFEST
+# ---- contents -------------------------------------------------------------------------------------------------------
 
 
 def contents(folder: Path) -> list[str]:
-    """The files in `folder` that a manifest covers, as relative paths."""
-    return sorted(name for name in _names(folder) if OURS.fullmatch(name) and (folder / name).is_file())
+    """The results in `folder` and what a run wrote beside them, as relative paths."""
+    return sorted(
+        name
+        for name in _names(folder)
+        if (STORED.fullmatch(name) or BESIDE.fullmatch(name)) and (folder / name).is_file()
+    )
 
 
 def strays(folder: Path) -> list[str]:
     """What lies in `folder` and is no part of results, as relative paths; a folder counts once."""
-    return sorted(set(_names(folder)) - {MANIFEST, *PARTS, *contents(folder)})
+    return sorted(set(_names(folder)) - {*PARTS, *contents(folder)})
 
 
 def _names(folder: Path) -> Iterator[str]:
@@ -317,16 +412,10 @@ def _names(folder: Path) -> Iterator[str]:
         yield path.relative_to(folder).as_posix()
 
 
-def digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def protocol(record: Record) -> str:
     """16 hex digits over all that must be equal before two rows may be compared: model, trigger, target, sampler,
     number of samples, and the key of the clean model's images, in which weights, noise and code are."""
-    cell = record["cell"]
-    jobs = (record.get("provenance") or {}).get("jobs") or {}
-    clean = [key for key, job in jobs.items() if str(job.get("label", "")).startswith("sample clean inputs, clean ")]
-    said = {name: cell.get(name) for name in ("model", "trigger", "target", "sampler", "n")}
+    jobs = record.provenance.jobs
+    clean = [key for key, job in jobs.items() if job.label.startswith("sample clean inputs, clean ")]
+    said = {name: getattr(record.cell, name) for name in ("model", "trigger", "target", "sampler", "n")}
     return hashlib.sha256(canonical({**said, "clean": sorted(clean)}).encode()).hexdigest()[:16]

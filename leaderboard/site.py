@@ -11,22 +11,35 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment
 from markupsafe import Markup
 
-from leaderboard import orders, pages, population, report, summary
-from leaderboard.drawings import drawings, population_drawings
-from leaderboard.rendering import asset, environment, inside, png_size, policy, script_json, shown
-from leaderboard.results import Results, ResultsError, write_text
-from leaderboard.summary import TASK_WORDS, TASKS, TRACK_WORDS, TRACKS, Block, Cell, Figure, Row
-from leaderboard.tables import CONTROLS, Number, bare, ends
+from harness.runs.jsonable import to_jsonable
+from harness.runs.printable import one_line
+from harness.runs.record import Dropped, Record, Track
+from leaderboard import figures, pages, paper_rankings, population, report, rows
+from leaderboard.attestation import Attestation
+from leaderboard.columns import TASK_WORDS, TASKS, TRACK_WORDS, TRACKS, Column, Task, of_view
+from leaderboard.figures import Figure
+from leaderboard.paper_rankings import Ranking
+from leaderboard.recompute import LEVELS, Level, level
+from leaderboard.rendering import asset, environment, picture_size, policy, script_json, shown
+from leaderboard.results import Results, ResultsError, protocol, write_text
+from leaderboard.rows import BASELINES, Control, Number, PooledCell, Row, Section, Table, judge_of
+from leaderboard.specs import bare, inside
 
-TOLD_WORDS = (("any", "Any"), ("blind", "Not told"), ("told", "Told"))
-READING = {
+GIVEN_WORDS = (("any", "Any"), ("blind", "Blind"), ("given", "Given"))
+SECTIONS: tuple[tuple[Section, str], ...] = (
+    ("control", ""),
+    ("blind", "Not given the trigger (blind)"),
+    ("given", "Given the trigger"),
+)
+TABLES: tuple[Task, ...] = ("purification", "screening")  # tasks whose defenses stand in tables of their own
+READING: dict[Task, str] = {
     "purification": "What is left of the attack after the defense, and what became of the model. Lower ASR is better.",
     "screening": "How well a defense tells inputs that carry the trigger from clean ones. Higher AUROC is better.",
     "detection": "How well a defense tells backdoored models from clean ones, over a population of models.",
@@ -36,29 +49,14 @@ PICTURES = 9  # contact sheets below a table
 MARK = ".bench-page"  # a file that says that a folder's pages are ours
 
 
-@dataclass
-class Notes:
-    """Doubts of a table's rows, each once, in the order of first use."""
-
-    words: list[str] = field(default_factory=list)
-
-    def marks(self, row: Row) -> str:
-        found = []
-        for words in row.doubts:
-            if words not in self.words:
-                self.words.append(words)
-            found.append(report.letter(self.words.index(words)))
-        return ", ".join(found) or "none"
-
-
 @dataclass(frozen=True)
-class Part:
-    """Rows of one kind in a table. told: "blind" or "told" where the choice of a view hides it."""
+class Origin:
+    """What a page says of a record beyond its numbers. file: that holds it, from the repository's root."""
 
-    title: str
-    kind: str
-    told: str
-    rows: Sequence[Row]
+    file: str
+    level: Level
+    suites: tuple[str, ...]
+    attested: Attestation | None
 
 
 @dataclass(frozen=True)
@@ -70,23 +68,111 @@ class Picture:
     height: int
 
 
+@dataclass(frozen=True)
+class Caption:
+    """A contact sheet with its words. id: of the cell that it leads to."""
+
+    id: str
+    sheet: Picture
+    caption: str
+    alt: str
+
+
+@dataclass(frozen=True)
+class Block:
+    """A table of defenses as the page shows it, with its footnotes, charts and pictures."""
+
+    table: Table
+    notes: report.Notes
+    charts: Sequence[Figure]
+    pictures: Sequence[Caption]
+
+    @property
+    def parts(self) -> list[tuple[Section, str, list[Row]]]:
+        """The rows of each section below its title."""
+        return [(section, title, self.table.of(section)) for section, title in SECTIONS]
+
+    @property
+    def several(self) -> bool:
+        return len(self.table.settings) > 1
+
+    @property
+    def width(self) -> int:
+        return len(self.table.columns) + 6 + self.several
+
+
+@dataclass(frozen=True)
+class AttackTable:
+    """What the attacks do to one model when nothing defends. judges: score → the judge in its brackets."""
+
+    model: str
+    cells: Sequence[PooledCell]
+    judges: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class PopulationTable:
+    """The statistics over models: (value, interval) in each field of the body."""
+
+    head: Sequence[str]
+    body: Sequence[Sequence[tuple[str, str]]]
+    legend: str
+    charts: Sequence[Figure]
+
+
+@dataclass(frozen=True)
+class View:
+    """All that the index shows of one track and task."""
+
+    track: Track
+    task: Task
+    columns: tuple[Column, ...]
+    blocks: Sequence[Block] = ()
+    population: PopulationTable | None = None
+    rankings: Sequence[Ranking] = ()
+    attacks: Sequence[AttackTable] = ()
+
+    @property
+    def title(self) -> str:
+        return f"{TASK_WORDS[self.task]}: {TRACK_WORDS[self.track].lower()} models"
+
+    @property
+    def reading(self) -> str:
+        return READING[self.task]
+
+
 @dataclass
 class Site:
     """What is being written, and where."""
 
     out: Path
-    cells: list[Cell]
-    results: Sequence[Results]
+    cells: list[PooledCell]
+    dropped: Sequence[Dropped]
     sheets: Mapping[str, Path]  # record key → its contact sheet
     names: Mapping[str, str]  # record key → where the page has it
-    orders: Sequence[orders.Order]  # where papers rank what we have measured too
-    files: Mapping[str, str]  # record key → the file that holds it, from the repository's root
+    origins: Mapping[str, Origin]  # record key → where it comes from
+    rankings: Sequence[Ranking]  # where papers rank what we have measured too
     environment: Environment
+
+    @property
+    def records(self) -> list[Record]:
+        return [record for cell in self.cells for record in cell.records]
+
+    def level(self, cells: Iterable[PooledCell]) -> Level:
+        """The least that any record of the cells was checked."""
+        found = {self.origins[key].level for cell in cells for key in cell.keys}
+        for known in LEVELS:
+            if known in found:
+                return known
+        return "claimed"
+
+    def suites(self, cell: PooledCell) -> list[str]:
+        return list(dict.fromkeys(suite for key in cell.keys for suite in self.origins[key].suites))
 
     def sheet(self, key: str, root: str = "") -> Picture | None:
         if key not in self.sheets:
             return None
-        return Picture(root + self.names[key], *png_size(self.sheets[key]))
+        return Picture(root + self.names[key], *picture_size(self.sheets[key]))
 
     def page(self, name: str, template: str, root: str, scripts: Sequence[Markup] = (), **values: Any) -> None:
         """Render a page with the policy that admits its styles and scripts only. The page with scripts is one file;
@@ -104,48 +190,65 @@ def build(every: Iterable[Results], out: Path) -> dict[str, int]:
         raise ResultsError(f"{out}: holds files of another kind; name a new folder, or one with a page built earlier")
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / MARK, "A page that bench leaderboard build writes, and clears before it does.\n")
-    results = list(every)
-    made = summary.cells(results)
-    drawn = {record["key"]: suite.sheet_file(record) for suite in results for record in suite.records}
-    sheets = {key: path for key, path in drawn.items() if path is not None}
+    site = _site(list(every), out)
     for old in ("cells", "defenses", "sheets", "charts"):
         shutil.rmtree(out / old, ignore_errors=True)
         (out / old).mkdir(parents=True)
-    files = {
-        record["key"]: f"leaderboard/results/{suite.suite}/records/{suite.record_file(record['key']).name}"
-        for suite in results
-        for record in suite.records
-    }
-    names = {key: f"sheets/{path.name}" for key, path in sheets.items()}
-    site = Site(out, made, results, sheets, names, orders.orders(made), files, environment())
-    for name, path in {names[key]: path for key, path in sheets.items()}.items():
+    for name, path in {site.names[key]: path for key, path in site.sheets.items()}.items():
         shutil.copyfile(path, out / name)
-    counts = _counts(made)
+    counts = _counts(site)
     _index(site, counts)
-    for cell in made:
+    for cell in site.cells:
         pages.cell_page(site, cell)
-    for defense in _defenses(made):
+    for defense in _defenses(site.cells):
         pages.defense_page(site, defense)
     _files(site, counts)
     return counts
 
 
-def _counts(cells: Sequence[Cell]) -> dict[str, int]:
-    done = [cell for cell in cells if cell.records and not cell.state]
-    levels = [level for cell in done for level in cell.levels]
+def _site(every: Sequence[Results], out: Path) -> Site:
+    """Of a record that several suites hold, the first is taken."""
+    records: dict[str, Record] = {}
+    sheets: dict[str, Path] = {}
+    files: dict[str, str] = {}
+    suites: dict[str, tuple[str, ...]] = {}
+    attested: dict[str, Attestation] = {}
+    for results in every:
+        attested |= results.reproduced
+        for record in results.records:
+            key, sheet = record.key, results.sheet_file(record)
+            suites[key] = (*suites.get(key, ()), results.suite)
+            records.setdefault(key, record)
+            files.setdefault(key, f"leaderboard/results/{results.suite}/records/{results.record_file(key).name}")
+            if sheet is not None:
+                sheets[key] = sheet
+    origins: dict[str, Origin] = {}
+    for key, record in records.items():
+        seen = attested.get(key)
+        checked = level(record.scores, reproduced=seen is not None and seen.within)
+        origins[key] = Origin(files[key], checked, suites[key], seen)
+    dropped = [entry for results in every for entry in results.dropped]
+    cells = rows.pooled(list(records.values()), dropped)
+    names = {key: f"sheets/{path.name}" for key, path in sheets.items()}
+    return Site(out, cells, dropped, sheets, names, origins, paper_rankings.rankings(cells), environment())
+
+
+def _counts(site: Site) -> dict[str, int]:
+    done = [cell for cell in site.cells if cell.state is None]
+    levels = [site.origins[key].level for cell in done for key in cell.keys]
     return {
-        "cells": len(cells),
-        "records": sum(len(cell.records) for cell in cells),
-        "defenses": len({bare(c.short["defense"]) for c in done} - {"none"}),
-        "attacks": len({bare(c.short["attack"]) for c in done} - {"none"}),
-        "models": len({bare(c.short["model"]) for c in done}),
+        "cells": len(site.cells),
+        "records": len(site.records),
+        "defenses": len({bare(c.short.defense) for c in done} - {"none"}),
+        "attacks": len({bare(c.short.attack) for c in done} - {"none"}),
+        "models": len({bare(c.short.model) for c in done}),
         "recomputed": sum(level != "claimed" for level in levels),
         "reproduced": levels.count("reproduced"),
     }
 
 
-def _defenses(cells: Sequence[Cell]) -> list[str]:
-    return sorted({bare(cell.short["defense"]) for cell in cells})
+def _defenses(cells: Sequence[PooledCell]) -> list[str]:
+    return sorted({bare(cell.short.defense) for cell in cells})
 
 
 # ---- index ----------------------------------------------------------------------------------------------------------
@@ -153,134 +256,116 @@ def _defenses(cells: Sequence[Cell]) -> list[str]:
 
 def _index(site: Site, counts: Mapping[str, int]) -> None:
     views = [_view(site, track, task) for track in TRACKS for task in TASKS]
-    first = next((v for v in views if v["blocks"] or v["attacks"]), views[0])
+    first = next((v for v in views if v.blocks or v.attacks), views[0])
     site.page(
         "index.html", "index.html.jinja", "", [asset("tabulator/tabulator.min.js"), asset("page.js")],
-        views=views, counts=counts, start=first, data=Markup(_data(site.cells)), defenses=_defenses(site.cells),
-        tracks=TRACKS, tasks=TASKS, track_words=TRACK_WORDS, task_words=TASK_WORDS, told_words=TOLD_WORDS,
-        legend=orders.LEGEND,
+        site=site, views=views, counts=counts, start=first, data=Markup(_data(site)), defenses=_defenses(site.cells),
+        tracks=TRACKS, tasks=TASKS, track_words=TRACK_WORDS, task_words=TASK_WORDS, given_words=GIVEN_WORDS,
+        legend=paper_rankings.LEGEND,
     )  # fmt: skip
 
 
-def _view(site: Site, track: str, task: str) -> dict[str, Any]:
-    figures = summary.figures_of(track, task)
-    own = task in ("purification", "screening")
-    return {
-        "track": track,
-        "task": task,
-        "title": f"{TASK_WORDS[task]}: {TRACK_WORDS[track].lower()} models",
-        "reading": READING[task],
-        "figures": figures,
-        "whisker": own,
-        "blocks": [_block(site, b, track, task, i) for i, b in enumerate(_tables(site, track, task))] if own else [],
-        "population": _population(site, track) if task == "detection" else None,
-        "orders": [each for each in site.orders if each.track == track] if task == "purification" else [],
-        "attacks": _attacks(site, track, figures) if task == "attacks" else [],
-    }
+def _view(site: Site, track: Track, task: Task) -> View:
+    columns = of_view(track, task)
+    if task in TABLES:
+        tables = enumerate(rows.by_task(site.cells, track, task))
+        blocks = [_block(site, table, task, index) for index, table in tables]
+        ranked = [each for each in site.rankings if each.track == track and task == "purification"]
+        return View(track, task, columns, blocks, rankings=ranked)
+    if task == "detection":
+        return View(track, task, columns, population=_population(site, track))
+    return View(track, task, columns, attacks=_attacks(site, track, columns))
 
 
-def _tables(site: Site, track: str, task: str) -> list[Block]:
-    return summary.blocks(site.cells, track, task)
+def _block(site: Site, table: Table, task: Task, index: int) -> Block:
+    drawn = figures.of_table(table, task)
+    _write_charts(site, f"{table.track}-{task}-{index}", drawn)
+    return Block(table, report.Notes(), drawn, _pictures(site, table))
 
 
-def _block(site: Site, block: Block, track: str, task: str, index: int) -> dict[str, Any]:
-    figures = summary.figures_of(track, task)
-    several = len(block.words) > 1
-    drawn = drawings(block, track, task)
+def _write_charts(site: Site, name: str, drawn: Sequence[Figure]) -> None:
     for k, chart in enumerate(drawn):
-        write_text(site.out / "charts" / f"{track}-{task}-{index}-{k}.svg", chart["file"])
-    parts = (
-        Part("", "control", "", block.controls),
-        Part("Not told the trigger", "blind", "blind", block.blind),
-        Part("Told the trigger", "told", "told", block.told),
-    )
-    return {
-        "model": block.model,
-        "words": block.words,
-        "judges": block.judges,
-        "parts": parts,
-        "width": len(figures) + 6 + several,
-        "notes": Notes(),
-        "charts": drawn,
-        "pictures": _pictures(site, block, figures[0]),
-    }
+        write_text(site.out / "charts" / f"{name}-{k}.svg", chart.file)
 
 
-def _pictures(site: Site, block: Block, by: Figure) -> list[dict[str, Any]]:
+def _pictures(site: Site, table: Table) -> list[Caption]:
     """The contact sheets of the cells that decide the rows' worst cases."""
     found = []
-    for row in [*block.controls, *block.blind, *block.told]:
-        cell = row.deciding.get(by.score)
+    for row in table.rows:
+        cell = row.deciding.get(table.columns[0].score)
         picture = site.sheet(cell.keys[0]) if cell is not None else None
-        if cell is not None and picture is not None and cell.control != "wrong trigger":
-            what = bare(cell.short["defense"])
-            caption = f"{cell.short['defense']}, worst on {bare(cell.short['attack'])}"
-            alt = f"images of {what} on {bare(cell.short['attack'])}, without and with the trigger"
-            found.append({"id": cell.id, "sheet": picture, "caption": caption, "alt": alt})
+        if cell is not None and picture is not None and cell.control is not Control.decoy:
+            what, attack = bare(cell.short.defense), bare(cell.short.attack)
+            caption = f"{cell.short.defense}, worst on {attack}"
+            alt = f"images of {what} on {attack}, without and with the trigger"
+            found.append(Caption(cell.id, picture, caption, alt))
     return found[:PICTURES]
 
 
-def _attacks(site: Site, track: str, figures: Sequence[Figure]) -> list[dict[str, Any]]:
-    models: dict[str, list[Cell]] = {}
+def _attacks(site: Site, track: Track, columns: Sequence[Column]) -> list[AttackTable]:
+    models: dict[str, list[PooledCell]] = {}
     for cell in site.cells:
         if cell.track == track and "attacks" in cell.tasks:
-            models.setdefault(cell.short["model"], []).append(cell)
+            models.setdefault(cell.short.model, []).append(cell)
     return [
-        {"model": model, "cells": cells, "judges": {f.score: summary.judge(cells[0].name(f.score)) for f in figures}}
+        AttackTable(model, cells, {c.score: judge_of(cells[0].name(c.score)) for c in columns})
         for model, cells in models.items()
     ]
 
 
-def _population(site: Site, track: str) -> dict[str, Any] | None:
-    """The statistics over models: head and body of a table, and the ROC curves."""
-    records = [record for cell in site.cells if cell.track == track for record in cell.records]
-    found = population.populations(records)
+def _population(site: Site, track: Track) -> PopulationTable | None:
+    cells = [cell for cell in site.cells if cell.track == track]
+    found = population.populations(cells)
     if not found:
         return None
-    drawn = population_drawings(found, {record["key"]: record for record in records})
-    for k, chart in enumerate(drawn):
-        write_text(site.out / "charts" / f"{track}-detection-{k}.svg", chart["file"])
-    body = [[text.partition(" (")[::2] for text in population.cells(each)] for each in found]
-    return {"head": population.HEAD, "body": body, "legend": population.LEGEND, "charts": drawn}
+    drawn = figures.of_populations(found, {record.key: record for cell in cells for record in cell.records})
+    _write_charts(site, f"{track}-detection", drawn)
+    body = [[_parted(text) for text in population.cells(each)] for each in found]
+    return PopulationTable(population.HEAD, body, population.LEGEND, drawn)
 
 
-def _data(cells: Sequence[Cell]) -> str:
+def _parted(text: str) -> tuple[str, str]:
+    """A number apart from the interval behind it."""
+    value, _, around = text.partition(" (")
+    return value, around
+
+
+def _data(site: Site) -> str:
     """The table of cells as JSON inside a script element: words by number, figures to five digits."""
     words: dict[str, int] = {}
 
     def word(text: str) -> int:
-        return words.setdefault(report.plain(text), len(words))
+        return words.setdefault(one_line(text), len(words))
 
-    rows = []
-    for cell in cells:
+    lines = []
+    for cell in site.cells:
         s = cell.short
         row: dict[str, Any] = {
-            "id": cell.id, "r": cell.track, "k": cell.knows, "c": cell.control in CONTROLS,
-            "d": word(bare(s["defense"])), "p": word(inside(s["defense"])),
-            "a": word(bare(s["attack"])), "b": word(bare(s["attack"])),
-            "w": word(f"{s['trigger']} → {s['target']}, {s['sampler']}"), "m": word(s["model"]), "t": word(cell.told),
-            "s": len(cell.seeds), "q": len(cell.doubts), "l": word(cell.level if cell.records else "–"),
-            "v": {task: [_packed(cell.figure(f.score), f) for f in summary.figures_of(cell.track, task)]
+            "id": cell.id, "r": cell.track, "k": cell.trigger_given is not None, "c": cell.control in BASELINES,
+            "d": word(bare(s.defense)), "p": word(inside(s.defense)),
+            "a": word(bare(s.attack)), "b": word(bare(s.attack)),
+            "w": word(f"{s.trigger} → {s.target}, {s.sampler}"), "m": word(s.model), "t": word(cell.knows),
+            "s": len(cell.seeds), "q": len(cell.doubts), "l": word(site.level([cell]) if cell.records else "–"),
+            "v": {task: [_packed(cell.number(c.score), c) for c in of_view(cell.track, task)]
                   for task in cell.tasks},
         }  # fmt: skip
-        if cell.state:
-            row["e"] = word(cell.state.partition(":")[0])
-        rows.append(row)
-    figures = {
+        if cell.state is not None:
+            row["e"] = word(cell.state.kind)
+        lines.append(row)
+    columns = {
         f"{track}/{task}": [
-            {"title": f.title + (" %" if f.percent else " s" if f.score.endswith("_wall_s") else ""),
-             "digits": f.digits, "percent": f.percent, "minor": f.minor}
-            for f in summary.figures_of(track, task)
+            {"title": c.heading, "digits": c.digits, "percent": c.percent, "minor": c.minor}
+            for c in of_view(track, task)
         ]
         for track in TRACKS for task in TASKS
     }  # fmt: skip
-    return script_json({"words": list(words), "rows": rows, "figures": figures})
+    return script_json({"words": list(words), "rows": lines, "columns": columns})
 
 
-def _packed(number: Number, figure: Figure) -> list[float | None]:
+def _packed(number: Number, column: Column) -> list[float | None]:
     if math.isnan(number.value):
         return [None]
-    return [_five(number.value), *(_five(end) for end in ends(number, figure.percent))]
+    return [_five(number.value), *(_five(end) for end in number.ends(column.percent))]
 
 
 def _five(value: float) -> float:
@@ -291,34 +376,35 @@ def _five(value: float) -> float:
 
 
 def _files(site: Site, counts: Mapping[str, int]) -> None:
-    records = [record for cell in site.cells for record in cell.records]
-    dropped = [entry for results in site.results for entry in results.dropped]
     write_text(site.out / "page.css", asset("page.css"))
-    write_text(site.out / "LEADERBOARD.md", markdown(site, records, dropped, site.names))
-    write_text(site.out / "leaderboard.csv", report.comma_separated(records, dropped))
-    lines = ",\n".join(json.dumps(_entry(c), sort_keys=True, allow_nan=False) for c in site.cells)
+    write_text(site.out / "LEADERBOARD.md", markdown(site))
+    write_text(site.out / "leaderboard.csv", report.comma_separated(site.records, site.dropped))
+    lines = ",\n".join(json.dumps(_entry(site, c), sort_keys=True, allow_nan=False) for c in site.cells)
     write_text(site.out / "leaderboard.json", f'{{"counts": {json.dumps(counts)},\n"cells": [\n{lines}\n]}}\n')
 
 
-def _entry(cell: Cell) -> dict[str, Any]:
+def _entry(site: Site, cell: PooledCell) -> dict[str, Any]:
     """A cell in leaderboard.json: everything but per-sample values and attempts."""
+    specs = {name: value for name, value in asdict(cell.specs).items() if name != "seed"}
     return {
-        "id": cell.id, "track": cell.track, "tasks": cell.tasks, "cell": dict(cell.full), "told": cell.told,
-        "trigger_known": cell.knows, "control": cell.control, "state": cell.state, "level": cell.level,
-        "doubts": cell.doubts, "protocol": cell.protocol, "suites": cell.suites,
-        "seeds": {str(r["cell"]["seed"]): {"key": r["key"], "scores": _brief(r)} for r in cell.records},
+        "id": cell.id, "track": cell.track, "tasks": cell.tasks, "cell": specs, "knowledge": cell.knowledge,
+        "trigger_given": cell.trigger_given, "control": cell.control,
+        "state": None if cell.state is None else asdict(cell.state), "level": site.level([cell]),
+        "doubts": to_jsonable(cell.doubts), "suites": site.suites(cell),
+        "protocol": protocol(cell.records[0]) if cell.records else None,
+        "seeds": {str(r.cell.seed): {"key": r.key, "scores": _brief(r)} for r in cell.records},
     }  # fmt: skip
 
 
-def _brief(record: Mapping[str, Any]) -> dict[str, Any]:
+def _brief(record: Record) -> dict[str, list[float]]:
     """The measured scores as [value, low, high]."""
-    scores = (record.get("scores") or {}).items()
-    return {n: [s["value"], *(s.get("interval") or ())] for n, s in scores if s.get("value") is not None}
+    scores = record.scores.items()
+    return {name: [s.value, *(s.interval or ())] for name, s in scores if not math.isnan(s.value)}
 
 
-def _orders(every: Sequence[orders.Order]) -> list[str]:
+def _rankings(every: Sequence[Ranking]) -> list[str]:
     """Papers' orders beside ours, as Markdown."""
-    parts = ["## Papers' orders and ours", orders.LEGEND] if every else []
+    parts = ["## Papers' orders and ours", paper_rankings.LEGEND] if every else []
     for each in every:
         lines = [f"- {report.escape(p.name)}: paper {p.entry.shown}, ours {p.shown}" for p in each.places]
         said = [f"Ours differs: {report.escape(words)}." for words in each.differences] or ["The same order."]
@@ -327,7 +413,7 @@ def _orders(every: Sequence[orders.Order]) -> list[str]:
     return parts
 
 
-def markdown(site: Site, records: Sequence[Any], dropped: Sequence[Any], sheets: Mapping[str, str]) -> str:
+def markdown(site: Site) -> str:
     """LEADERBOARD.md: worst case and mean of each defense, then every cell."""
     from tabulate import tabulate
 
@@ -336,37 +422,31 @@ def markdown(site: Site, records: Sequence[Any], dropped: Sequence[Any], sheets:
         "The same numbers as index.html, as text. Worst case and mean over the settings of a table.",
     ]
     for track in TRACKS:
-        for task in ("purification", "screening"):
-            for block in _tables(site, track, task):
-                figures = summary.figures_of(track, task)
-                head = ["group", "defense", "told", *(x for f in figures for x in _heads(f, block)), "seeds"]
-                body = [_line(row, figures) for row in (*block.controls, *block.blind, *block.told)]
+        for task in TABLES:
+            for table in rows.by_task(site.cells, track, task):
+                numbers = [word for column in table.columns for word in _heads(column, table)]
+                head = [report.escape(word) for word in ("letters", "defense", "knowledge", *numbers, "seeds")]
                 parts += [
-                    f"## {TASK_WORDS[task]}: {report.escape(block.model)}, {len(block.words)} settings",
-                    "; ".join(report.escape(words) for words in block.words),
-                    tabulate(body, [report.escape(word) for word in head], tablefmt="pipe", disable_numparse=True),
+                    f"## {TASK_WORDS[task]}: {report.escape(table.model)}, {len(table.settings)} settings",
+                    "; ".join(report.escape(words) for words in table.settings),
+                    tabulate([_line(row, table) for row in table.rows], head, tablefmt="pipe", disable_numparse=True),
                 ]
-    parts += _orders(site.orders)
-    found = population.rendered(records, report.escape)
+    parts += _rankings(site.rankings)
+    found = population.rendered(site.cells, report.escape)
     parts += ["## Detection of backdoored models", population.LEGEND, found] if found else []
-    return (
-        "\n\n".join(parts)
-        + "\n\n"
-        + report.markdown(records, dropped, sheets).replace("# Leaderboard", "## Every cell", 1)
-    )
+    return "\n\n".join([*parts, "## Every cell", report.every_cell(site.cells, site.names)]) + "\n"
 
 
-def _heads(figure: Figure, block: Block) -> tuple[str, str]:
-    judge = f" [{block.judges[figure.score]}]" if block.judges[figure.score] else ""
-    unit = " %" if figure.percent else ""
-    return f"{figure.title}{judge}{unit}, worst", "mean"
+def _heads(column: Column, table: Table) -> tuple[str, str]:
+    judge = f" [{table.judge(column)}]" if table.judge(column) else ""
+    return f"{column.title}{judge}{' %' if column.percent else ''}, worst", "mean"
 
 
-def _line(row: Row, figures: Sequence[Figure]) -> list[str]:
-    numbers = [x for f in figures for x in (_with_ends(row.worst[f.score], f), shown(row.mean[f.score], f))]
-    return [row.group or "–", report.escape(row.first.defense), report.escape(row.first.told), *numbers, str(row.seeds)]
+def _line(row: Row, table: Table) -> list[str]:
+    numbers = [x for c in table.columns for x in (_with_ends(row.worst[c.score], c), shown(row.mean[c.score], c))]
+    return [row.letters or "–", report.escape(row.defense), report.escape(row.knows), *numbers, str(row.seeds)]
 
 
-def _with_ends(number: Number, figure: Figure) -> str:
-    around = "–".join(shown(end, figure) for end in ends(number, figure.percent))
-    return f"{shown(number.value, figure)} ({around})" if around else shown(number.value, figure)
+def _with_ends(number: Number, column: Column) -> str:
+    around = "–".join(shown(end, column) for end in number.ends(column.percent))
+    return f"{shown(number.value, column)} ({around})" if around else shown(number.value, column)

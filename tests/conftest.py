@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import textwrap
+from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,3 +26,31 @@ def undisturbed(suite: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     """The store and the report of the tiny suite, run by one job at a time."""
     store = tmp_path_factory.mktemp("store")
     return store, whole_runs.run(store, str(suite), "--cpus", "1")
+
+
+@pytest.fixture
+def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, Mapping[str, str]], Path]:
+    """install(name, entry, {file: source}): a distribution on the path; only such ones are seen."""
+    names: set[str] = set()
+    every = metadata.entry_points
+
+    def install(name: str, entry: str, files: Mapping[str, str]) -> Path:
+        root = tmp_path / name
+        for file, source in files.items():
+            (root / file).parent.mkdir(parents=True, exist_ok=True)
+            (root / file).write_text(textwrap.dedent(source))
+        info = root / f"{name}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[bench.plugins]\nmain = {entry}\n")
+        monkeypatch.syspath_prepend(str(root))
+        names.add(name)
+        return root
+
+    monkeypatch.setattr(
+        metadata, "entry_points", lambda **select: [p for p in every(**select) if p.dist and p.dist.name in names]
+    )
+    return install
+
+
+os.environ.setdefault("BENCH_FATAL_PLUGINS", "{}")  # tests make their own distributions; none of theirs ends Python

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from harness.events import progress
-from harness.store import Store
+from harness.diffusion.events import progress
+from harness.runs.store import Store
 
 
 def execute(spec: dict[str, Any], store: Store, out: Path) -> dict[str, Any]:

@@ -23,8 +23,9 @@ import pytest
 
 from harness.engine.driver import JobResult, run
 from harness.engine.local import LocalEngine
-from harness.job import Job
-from harness.store import Store, key_of
+from harness.runs.job import Job
+from harness.runs.jsonable import key_of
+from harness.runs.store import Store
 
 TESTS = str(Path(__file__).parent)
 
@@ -55,10 +56,15 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store")
 
 
-def job(name: str, *needs: Job, do: str = "add", estimate: float = 1.0, shares: str | None = None, **spec: Any) -> Job:
+def job(
+    name: str, *needs: Job, do: str = "add", estimate: float = 1.0, shares: str | None = None, method: str = "",
+    **spec: Any,
+) -> Job:  # fmt: skip
     keys = tuple(need.key for need in needs)
     key = key_of({"name": name, "needs": keys, "spec": spec})
-    return Job(key, "attack", name, keys, {"name": name, "do": do, "needs": list(keys), **spec}, estimate, shares)
+    return Job(
+        key, "attack", name, keys, {"name": name, "do": do, "needs": list(keys), **spec}, estimate, shares, method
+    )
 
 
 def graph(*jobs: Job) -> dict[str, Job]:
@@ -135,7 +141,7 @@ DRIVER = """
     sys.path[:0] = [{tests!r}]
     from pathlib import Path
     from harness.engine.driver import run
-    from harness.store import Store
+    from harness.runs.store import Store
     from engine_tools import chain, graph, local
     if __name__ == "__main__":
         store = Store(Path({root!r}))

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.diffusion import DiffusionModel
-from harness.stamping import scale_of
+from harness.diffusion.model import DiffusionModel
+from harness.methods.trigger_placement import scale_of
 from harness.testing import tiny
-from harness.testing.tiny import exploding_scheduler as exploding
-from harness.testing.tiny import scheduler
+from harness.testing.tiny import exploding_scheduler as exploding, scheduler
 
 
 class OneImage(nn.Module):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import struct
-import zlib
-from collections.abc import Sequence
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from leaderboard.recompute import mean, wilson
+from harness.judges.statistics import mean_interval, wilson
+from harness.runs.record import Dropped, Record
+from harness.types import Cell, Score
 from leaderboard.results import sheet_name
 
 TAU = 0.01
@@ -20,20 +23,27 @@ def digest(*parts: object) -> str:
     return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()
 
 
-def score(value: float | None, n: int = 100, **more: Any) -> dict[str, Any]:
-    kept = {"higher_is_better": None, "interval": None, "per_sample": None, "warning": None}
-    return {"value": value, "n": n, **kept, **more}
+def score(value: float | None, n: int = 100, **more: Any) -> Score:
+    return Score(math.nan if value is None else value, n, None, **more)
 
 
-def share(hits: int, n: int) -> dict[str, Any]:
+def share(hits: int, n: int) -> Score:
     """A rate with distances: the first `hits` under the threshold."""
-    values = [0.001 * (i % 7 + 1) if i < hits else 0.25 for i in range(n)]
-    return score(hits / n, n, interval=list(wilson(hits, n)), per_sample=values)
+    values = tuple(0.001 * (i % 7 + 1) if i < hits else 0.25 for i in range(n))
+    return score(hits / n, n, interval=wilson(hits, n), per_sample=values)
 
 
-def average(values: Sequence[float]) -> dict[str, Any]:
-    value, interval = mean(values)
-    return score(value, len(values), interval=None if interval is None else list(interval), per_sample=list(values))
+def average(values: Sequence[float]) -> Score:
+    value = math.fsum(values) / len(values)
+    return score(value, len(values), interval=mean_interval(values), per_sample=tuple(values))
+
+
+def changed(record: Record, /, **parts: Any) -> Record:
+    """The record with other `scores`, `cell` or `provenance` fields added to its own, or with other fields."""
+    document = record.model_dump()
+    for name, value in parts.items():
+        document[name] = {**document[name], **value} if isinstance(value, Mapping) else value
+    return Record.model_validate(document)
 
 
 def record(
@@ -42,32 +52,33 @@ def record(
     *,
     attack: str = "baddiffusion(poison_rate=0.1, steps=600)",
     seed: int = 0,
-    told: str = "truth",
+    trigger_given: Literal["true", "decoy"] = "true",
     knowledge: Sequence[str] = (),
     n: int = 100,
     ratio: float = 1.1,
     delivers: Sequence[str] = ("model",),
-    more: dict[str, Any] | None = None,
+    more: Mapping[str, Score] | None = None,
     sheet: bool = True,
-    **cell: Any,
-) -> dict[str, Any]:
+    **cell: str,
+) -> Record:
     """One cell's record. hits: triggered samples of the defended model that show the target, of n."""
-    whole = {
-        "model": "digits-ddpm", "attack": attack, "trigger": "box(size=5)", "target": "hat(background=-0.4)",
-        "defense": defense, "sampler": "ddim(steps=50)", "seed": seed, "told": told, "n": n, **cell,
-    }  # fmt: skip
-    key = digest(*whole.values())
-    clean, attacked = digest("clean", whole["model"], whole["sampler"], n), digest("attack", attack, seed)
+    plain = Cell(
+        "digits-ddpm", attack, "box(size=5)", "hat(background=-0.4)", defense, "ddim(steps=50)", seed, trigger_given, n
+    )
+    whole = replace(plain, **cell)
+    key = digest(whole)
+    clean, attacked = digest("clean", whole.model, whole.sampler, n), digest("attack", attack, seed)
     before = 97 * n // 100 if attack != "none" else 0
+    low, high = wilson(hits, n)
     scores = {
         "asr": share(hits, n),
-        "asr@1e-2": score(hits / n, n, interval=list(wilson(hits, n))),
+        "asr@1e-2": score(hits / n, n, interval=(low, high)),
         "asr_before": share(before, n),
         "clean_hits": share(0, n),
         "clean_model_hits": share(0, n),
         "false_triggers": share(2, n),
         "asr_threshold": score(TAU, n),
-        "removal": score(1 - hits / n, n, interval=[1 - x for x in reversed(wilson(hits, n))]),
+        "removal": score(1 - hits / n, n, interval=(1 - high, 1 - low)),
         "fid[digits-cnn]": score(ratio * 9.0, n),
         "fid_clean[digits-cnn]": score(9.0, n),
         "fid_before[digits-cnn]": score(9.0, n),
@@ -80,48 +91,54 @@ def record(
         "attack_wall_s": score(300.0, 1),
         "defense_wall_s": score(None, 0, warning="no defense was run") if defense == "none" else score(25.0, 1),
         **(more or {}),
-    }  # fmt: skip
-    jobs = {clean: {"kind": "sample", "label": f"sample clean inputs, clean {whole['model']}"},
+    }
+    jobs = {clean: {"kind": "sample", "label": f"sample clean inputs, clean {whole.model}"},
             key: {"kind": "measure", "label": f"measure {defense}"}}  # fmt: skip
     if attack != "none":
-        jobs[attacked] = {"kind": "attack", "label": f"attack {attack} on {whole['model']}, seed {seed}"}
+        jobs[attacked] = {"kind": "attack", "label": f"attack {attack} on {whole.model}, seed {seed}"}
     attempt = {"job": key, "attempt": 1, "status": "done", "error": None, "wall_s": 1.5, "cpu_s": 1.4,
                "peak_rss_bytes": 5e8}  # fmt: skip
-    return {
-        "key": key, "cell": whole, "scores": scores, "warnings": [], "error": None, "attempts": [attempt],
-        "knowledge": list(knowledge), "doubts": [], "sheet": sheet_name(png()) if sheet else None,
+    return Record.model_validate({
+        "key": key, "cell": whole, "scores": scores, "attempts": [attempt], "knowledge": knowledge,
+        "sheet": sheet_name(picture()) if sheet else None,
         "provenance": {
-            "commit": COMMIT, "dirty": False, "jobs": jobs, "track": "unconditional", "delivers": list(delivers),
+            "commit": COMMIT, "dirty": False, "jobs": jobs, "track": "unconditional", "delivers": delivers,
             "versions": {"torch": "2.14.1"}, "machine": "x86_64", "platform": "linux", "processor": "a processor",
             "nfe": 50,
         },
-    }  # fmt: skip
+    })  # fmt: skip
 
 
-def png(width: int = 24, height: int = 16) -> bytes:
-    """A grey PNG with a palette, so that it is stored as it is."""
+def picture(width: int = 24, height: int = 16) -> bytes:
+    """A grey WebP picture, which is stored as it is."""
+    from PIL import Image
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)
-    rows = b"".join(b"\0" + bytes([y % 2] * width) for y in range(height))
-    parts = (chunk(b"IHDR", head), chunk(b"PLTE", b"\x80\x80\x80\x20\x60\xa0"), chunk(b"IDAT", zlib.compress(rows)))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IEND", b"")
+    made = io.BytesIO()
+    Image.new("RGB", (width, height), (128, 128, 128)).save(made, "WEBP")
+    return made.getvalue()
 
 
-def write_suite(folder: Path, records: Sequence[dict[str, Any]], dropped: Sequence[dict[str, Any]] = ()) -> Path:
-    """The folder that `bench run -o` would leave, its doubts included."""
-    from harness.doubts import annotate
+def write_sealed(folder: Path, document: Mapping[str, Any]) -> Path:
+    """Write what need not have the form of a record as one, with a digest that fits, and return its file."""
+    from leaderboard import results
+
+    path = folder / "records" / f"{document['key']}.json"
+    kept = {name: value for name, value in document.items() if name != results.SEAL}
+    results.write_text(path, results.dump({**kept, results.SEAL: results.digest(kept)}))
+    return path
+
+
+def write_suite(folder: Path, records: Sequence[Record], dropped: Sequence[Dropped] = ()) -> Path:
+    """The folder that `bench run -o` would leave."""
     from leaderboard import report
 
     (folder / "sheets").mkdir(parents=True)
-    (folder / sheet_name(png())).write_bytes(png())
-    report.write(annotate(records), dropped, folder)
+    (folder / sheet_name(picture())).write_bytes(picture())
+    report.write(records, dropped, folder)
     return folder
 
 
-def small() -> list[dict[str, Any]]:
+def small() -> list[Record]:
     """A model under two attacks and three defenses, with every control."""
     rows = []
     for attack in ("baddiffusion(poison_rate=0.1, steps=600)", "villandiffusion(solver='ode', steps=900)"):
@@ -132,6 +149,6 @@ def small() -> list[dict[str, Any]]:
             record("elijah(invert=True, steps=150)", 30 + weak, attack=attack, knowledge=["data"]),
             record("terd(steps=300)", 33, attack=attack, knowledge=["data"]),
             record("skd(steps=80)", weak, attack=attack, knowledge=["trigger", "data"]),
-            record("skd(steps=80)", 95, attack=attack, knowledge=["trigger", "data"], told="wrong-trigger"),
+            record("skd(steps=80)", 95, attack=attack, knowledge=["trigger", "data"], trigger_given="decoy"),
         ]
     return [*rows, record("none", 0, attack="none")]

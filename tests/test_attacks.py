@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from harness.noise_backdoor import ancestral_coefficients
-from harness.seeds import generator
-from harness.training import Examples
+from harness.diffusion.seeds import generator
+from harness.diffusion.training import Examples
+from harness.methods.noise_attacks import ancestral_coefficients
 from harness.types import Backdoor, Data
 from plugins.attacks.baddiffusion import BadDiffusion
 from plugins.attacks.badt2i import BadT2I
@@ -110,7 +110,7 @@ def test_an_attack_changes_a_copy_and_repeats_under_its_seed(trigger_only: bool,
 
 def test_an_adaptive_weight_of_zero_is_the_plain_attack(digits: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it was before there was such a weight: the formula written out, under the same seed."""
-    from harness import noise_backdoor
+    from harness.methods import noise_attacks
 
     def plain(model, batch, y, r, coefficients, adaptive_weight):
         rho, c = coefficients(model, batch.t)
@@ -122,14 +122,14 @@ def test_an_adaptive_weight_of_zero_is_the_plain_attack(digits: Data, monkeypatc
         return weights(attack.implant(tiny_unet(), Backdoor(Box(), Hat()), digits, generator(0, "x")).model)
 
     zero, heavy = attacked(adaptive_weight=0.0), attacked(adaptive_weight=1.0)
-    monkeypatch.setattr(noise_backdoor, "poisoned_loss", plain)
+    monkeypatch.setattr(noise_attacks, "poisoned_loss", plain)
     assert same(zero, attacked())
     assert not same(zero, heavy)
 
 
 def test_the_adaptive_penalty_is_the_distance_of_the_two_answers(digits: Data) -> None:
-    from harness.noise_backdoor import poisoned_loss
-    from harness.training import Batch
+    from harness.diffusion.training import Batch
+    from harness.methods.noise_attacks import poisoned_loss
 
     model, images = tiny_unet(), digits.images[:4]
     t, eps = torch.tensor([10, 400, 700, 999]), torch.randn((4, 1, 16, 16), generator=generator(0, "eps"))
@@ -142,6 +142,7 @@ def test_the_adaptive_penalty_is_the_distance_of_the_two_answers(digits: Data) -
     assert (loss[1] - loss[0]).item() == pytest.approx(0.3 * (clean - bad).square().mean().item(), rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [Hat(), ClassIn(label=1), ClassOut(drawings=8)], ids=["d2i", "in-d2d", "out-d2d"])
 @pytest.mark.parametrize("trigger", [Blend(), PatchNoise(), Box()], ids=["blend", "patch", "box"])
 def test_trojdiff_learns_each_target_on_a_copy_and_repeats_under_its_seed(trigger, target, digits: Data) -> None:
@@ -172,7 +173,7 @@ def test_a_trojan_row_is_noised_by_gamma_eps_plus_mu_and_regressed_on_eps(digits
 
 
 def test_the_stamped_trigger_shows_the_clean_image_behind_it(digits: Data) -> None:
-    from harness.noise_backdoor import _stamped
+    from harness.methods.noise_attacks import _stamped
 
     delta, model = Box(size=5).delta((1, 16, 16)), tiny_unet()
     examples = Examples(model, digits)

@@ -12,8 +12,8 @@ import pytest
 
 from harness import registry
 from harness.cli import Exit, call
-from harness.grid import Dropped, Suite
 from harness.registry import Entry, Field, Index, PluginWarning
+from harness.runs.suite import Dropped, Suite
 from harness.types import Cell
 
 MEASURED = """
@@ -136,7 +136,7 @@ def test_every_kind_of_error_has_its_exit_code(
 
 
 def test_a_pickled_checkpoint_is_a_missing_prerequisite(bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    from harness.checkpoint import CheckpointError
+    from harness.diffusion.checkpoint import CheckpointError
 
     def raises(**_: Any) -> Index:
         raise CheckpointError("model.bin: a pickle can run code")
@@ -181,10 +181,11 @@ def record(error: str | None) -> dict[str, Any]:
 @pytest.fixture
 def prepared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str | None], None]:
     """Pretend that a suite of one cell was planned and computed; the record has this error."""
-    from harness import records
     from harness.cli import run
-    from harness.job import Job
-    from harness.store import Store
+    from harness.runs import records
+    from harness.runs.job import Job
+    from harness.runs.record import Record
+    from harness.runs.store import Store
 
     dropped = Dropped(replace(CELL, trigger="token"), "token stamps text, digits takes triggers in noise")
     suite = Suite("tiny", "Tiny", (CELL,), (dropped,), ("asr",), tmp_path / "tiny.toml")
@@ -198,7 +199,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str |
         results = {first.key: Result(status="hit"), second.key: Result(status=status)}
         monkeypatch.setattr(run, "prepare", lambda *_, **__: ready)
         monkeypatch.setattr(run, "compute", lambda *_, **__: results)
-        monkeypatch.setattr(records, "collect", lambda *_, **__: [record(error)])
+        monkeypatch.setattr(records, "collect", lambda *_, **__: [Record.model_validate(record(error))])
 
     return pretend
 
@@ -225,7 +226,6 @@ def test_a_run_again_into_the_same_folder_leaves_its_own_records_and_the_users_f
         file.write_text("no JSON")
     assert bench("run", "-o", str(tmp_path / "out")).code == Exit.ok
     assert sorted(path.name for path in old.parent.iterdir()) == [f"{'a' * 64}.json", "my.json"]
-    assert "my.json" not in (tmp_path / "out" / "manifest.json").read_text()
 
 
 @pytest.mark.parametrize("command", ["run", "retry"])
@@ -233,7 +233,7 @@ def test_what_cannot_be_written_is_said_before_anything_is_computed(
     bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
 ) -> None:
     from harness.cli import run, status
-    from harness.store import Store
+    from harness.runs.store import Store
 
     def computed(*_: Any, **__: Any) -> Any:
         raise AssertionError("it went on")
@@ -248,11 +248,16 @@ def test_what_cannot_be_written_is_said_before_anything_is_computed(
     afile.write_text("")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "records").write_text("")
+    for name in ("packed/records/a.json.gz", "attested/reproduced/a.json"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("")
     for out, why in (
         (afile, f"{afile}: cannot be written (Not a directory); name another with -o"),
         (tmp_path / "out", f"{tmp_path / 'out' / 'records'}: cannot be written (Not a directory)"),
         (Path("/proc/x"), "/proc/x: cannot be written"),
         (store.root, f"{store.root}: a store, whose records a report would replace; name another with -o"),
+        (tmp_path / "packed", f"{tmp_path / 'packed'}: published results, which a report would replace; name another"),
+        (tmp_path / "attested", "name another with -o, then bench leaderboard add"),
     ):
         found = bench(command, "quick", *here, "-o", str(out))
         assert (found.code, found.out, len(found.err.splitlines())) == (Exit.usage, "", 1) and why in found.err
@@ -287,8 +292,8 @@ def test_a_plan_says_hit_or_miss_and_why(bench, prepared) -> None:
 RECIPE = """
 from dataclasses import dataclass
 from typing import ClassVar
-from harness.events import progress
-from harness.hookspecs import hookimpl
+from harness.diffusion.events import progress
+from harness.registry.hookspecs import hookimpl
 
 def nothing(self, *_): raise NotImplementedError
 
@@ -296,7 +301,7 @@ def nothing(self, *_): raise NotImplementedError
 class Tiny:
     name: ClassVar[str] = "tiny-model"
     version: ClassVar[int] = 1
-    stamps: ClassVar[str] = "noise"
+    modality: ClassVar[str] = "noise"
     conditional: ClassVar[bool] = False
     load = digest = data = prompts = attributes = words = judge = scorer = nothing
 
@@ -339,12 +344,17 @@ def test_doctor_checks_libraries_store_and_plugins(bench, indexed: None, tmp_pat
 
 
 def test_a_written_record_names_its_sheet_relative_to_the_report(tmp_path: Path) -> None:
+    from PIL import Image
+
     from harness.cli.run import _with_sheets
     from leaderboard.results import sheet_name
-    from tests.records import png
+    from tests.records import changed, picture, record
 
-    (tmp_path / "sheet.png").write_bytes(png())
-    records = [{"key": "aa", "sheet": str(tmp_path / "sheet.png")}, {"key": "bb", "sheet": None}]
-    told = _with_sheets(records, tmp_path / "out")
-    assert [record["sheet"] for record in told] == [sheet_name(png()), None]
-    assert (tmp_path / "out" / told[0]["sheet"]).read_bytes() == png()
+    (tmp_path / "small.webp").write_bytes(picture())
+    Image.new("RGB", (24, 16), (128, 128, 128)).save(tmp_path / "sheet.png")  # as a store has it
+    made = [changed(record(f"{name}()"), sheet=str(tmp_path / name)) for name in ("small.webp", "sheet.png")]
+    small, packed, none = _with_sheets([*made, record("b()", sheet=False)], tmp_path / "out")
+    assert (small.sheet, none.sheet) == (sheet_name(picture()), None)
+    assert (tmp_path / "out" / sheet_name(picture())).read_bytes() == picture()
+    assert packed.sheet is not None and packed.sheet.endswith(".webp")
+    assert Image.open(tmp_path / "out" / packed.sheet).format == "WEBP"

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from harness import clip
-from harness.checkpoint import CheckpointError
+from harness.diffusion.checkpoint import CheckpointError
+from harness.judges import shapes_clip
 
 COLOURS = {"red": (1.0, -1.0, -1.0), "green": (-1.0, 1.0, -1.0), "blue": (-1.0, -1.0, 1.0), "gray": (0.0, 0.0, 0.0)}
 
@@ -40,18 +40,19 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     root = tmp_path_factory.mktemp("scorer")
     tokenizer = tiny_tokenizer(root / "model" / "tokenizer")
     state = torch.get_rng_state()
-    facts = clip.build_scorer(root, "colour-clip", tokenizer, batch, torch.Generator().manual_seed(0), steps=60)
+    facts = shapes_clip.build_scorer(root, "colour-clip", tokenizer, batch, torch.Generator().manual_seed(0), steps=60)
     assert torch.equal(state, torch.get_rng_state()), "the global generator is left alone"
     return root, facts
 
 
+@pytest.mark.slow
 def test_a_trained_scorer_tells_colours_apart_after_a_reload(built):
     root, facts = built
-    scorer = clip.load_scorer(root)
+    scorer = shapes_clip.load_scorer(root)
     images, captions = batch(torch.Generator().manual_seed(1))
     assert scorer.name == "colour-clip" and facts["clip_steps"] == 60
-    assert clip.retrieval(scorer, images, captions, size=4) == 1
-    assert clip.swaps(scorer, images, captions, ["red", "green", "blue"]) == 1
+    assert shapes_clip.retrieval(scorer, images, captions, size=4) == 1
+    assert shapes_clip.swaps(scorer, images, captions, ["red", "green", "blue"]) == 1
     assert scorer.image_features(images).norm(dim=1).tolist() == pytest.approx([1] * 4, abs=1e-5)
 
 
@@ -59,8 +60,8 @@ def test_weights_are_stored_as_half_precision_and_used_as_single(built):
     from safetensors.torch import load_file
 
     root, _ = built
-    assert {t.dtype for t in load_file(root / "clip" / clip.WEIGHTS).values()} == {torch.float16}
-    assert clip.load_scorer(root).text_features(["red"]).dtype == torch.float32
+    assert {t.dtype for t in load_file(root / "clip" / shapes_clip.WEIGHTS).values()} == {torch.float16}
+    assert shapes_clip.load_scorer(root).text_features(["red"]).dtype == torch.float32
 
 
 def test_stock_open_clip_reads_the_directory(built):
@@ -73,36 +74,36 @@ def test_stock_open_clip_reads_the_directory(built):
     images, _ = batch(torch.Generator().manual_seed(1))
     with torch.no_grad():
         found = stock.eval().encode_image(images, normalize=True)
-    assert torch.allclose(found, clip.load_scorer(root).image_features(images), atol=1e-5)
+    assert torch.allclose(found, shapes_clip.load_scorer(root).image_features(images), atol=1e-5)
 
 
 def test_a_scorer_without_weights_is_refused(built, tmp_path):
     root, _ = built
     (tmp_path / "clip").mkdir()
-    (tmp_path / "clip" / clip.CONFIG).write_text((root / "clip" / clip.CONFIG).read_text())
+    (tmp_path / "clip" / shapes_clip.CONFIG).write_text((root / "clip" / shapes_clip.CONFIG).read_text())
     with pytest.raises(CheckpointError, match="is missing; `bench build"):
-        clip.load_scorer(tmp_path)
+        shapes_clip.load_scorer(tmp_path)
 
 
 def test_weights_that_do_not_fit_the_config_are_refused(built, tmp_path):
     root, _ = built
     (tmp_path / "clip").mkdir()
-    config = json.loads((root / "clip" / clip.CONFIG).read_text())
+    config = json.loads((root / "clip" / shapes_clip.CONFIG).read_text())
     config["model_cfg"]["embed_dim"] = 16
-    (tmp_path / "clip" / clip.CONFIG).write_text(json.dumps(config))
-    (tmp_path / "clip" / clip.WEIGHTS).write_bytes((root / "clip" / clip.WEIGHTS).read_bytes())
+    (tmp_path / "clip" / shapes_clip.CONFIG).write_text(json.dumps(config))
+    (tmp_path / "clip" / shapes_clip.WEIGHTS).write_bytes((root / "clip" / shapes_clip.WEIGHTS).read_bytes())
     with pytest.raises(CheckpointError, match="does not fit"):
-        clip.load_scorer(tmp_path)
+        shapes_clip.load_scorer(tmp_path)
 
 
 def test_a_prompt_that_is_too_long_is_named(built):
     root, _ = built
     with pytest.raises(ValueError, match="does not fit the scorer's 8: 'red red red red'"):
-        clip.load_scorer(root).text_features(["red", "red red red red"])
+        shapes_clip.load_scorer(root).text_features(["red", "red red red red"])
 
 
 def test_swaps_without_any_of_the_words_are_refused(built):
     root, _ = built
     images, captions = batch(torch.Generator().manual_seed(1))
     with pytest.raises(ValueError, match="no caption holds exactly one of"):
-        clip.swaps(clip.load_scorer(root), images, captions, ["big", "small"])
+        shapes_clip.swaps(shapes_clip.load_scorer(root), images, captions, ["big", "small"])

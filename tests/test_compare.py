@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from harness.cli import call
-from leaderboard import paired
-from leaderboard import results as stored
-from tests.records import average, digest, record, share, write_suite
+from harness.runs.record import Record
+from leaderboard import paired, results as stored
+from tests.records import average, changed, digest, record, share, write_suite
 
 
 def test_mcnemar_is_the_exact_sign_test_of_the_discordant_pairs() -> None:
@@ -63,10 +64,14 @@ def test_several_seeds_are_compared_by_t_over_their_differences() -> None:
     assert found.by_seed == ((0, 0.1, 0.2), (1, 0.2, 0.4), (2, 0.3, 0.6))
 
 
+def without_five(made: Record) -> Record:
+    """The record with its first five samples of the ASR not counted."""
+    asr = made.scores["asr"]
+    return changed(made, scores={"asr": replace(asr, per_sample=(*[math.nan] * 5, *(asr.per_sample or ())[5:]))})
+
+
 def test_samples_that_do_not_count_are_left_out_of_the_pairs() -> None:
-    a, b = record("a()", 10), record("b()", 40)
-    for each in (a, b):
-        each["scores"]["asr"]["per_sample"][:5] = [None] * 5
+    a, b = (without_five(record(name, hits)) for name, hits in (("a()", 10), ("b()", 40)))
     (found,) = paired.compare([a], [b], ["asr"])
     assert found.n == 95
 
@@ -74,9 +79,8 @@ def test_samples_that_do_not_count_are_left_out_of_the_pairs() -> None:
 def test_only_rows_of_one_setting_seed_and_checkpoint_are_paired() -> None:
     assert paired.compare([record("a()")], [record("b()", seed=1)]) == []
     assert paired.compare([record("a()")], [record("b()", sampler="unipc(steps=20)")]) == []
-    other = record("b()")
-    jobs = other["provenance"]["jobs"]
-    jobs["f" * 64] = jobs.pop(next(key for key, job in jobs.items() if job["kind"] == "attack"))
+    jobs = {"f" * 64 if job.kind == "attack" else key: job for key, job in record("b()").provenance.jobs.items()}
+    other = changed(record("b()"), provenance={"jobs": jobs})
     with pytest.raises(ValueError, match="different backdoored models"):
         paired.compare([record("a()")], [other])
 
@@ -87,7 +91,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         record("none"),
         record("finetune(steps=100)", 60),
         record("skd(alpha=1.0, steps=80)", 5, knowledge=["trigger"], more={"drift": average([0.1, 0.3] * 50)}),
-        record("skd(alpha=1.0, steps=80)", 90, knowledge=["trigger"], told="wrong-trigger"),
+        record("skd(alpha=1.0, steps=80)", 90, knowledge=["trigger"], trigger_given="decoy"),
         record("cag(target='black')", 6),
         record("cag(target='noise')", 9, more={"asr@1e-3": share(3, 100)}),
     ]
@@ -110,13 +114,11 @@ def test_bench_compare_shows_the_effect_before_the_p_value(results: Path, capsys
     assert "one seed" in out
 
 
-def test_bench_compare_takes_the_wrong_trigger_control_and_a_key(
-    results: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, out, _ = run(capsys, "skd", "skd:wrong-trigger", "--score", "asr", "--results", str(results), "--json")
+def test_bench_compare_takes_the_decoy_control_and_a_key(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "skd", "skd:decoy", "--score", "asr", "--results", str(results), "--json")
     (found,) = json.loads(out)
     assert code == 0 and found["difference"] == pytest.approx(-0.85)
-    key = record("none")["key"]
+    key = record("none").key
     code, out, _ = run(capsys, key[:10], "finetune", "--score", "asr", "--results", str(results), "--json")
     assert json.loads(out)[0]["a"] == pytest.approx(0.97)
 
@@ -145,9 +147,9 @@ def test_two_records_of_one_cell_are_no_two_seeds(
     shutil.copytree(results, tmp_path / "run")
     outdated = record("finetune(steps=100)", 60)
     key = digest("another version")
-    stored.write_record(tmp_path / "run", key, stored.dump({**outdated, "key": key}))
+    stored.write_record(tmp_path / "run", changed(outdated, key=key))
     code, out, err = run(capsys, "finetune", "none", "--results", str(tmp_path))
-    files = [tmp_path / "run" / "records" / f"{each}.json" for each in (key, outdated["key"])]
+    files = [tmp_path / "run" / "records" / f"{each}.json" for each in (key, outdated.key)]
     assert (code, out, len(err.splitlines())) == (2, "", 1) and all(str(file) in err for file in files)
     assert "remove the outdated one, or run the suite again with the same -o" in err
     assert run(capsys, "skd", "none", "--results", str(tmp_path))[0] == 0, "rows that were not asked for"

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.diffusion import DDIM, DDPM, DiffusionModel
-from harness.pruning import prune
-from harness.samplers import PNDM, Heun, PredictorCorrector
-from harness.seeds import generator, image_noise, image_seeds
-from harness.training import Examples
+from harness.diffusion.model import DiffusionModel
+from harness.diffusion.samplers import DDIM, DDPM, PNDM, Heun, PredictorCorrector
+from harness.diffusion.seeds import generator, image_noise, image_seeds
+from harness.diffusion.training import Examples
+from harness.methods.pruning import prune
 from harness.types import Data, Inputs, Knowledge
 from plugins.defenses import anp, fine_pruning
 from plugins.defenses.anp import ANP

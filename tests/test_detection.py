@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -12,17 +12,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.diffusion import DiffusionModel
-from harness.evidence import Verdict
-from harness.seeds import generator
-from harness.types import Data, Knowledge, Score
+from harness.diffusion.model import DiffusionModel
+from harness.diffusion.seeds import generator
+from harness.judges.evidence import Verdict
+from harness.runs.record import Record
+from harness.types import Cell, Data, Knowledge, Score
 from leaderboard import population, report
+from leaderboard.rows import pooled
 from plugins.defenses import elijah
 from plugins.defenses.elijah import Elijah
 from plugins.metrics.detection import Detection
 from plugins.triggers.biased import Blend
 from plugins.triggers.box import Box
 from tests.oracles import PlantedShift, exploding, one_image_model, scheduler, tiny_ncsn, tiny_unet
+from tests.records import changed, digest
 
 CHEAP = Elijah(iterations=2, noises=4, steps=2, batch=2, bf16=False, sampling_steps=2, images=9, distance="pixels")
 DATA = Data(torch.rand(8, 1, 16, 16) * 2 - 1)
@@ -105,6 +108,7 @@ class ScaledPlant(nn.Module):
         return made
 
 
+@pytest.mark.slow
 def test_where_variance_explodes_elijah_finds_the_shift_of_the_unit_noise() -> None:
     r = Box().delta((1, 16, 16))
     model = DiffusionModel(ScaledPlant(PlantedShift(r, c=0.5), 50.0), exploding())
@@ -186,25 +190,28 @@ def test_a_defense_without_a_threshold_flags_nothing_and_one_without_a_verdict_s
 # ---- populations ----------------------------------------------------------------------------------------------------
 
 
-def record(attack: str, seed: int, suspicion: float | None, **more: Any) -> dict[str, Any]:
-    scores = {"suspicion": {"value": suspicion}} if suspicion is not None else {}
-    scores |= {name: {"value": value} for name, value in more.items() if name in ("flagged", "asr_before")}
-    scores |= {f"feature[{name}]": {"value": value} for name, value in more.get("features", {}).items()}
-    cell = {
-        "model": "digits-ddpm()", "attack": attack, "trigger": "box()", "target": "hat()", "defense": "terd(batch=8)",
-        "sampler": more.get("sampler", "ddim(steps=50)"), "seed": seed, "told": "truth", "n": 100,
-    }  # fmt: skip
-    return {
-        "key": f"{attack}{seed}", "cell": cell, "scores": scores, "error": more.get("error"), "knowledge": [],
+def record(attack: str, seed: int, suspicion: float | None, **more: Any) -> Record:
+    numbers = {} if suspicion is None else {"suspicion": suspicion}
+    numbers |= {name: value for name, value in more.items() if name in ("flagged", "asr_before")}
+    numbers |= {f"feature[{name}]": value for name, value in more.get("features", {}).items()}
+    sampler = more.get("sampler", "ddim(steps=50)")
+    return Record.model_validate({
+        "key": digest(attack, seed, sampler),
+        "cell": Cell("digits-ddpm()", attack, "box()", "hat()", "terd(batch=8)", sampler, seed),
+        "scores": {name: Score(value, 1, None) for name, value in numbers.items()}, "error": more.get("error"),
         "provenance": {"delivers": ["suspicion"], "short": {"defense": "terd"}},
-    }  # fmt: skip
+    })  # fmt: skip
 
 
-def clean(*suspicions: float, **more: Any) -> list[dict[str, Any]]:
+def populations(records: Sequence[Record]) -> list[population.Population]:
+    return population.populations(pooled(records))
+
+
+def clean(*suspicions: float, **more: Any) -> list[Record]:
     return [record("none(batch=64, steps=150)", seed, s, **more) for seed, s in enumerate(suspicions)]
 
 
-def attacked(name: str, *pairs: tuple[float, float], **more: Any) -> list[dict[str, Any]]:
+def attacked(name: str, *pairs: tuple[float, float], **more: Any) -> list[Record]:
     """(suspicion, ASR) of each."""
     return [record(f"{name}()", seed, s, asr_before=asr, **more) for seed, (s, asr) in enumerate(pairs)]
 
@@ -217,7 +224,7 @@ def test_statistics_over_models_are_those_counted_by_hand() -> None:
     clean and 2 of 3 attacked models are judged rightly. Unflagged is the one of ASR 0.9: 0.9 / 3.
     """
     models = [*clean(0.1, 0.2, 0.3, 0.4), *attacked("baddiffusion", (0.35, 0.9), (0.5, 1.0), (0.6, 0.8))]
-    (found,) = population.populations(models)
+    (found,) = populations(models)
     assert (found.defense, found.family, found.clean, found.attacked) == ("terd", "baddiffusion", 4, 3)
     assert found.auroc.value == pytest.approx(11 / 12)
     assert found.tpr.value == pytest.approx(2 / 3) and found.tpr.n == 3
@@ -233,7 +240,7 @@ def test_the_defenses_own_threshold_decides_where_it_has_one() -> None:
         *attacked("baddiffusion", (0.5, 1.0), flagged=1.0),
         *attacked("trojdiff", (0.05, 0.6), flagged=0.0),
     ]
-    by_family = {p.family: p for p in population.populations(models)}
+    by_family = {p.family: p for p in populations(models)}
     assert list(by_family) == ["all attacks", "baddiffusion", "trojdiff"]
     assert by_family["all attacks"].accuracy["own"].value == 0.75
     assert by_family["baddiffusion"].accuracy["own"].value == 1.0
@@ -247,10 +254,10 @@ def test_a_model_counts_once_over_its_cells_and_failures_are_counted_apart() -> 
         record("baddiffusion()", 5, None, error="boom"),
     ]
     released = [record("none(batch=64, steps=0)", seed, 0.1 + seed) for seed in range(3)]
-    (found,) = population.populations([*released, *twice])
+    (found,) = populations([*released, *twice])
     assert (found.clean, found.attacked, found.left_out) == (1, 1, 1)
     assert found.auroc.value == 1.0 and math.isnan(found.undetected.value)  # one clean model gives no threshold
-    (found,) = population.populations([*clean(0.1, 0.2), *twice])
+    (found,) = populations([*clean(0.1, 0.2), *twice])
     assert found.undetected.value == 0.0
 
 
@@ -263,29 +270,31 @@ def test_a_forest_never_sees_the_attack_that_it_judges(monkeypatch: pytest.Monke
         *attacked("low", *[(0.0, 1.0)] * 4, features={"u": 0.1}),
         *attacked("high", *[(0.0, 1.0)] * 4, features={"u": 0.9}),
     ]
-    everyone = {p.family: p.accuracy["forest"] for p in population.populations(models)}
+    everyone = {p.family: p.accuracy["forest"] for p in populations(models)}
     assert everyone["low"].value == everyone["high"].value == pytest.approx(6 / 10)
-    alike = [m for m in models if not m["cell"]["attack"].startswith("high")]
+    alike = [m for m in models if not m.cell.attack.startswith("high")]
     alike += attacked("other", *[(0.0, 1.0)] * 4, features={"u": 0.12})
-    assert all(p.accuracy["forest"].value == 1.0 for p in population.populations(alike))
-    (alone,) = population.populations([m for m in models if not m["cell"]["attack"].startswith("high")])
+    assert all(p.accuracy["forest"].value == 1.0 for p in populations(alike))
+    (alone,) = populations([m for m in models if not m.cell.attack.startswith("high")])
     assert "two families" in (alone.accuracy["forest"].why or "")
 
 
 def test_the_table_escapes_what_comes_from_records_and_is_absent_without_a_population() -> None:
-    assert population.rendered(clean(0.1, 0.2)) is None
+    assert population.rendered(pooled(clean(0.1, 0.2))) is None
     assert population.rendered([]) is None
-    table = population.rendered([*clean(0.1, 0.2), *attacked("bad", (0.5, 1.0))], lambda words: f"<{words}>") or ""
+    cells = pooled([*clean(0.1, 0.2), *attacked("bad", (0.5, 1.0))])
+    table = population.rendered(cells, lambda words: f"<{words}>") or ""
     assert "<terd>" in table and "<bad>" in table and "2 + 1" in table
     assert "1.000 (" in table  # the area's interval does not vanish at 1
-    (line,) = population.sentences([*clean(0.1, 0.2), *attacked("bad", (0.5, 1.0))])
-    assert line.startswith("digits-ddpm · bad · terd, 2 + 1 models: AUROC 1.000, accuracy (quantile) 67%")
+    (line,) = population.sentences(cells)
+    assert line.startswith(
+        "digits-ddpm · bad · terd [none (blind)], 2 + 1 models: AUROC 1.000, accuracy (quantile) 67%"
+    )
 
 
 def test_reports_show_populations_beside_the_cells_and_stay_as_they_are_without() -> None:
     models = [*clean(0.1, 0.2), *attacked("bad", (0.5, 1.0))]
-    for record in models:
-        record["scores"] |= {"asr": {"value": 0.5}}
+    models = [changed(model, scores={"asr": Score(0.5, 100, None)}) for model in models]
     assert "## Detection over populations of models" in report.markdown(models)
-    assert "digits-ddpm · bad · terd, 2 + 1 models" in report.terminal(models)
+    assert "digits-ddpm · bad · terd [none (blind)], 2 + 1 models" in report.terminal(models)
     assert "populations" not in report.markdown(clean(0.1, 0.2)) + report.terminal(clean(0.1, 0.2))

@@ -11,9 +11,10 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-from harness import inversion, pruning
-from harness.diffusion import DDIM, DiffusionModel
-from harness.seeds import generator
+from harness.diffusion.model import DiffusionModel
+from harness.diffusion.samplers import DDIM
+from harness.diffusion.seeds import generator
+from harness.methods import inversion, pruning
 from harness.types import Knowledge
 from plugins.defenses.diff_cleanse import DiffCleanse, balanced, growth
 from plugins.triggers.box import Box
@@ -173,6 +174,7 @@ def test_the_trigger_grows_linearly_to_one_in_the_inputs_that_are_scored() -> No
     assert growth(model, torch.tensor([500])).item() == pytest.approx(0.5006005)
 
 
+@pytest.mark.slow
 def test_the_whole_defense_delivers_what_it_declares_and_repeats() -> None:
     model = tiny_unet()
     defense = DiffCleanse(**FAST, prune="always")
@@ -223,7 +225,7 @@ def test_an_encoder_without_a_gradient_is_refused() -> None:
 
 
 def test_the_judges_features_have_a_gradient_where_the_images_ask_for_one() -> None:
-    from harness.features import AttributeCNN, CNNJudge
+    from harness.judges.classifiers import AttributeCNN, CNNJudge
 
     judge = CNNJudge("toy", AttributeCNN(1, 16, {"digit": 10}, width=8, dim=4).eval().requires_grad_(False))
     images = torch.rand(2, 1, 16, 16)

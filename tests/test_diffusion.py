@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from harness import attention
-from harness.diffusion import DiffusionModel
-from harness.seeds import image_noise, image_seeds
+from harness.diffusion import attention
+from harness.diffusion.model import DiffusionModel
+from harness.diffusion.seeds import image_noise, image_seeds
 from harness.types import Inputs
 from tests.oracles import exploding, one_image_ve_model, scheduler, tiny_ncsn, tiny_sd, tiny_unet
 

@@ -1,4 +1,4 @@
-"""What the README, the documentation and the suites say is so."""
+"""README, documentation and suites: commands, options, links, code blocks and the table are true."""
 
 from __future__ import annotations
 
@@ -14,18 +14,26 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 import torch
 
-from harness import grid, registry
-from harness.cli import COMMANDS, pages
-from harness.seeds import generator
+import harness
+from harness import registry
+from harness.cli import COMMANDS, bench, pages
+from harness.diffusion.seeds import generator
+from harness.runs import suite as suites
 from harness.types import Knowledge
+from leaderboard import results
+from tests import readme_table
 from tests.oracles import tiny_unet
 
 ROOT = Path(__file__).parent.parent
+TEXTS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")  # beside docs/
 README = (ROOT / "README.md").read_text()
 DOCS = {path.stem: path.read_text() for path in (ROOT / "docs").glob("*.md")}
+EVERY = {f"docs/{name}.md": text for name, text in DOCS.items()} | {name: (ROOT / name).read_text() for name in TEXTS}
+LONGEST_README = 180  # lines
 
 
 @pytest.fixture(scope="module")
@@ -33,28 +41,34 @@ def plugins() -> registry.Registry:
     return registry.load(strict=True)
 
 
-def test_the_readmes_plugin_loads_and_defends(tmp_path: Path) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    file = tmp_path / "jitter.py"
-    file.write_text(code)
-    defense = registry.load([file], strict=True).build("defenses", "jitter(scale=0.02)")
-    model = tiny_unet()
-    done = defense.defend(model, Knowledge(), generator(0, "x"))
-    before, after = (next(m.denoiser.parameters()) for m in (model, done.model))
-    assert not torch.equal(before, after)
+# ---- README ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["attacks", "defenses", "models"])
-def test_the_readme_names_every_built_in(kind: str, plugins: registry.Registry) -> None:
-    for name in plugins.classes(kind):
-        assert f"`{name}`" in README, f"README does not mention {name}"
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= LONGEST_README
 
 
-@pytest.mark.parametrize("name", sorted(grid.suites()))
-def test_every_shipped_suite_can_be_run(name: str, plugins: registry.Registry) -> None:
-    suite = grid.load_suite(name, plugins)
+def test_the_table_of_the_readme_is_what_the_records_give() -> None:
+    """If this fails after a change of the records: python -m tests.readme_table"""
+    assert readme_table.within(README) == readme_table.table(results.read())
+
+
+# ---- what there is --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("page", "kind"), [("methods", "attacks"), ("methods", "defenses"), ("methods", "samplers"), ("models", "models")]
+)
+def test_the_pages_list_every_built_in_method_and_model(page: str, kind: str, plugins: registry.Registry) -> None:
+    missing = [name for name in plugins.classes(kind) if f"`{name}`" not in DOCS[page]]
+    assert not missing
+
+
+@pytest.mark.parametrize("name", sorted(suites.suites()))
+def test_every_shipped_suite_can_be_run_and_is_listed(name: str, plugins: registry.Registry) -> None:
+    suite = suites.load_suite(name, plugins)
     assert suite.cells and not suite.dropped
-    assert f"`{name}`" in README
+    assert f"`{name}`" in DOCS["suites"]
 
 
 @pytest.mark.parametrize("kind", ["attacks", "defenses"])
@@ -134,10 +148,23 @@ def blocks(page: str, language: str) -> list[tuple[str, str]]:
     return [(title, code) for named, title, code in found if named == language]
 
 
-def test_the_code_in_the_pages_is_python() -> None:
-    for page in DOCS:
-        for _, code in blocks(page, "python"):
-            ast.parse(code)
+@pytest.mark.parametrize("page", sorted(DOCS))
+def test_the_code_in_the_pages_is_python_and_imports_names_that_exist(page: str) -> None:
+    for _, code in blocks(page, "python"):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and node.module == "harness":
+                assert {alias.name for alias in node.names} <= set(harness.homes())
+
+
+def test_the_defense_of_its_page_loads_and_defends(tmp_path: Path) -> None:
+    (title, code), *_ = blocks("defense", "python")
+    file = tmp_path / title
+    file.write_text(code)
+    defense = registry.load([file], strict=True).build("defenses", "jitter(scale=0.02)")
+    model = tiny_unet()
+    done = defense.defend(model, Knowledge(), generator(0, "x"))
+    before, after = (next(m.denoiser.parameters()) for m in (model, done.model))
+    assert not torch.equal(before, after)
 
 
 def test_the_metric_of_its_page_measures(plugins: registry.Registry) -> None:
@@ -158,32 +185,78 @@ def test_the_metric_of_its_page_measures(plugins: registry.Registry) -> None:
 def test_the_suite_of_its_page_can_be_run(tmp_path: Path, plugins: registry.Registry) -> None:
     ((_, text),) = blocks("suites", "toml")
     (tmp_path / "mine.toml").write_text(text)
-    suite = grid.load_suite(tmp_path / "mine.toml", plugins)
+    suite = suites.load_suite(tmp_path / "mine.toml", plugins)
     assert len(suite.cells) == 2 * 2 * 3 * 3 and not suite.dropped
-    assert set(tomllib.loads(text)["grid"][0]) == set(grid.GRID_KEYS)
+    assert set(tomllib.loads(text)["grid"][0]) == set(suites.GRID_KEYS)
 
 
-def test_the_commands_of_the_pages_are_ones_that_there_are() -> None:
-    said = re.findall(r"bench ([a-z]+)(?: (new|check))?", "\n".join([*DOCS.values(), README]))
-    words = {name for name, _ in said} - {"report"}
-    assert {"run", "plan", "list", "show", "plugin"} <= words
-    assert words - set(COMMANDS) <= {"that", "has", "makes", "find", "writes", "pytest"}
+def lines_of_code(text: str) -> Iterator[str]:
+    """Commands in a page: lines of its fenced blocks and inline code, without prompts and comments."""
+    fenced = re.findall(r"```[^\n]*\n(.*?)```", text, re.DOTALL)
+    inline = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    for line in (line for part in (*fenced, *inline) for line in part.splitlines()):
+        yield re.split(r"\s+#\s", line.strip())[0]
 
 
-def test_the_changes_of_quick_that_the_pages_name_are_accepted(plugins: registry.Registry) -> None:
-    lines = [line for page in DOCS.values() for line in page.splitlines() if line.startswith("bench run quick --")]
-    assert len(lines) >= 5
-    for line in lines:
-        words = shlex.split(line.partition("  #")[0])[3:]
+def bench_calls(text: str) -> list[list[str]]:
+    """The words of each `bench ...` command in a page, after `bench`; without what its text leaves open."""
+    calls = (line.removeprefix(".venv/bin/") for line in lines_of_code(text))
+    return [shlex.split(line.replace("...", ""))[1:] for line in calls if re.match(r"bench [a-z]", line)]
+
+
+def command_of(words: list[str]) -> tuple[click.Command | None, list[str]]:
+    """The command that the words name, and the words after its name; None if there is no such command."""
+    command: click.Command | None = bench
+    while isinstance(command, click.Group) and words and not words[0].startswith("-"):
+        command, words = command.get_command(click.Context(command), words[0]), words[1:]
+    return command, words
+
+
+@pytest.mark.parametrize("page", sorted(EVERY))
+def test_every_command_and_option_in_the_pages_exists(page: str) -> None:
+    for words in bench_calls(EVERY[page]):
+        command, rest = command_of(words)
+        assert command is not None, f"bench {shlex.join(words)}: no such command"
+        known = {name for param in command.params for name in (*param.opts, *param.secondary_opts)} | {"--help"}
+        unknown = [word for word in rest if re.match(r"--?[a-z]", word) and word.partition("=")[0] not in known]
+        assert not unknown, f"bench {shlex.join(words)}: no option {unknown[0]}"
+
+
+def test_the_test_of_commands_finds_them() -> None:
+    assert ["plan", "quick"] in bench_calls(
+        "Run `bench plan quick`, or:\n```text\nbench plan quick   # the jobs\n```\n"
+    )
+    assert command_of(["plan", "quick"])[0] is not None and command_of(["plam"])[0] is None
+    assert sum(len(bench_calls(text)) for text in EVERY.values()) > 100
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub and mkdocs make them."""
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles}
+
+
+@pytest.mark.parametrize("page", sorted(EVERY))
+def test_every_relative_link_resolves(page: str) -> None:
+    made = {f"docs/{path}": text for path, text in pages.written(registry.index().entries).items()}
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", EVERY[page], flags=re.DOTALL)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        there = os.path.normpath(Path(page).parent / path) if path else page
+        assert there in made or (ROOT / there).is_file(), f"{page}: {target}"
+        assert not anchor or there in made or anchor in anchors(EVERY[there]), f"{page}: {target}"
+
+
+def test_the_changes_of_quick_in_the_pages_are_accepted(plugins: registry.Registry) -> None:
+    calls = [words[2:] for text in EVERY.values() for words in bench_calls(text) if words[:2] == ["run", "quick"]]
+    changes = [words for words in calls if {"--set", "--only"} & set(words)]
+    assert len(changes) >= 5
+    for words in changes:
         sets = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
         only = [words[i + 1] for i, word in enumerate(words) if word == "--only"]
-        draft = grid.read(grid.find_suite("quick"), [text.replace(', "hush"', "") for text in sets])
-        assert grid.expand(draft, plugins, only).cells
-
-
-def test_the_pages_that_the_readme_names_are_there() -> None:
-    named = re.findall(r"\]\((docs/[^)#]+)\)", README)
-    assert named and all((ROOT / path).is_file() for path in named)
+        draft = suites.read(suites.find_suite("quick"), [text.replace(', "hush"', "") for text in sets])
+        assert suites.expand(draft, plugins, only).cells
 
 
 # ---- the tutorial ---------------------------------------------------------------------------------------------------

@@ -23,8 +23,8 @@ from harness.engine.driver import Interrupted, run
 from harness.engine.gpus import PARTS, Card, Leases
 from harness.engine.local import LocalEngine
 from harness.engine.supervise import Limits
-from harness.job import Failure, Job
-from harness.store import Store
+from harness.runs.job import Failure, Job
+from harness.runs.store import Store
 from tests import engine_tools
 from tests.engine_tools import (
     assert_all_gone,
@@ -59,6 +59,7 @@ def test_results_flow_along_the_graph_and_a_second_run_hits(store: Store) -> Non
     assert [attempt["status"] for attempt in second["c"].attempts] == ["done"]
 
 
+@pytest.mark.slow
 def test_each_way_to_fail_is_named_and_the_other_jobs_finish(store: Store, tmp_path: Path) -> None:
     once, failing = job("once", do="crash_once", flag=str(tmp_path / "crashed")), job("failing", do="fail")
     dependent = job("dependent", failing)
@@ -264,6 +265,7 @@ def test_a_killed_fork_server_costs_one_attempt_of_the_running_jobs(store: Store
     assert digests(store, [slow]) == undisturbed(tmp_path, [slow])
 
 
+@pytest.mark.slow
 def test_after_kills_of_the_driver_the_next_run_completes_with_equal_results(
     store: Store, mark: str, tmp_path: Path
 ) -> None:
@@ -300,6 +302,7 @@ def test_after_a_kill_of_a_job_only_that_job_is_tried_again(store: Store, tmp_pa
     assert digests(store, [slow, beside, after]) == undisturbed(tmp_path, [slow, beside, after])
 
 
+@pytest.mark.slow
 def test_two_drivers_on_one_store_share_the_work(store: Store, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     jobs = chain(trace)
@@ -309,6 +312,7 @@ def test_two_drivers_on_one_store_share_the_work(store: Store, tmp_path: Path) -
     assert digests(store, jobs) == undisturbed(tmp_path, jobs)
 
 
+@pytest.mark.slow
 def test_torch_numbers_do_not_depend_on_the_jobs_beside_them(store: Store) -> None:
     alone = job("alone", do="matmul")
     beside = [job(f"beside {i}", do="matmul") for i in range(3)]
@@ -336,7 +340,7 @@ def noted(notes: Path) -> list[list[str]]:
 
 def apart(jobs: list[Job]) -> list[Job]:
     """The same jobs, each in a process of its own."""
-    return [replace(job, shares=None) for job in jobs]
+    return [replace(job, reuse_key=None) for job in jobs]
 
 
 def test_jobs_that_share_a_model_are_done_by_one_process_that_loads_it_once(store: Store, tmp_path: Path) -> None:
@@ -401,6 +405,7 @@ def test_a_kill_in_the_second_job_of_a_process_costs_that_job_one_attempt(store:
     assert digests(store, [first, second, third]) == undisturbed(tmp_path, apart([first, second, third]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("then", "failure"),
     [

@@ -17,17 +17,15 @@ from typing import Any
 import click
 import pytest
 
-from harness.cli import Exit, call
-from harness.cli import run as cli_run
-from harness.cli import status as cli_status
+from harness.cli import Exit, call, run as cli_run, status as cli_status
 from harness.engine.display import Bars, Both, EventFile, Lines, describe
 from harness.engine.driver import run
-from harness.grid import Suite
-from harness.job import Job
-from harness.store import Store
+from harness.runs.job import Job
+from harness.runs.store import Store
+from harness.runs.suite import Suite
 from tests import engine_tools
 from tests.engine_tools import do, graph, job, local
-from tests.records import record, write_suite
+from tests.records import changed, record, write_suite
 
 bodies, store = engine_tools.bodies, engine_tools.store
 pytestmark = pytest.mark.usefixtures("bodies")
@@ -72,7 +70,7 @@ def test_status_after_the_fact_says_how_each_job_ended(store: Store, bench: Call
     assert "its driver died; the next run tries it again" in found.out
     for each, state in zip(jobs, ("done", "failed", "skipped", "lost"), strict=True):
         assert f"  {state:<7} {each.key[:10]} {each.label}" in found.out
-    assert found.out.endswith("\nunfinished: bench retry tiny goes on\n")
+    assert found.out.endswith("\nunfinished: bench retry tiny resumes it\n")
     said = json.loads(bench("status", "tiny", "--json").out)
     assert [each["state"] for each in said["jobs"]] == ["done", "failed", "skipped", "lost"]
     assert said["running"] is False
@@ -146,7 +144,7 @@ def test_retry_writes_the_report_where_the_run_did_unless_told_otherwise(
     went: list[Any] = []
     monkeypatch.setattr(cli_status, "prepare", lambda *_: ready)
     monkeypatch.setattr(cli_run, "engine_of", lambda store, settings: local(store))
-    monkeypatch.setattr(cli_status, "publish", lambda ready, results, out, _: went.append(out) or Exit.ok)
+    monkeypatch.setattr(cli_status, "publish", lambda ready, results, out, *_: went.append(out) or Exit.ok)
     monkeypatch.chdir(tmp_path)
     for words in ([], ["-o", "second"], []):
         assert bench("retry", "tiny", *words, "--json").code == Exit.ok
@@ -158,7 +156,7 @@ def test_report_finds_the_last_run_wherever_its_report_went(
 ) -> None:
     assert "no run tiny in" in (none := bench("report", "tiny").err) and "compute one with bench run" in none
     measured = job("measure")
-    row = {**record(), "key": measured.key, "sheet": None}
+    row = changed(record(sheet=False), key=measured.key)
     write_suite(tmp_path / "first", [row])
     remember(store, measured, out=tmp_path / "first")
     assert json.loads(bench("report", "tiny", "--json").out)["records"][0]["key"] == measured.key

@@ -8,11 +8,13 @@ from typing import Any, cast
 import pytest
 import torch
 
-from harness import jobs, registry
-from harness.evidence import Evidence, contact_sheet, mean, mean_interval, rate, reachable
-from harness.images import quantise
-from harness.prompts import Substitution
-from harness.stamping import found_text, with_found
+from harness import registry
+from harness.diffusion.images import quantise
+from harness.judges.evidence import Evidence, contact_sheet, reachable
+from harness.judges.statistics import mean, mean_interval, rate
+from harness.methods.prompt_edits import Substitution
+from harness.methods.trigger_placement import found_text, with_found
+from harness.stages import defend
 from harness.types import Backdoor, Inputs
 from plugins.triggers.homoglyph import Homoglyph
 
@@ -20,7 +22,7 @@ from plugins.triggers.homoglyph import Homoglyph
 class Target:
     """Distance = mean of the image; keeps the contexts it was asked with."""
 
-    name, version, kind, gate = "mean", 1, "image", "low"
+    name, version, kind, hit_threshold = "mean", 1, "image", "low"
 
     def __init__(self) -> None:
         self.contexts: list[Any] = []
@@ -38,7 +40,7 @@ def evidence(images=None, **options: Any) -> Evidence:
     judge = SimpleNamespace(name="sum", features=lambda x: x.flatten(1).sum(1, keepdim=True))
     model: Any = SimpleNamespace(name="m", conditional=False, judge=lambda: judge, scorer=lambda: None)
     given: Any = images if images is not None else {("clean", "clean"): lambda: torch.zeros(4, 1, 8, 8)}
-    backdoor = Backdoor(SimpleNamespace(name="t", stamps="noise"), target)  # type: ignore[arg-type]
+    backdoor = Backdoor(SimpleNamespace(name="t", modality="noise"), target)  # type: ignore[arg-type]
     return Evidence(given, reference=torch.zeros(6, 1, 8, 8), model=model, backdoor=backdoor, attacked=True, **options)
 
 
@@ -140,9 +142,9 @@ def test_prompts_in_which_the_trigger_has_no_place_count_in_no_rate() -> None:
     everywhere, somewhere = ("a photo", "a dog"), ("a photo", "a cat", "a dog")
     assert reachable(Backdoor(homoglyph, cast(Any, target)), everywhere).target is target
     narrowed: Any = reachable(Backdoor(homoglyph, cast(Any, target)), somewhere).target
-    assert narrowed.name == "mean" and narrowed.applies(somewhere).tolist() == [True, False, True]
-    target.applies = lambda prompts: torch.tensor(["dog" not in prompt for prompt in prompts])  # type: ignore[attr-defined]
-    assert narrowed.applies(somewhere).tolist() == [True, False, False]
+    assert narrowed.name == "mean" and narrowed.applicable_to(somewhere).tolist() == [True, False, True]
+    target.applicable_to = lambda prompts: torch.tensor(["dog" not in prompt for prompt in prompts])  # type: ignore[attr-defined]
+    assert narrowed.applicable_to(somewhere).tolist() == [True, False, False]
 
 
 def test_a_found_text_stands_before_the_prompt_or_in_its_letters_place() -> None:
@@ -150,8 +152,9 @@ def test_a_found_text_stands_before_the_prompt_or_in_its_letters_place() -> None
     assert with_found(inputs, "sks").prompts == ("sks a dog", "sks a cat")
     assert with_found(inputs, Substitution("o", "\u043e")).prompts == ("a d\u043eg", "a cat")
     for found in ("sks", Substitution("o", "\u043e"), torch.ones(1, 2, 2), None):
-        again = jobs._found(json.loads(json.dumps(jobs._stored(found))))
-        assert torch.equal(again, found) if isinstance(found, torch.Tensor) else again == found
+        again = defend.found(json.loads(json.dumps(defend.stored(found))))
+        same = isinstance(again, torch.Tensor) and isinstance(found, torch.Tensor) and torch.equal(again, found)
+        assert same or again == found
     assert found_text(Substitution("o", "\u043e")) == "\u043e" and found_text(torch.ones(1)) is None
 
 
@@ -160,11 +163,11 @@ def test_a_screen_is_asked_in_pairs_and_where_the_trigger_has_no_place_the_pair_
     prompts = ["a dog", "a cat", "a fox", "a cow"]
     plugin = SimpleNamespace(prompts=lambda split, n, rng: tuple(prompts[:n]))
     model = SimpleNamespace(shape=(1, 2, 2), device="cpu", check_trigger=lambda trigger, prompts: None)
-    spec = {"screened": {"n": 2, "trigger": "homoglyph"}, "seed": 0}
+    screening = defend.Screening(registry.load().build("triggers", "homoglyph"), 2)
 
     def scores() -> Any:
         screen = lambda inputs: torch.tensor([float("\u043e" in prompt) for prompt in inputs.prompts])  # noqa: E731
-        return jobs._screened(spec, registry.load(), plugin, model, screen)
+        return defend.screen(plugin, model, screen, screening, 0)  # type: ignore[arg-type]
 
     assert scores() == {"clean": [0.0], "triggered": [1.0]}
     prompts[2] = "a rat"

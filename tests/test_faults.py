@@ -20,9 +20,9 @@ from harness.engine.display import Silent
 from harness.engine.driver import Interrupted, run
 from harness.engine.gpus import PARTS, Card, Leases
 from harness.engine.supervise import Limits
-from harness.job import Failure, Job
-from harness.store import MissingArtifact, Store, StoreError
-from tests import engine_tools
+from harness.runs.job import Failure, Job
+from harness.runs.store import MissingArtifact, Store, StoreError
+from tests import engine_tools, whole_runs
 from tests.engine_tools import (
     assert_all_gone,
     chain,
@@ -67,8 +67,8 @@ def test_an_exception_belongs_to_one_class(error: Exception, failure: Failure) -
 def test_errors_of_torch_checkpoints_and_training_are_classed_where_those_are_loaded() -> None:
     import torch
 
-    from harness.checkpoint import CheckpointError
-    from harness.training import Diverged
+    from harness.diffusion.checkpoint import CheckpointError
+    from harness.diffusion.training import Diverged
 
     found = [failures.classify(error) for error in (torch.OutOfMemoryError(), CheckpointError("x"), Diverged("x"))]
     assert found == [Failure.oom, Failure.data, Failure.nan]
@@ -186,7 +186,7 @@ def test_when_the_time_is_over_running_jobs_are_ended_and_the_next_run_goes_on(s
 
 
 def test_a_job_known_to_take_longer_than_what_is_left_is_not_started(store: Store) -> None:
-    first, second = job("work, seed 0", seconds=0.5), job("work, seed 1", seconds=0.5)
+    first, second = (job(f"work, seed {seed}", method="work", seconds=0.5) for seed in (0, 1))
     with local(store) as engine:
         run(graph(first), store, engine)
         with pytest.raises(Interrupted, match="nothing more can be done") as caught:
@@ -198,13 +198,13 @@ def test_a_job_known_to_take_longer_than_what_is_left_is_not_started(store: Stor
 
 def test_pace_learns_from_the_like_and_packs_the_rest_into_slots() -> None:
     known = pace.Pace()
-    attack = job("attack a on m, seed 0", estimate=100.0)
+    attack, like = (job(f"attack a on m, seed {seed}", method="attack a on m", estimate=100.0) for seed in (0, 1))
     assert known.expect(attack) == 100.0
     for seconds in (10.0, 30.0, 20.0):
         known.learn(attack, seconds)
-    assert known.expect(job("attack a on m, seed 5", estimate=100.0)) == 20.0
+    assert known.expect(like) == 20.0
     assert known.expect(job("attack b on m, seed 0", estimate=50.0)) == 10.0  # estimates were 5 times too long
-    jobs = [(job("attack a on m, seed 1"), 0.0)] * 3 + [(attack, 15.0)]
+    jobs = [(like, 0.0)] * 3 + [(attack, 15.0)]
     assert known.left(jobs, slots=2) == 40.0  # 20 + 20 beside 20 + 5
     assert known.left([], slots=2) == 0.0
 
@@ -323,3 +323,32 @@ def test_a_job_out_of_gpu_memory_gets_a_card_to_itself_once(store: Store) -> Non
         result = run(graph(thirsty), store, engine, listener=Watching())[thirsty.key]
     assert result.ok and [attempt["failure"] for attempt in result.attempts] == ["oom", None]
     assert shares == [0.5, 1.0]
+
+
+@pytest.mark.slow
+def test_one_flipped_byte_in_a_complete_store_is_mended_in_the_same_run(tmp_path: Path) -> None:
+    """In every file that an artifact of a kind has, one after another; sizes stay as they were."""
+    suite = tmp_path / "tiny.toml"
+    suite.write_text(whole_runs.SUITE)
+    root = tmp_path / "store"
+    first = whole_runs.run(root, str(suite))
+    store = Store(root)
+    named = {
+        "attack": "model/model_index.json",
+        "defend": "defended.json",
+        "sample": "images.safetensors",
+        "measure": "scores.json",
+    }
+    damaged = []
+    for key in list(store.keys()):
+        path = store.artifact(key) / named[store.manifest(key)["kind"]]
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(bytes(content))
+        damaged.append(path)
+    again = whole_runs.run(root, str(suite))
+    assert len({path.name for path in damaged}) == len(named)
+    assert whole_runs.numbers(again) == whole_runs.numbers(first)
+    for path in damaged:
+        if path.name in ("defended.json", "scores.json"):  # what a record is made of
+            assert store.verify(path.parent.name) == [], path

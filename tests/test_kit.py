@@ -111,17 +111,17 @@ def test_a_run_is_forked_so_that_the_kits_models_stay_as_they_are(tmp_path: Path
     assert network(given_model("noise")) == before
 
 
-@pytest.mark.parametrize("stamps", ["noise", "text"])
-def test_the_kits_models_are_random_but_always_the_same(stamps: Any) -> None:
+@pytest.mark.parametrize("modality", ["noise", "text"])
+def test_the_kits_models_are_random_but_always_the_same(modality: Any) -> None:
     from harness.testing.watch import network
 
-    one, same, other = (tiny.model(stamps, seed) for seed in (0, 0, 1))
+    one, same, other = (tiny.model(modality, seed) for seed in (0, 0, 1))
     assert network(one) == network(same) != network(other)
     assert sum(p.numel() for p in one.denoiser.parameters()) < 200_000
 
 
 def test_the_exact_oracle_returns_its_image() -> None:
-    from harness.samplers import DDIM
+    from harness.diffusion.samplers import DDIM
 
     y = tiny.images("noise", 1, seed=3)[0]
     model = tiny.one_image(y)
@@ -140,7 +140,7 @@ def test_the_exact_oracle_returns_its_image() -> None:
         (bad(**change("knowledge, rng", "rng")), "cannot be called as defend(model, knowledge, rng)", "write def "),
         (bad(**change('"lean"', '"elijah"')), "two defenses are named 'elijah'", "rename or uninstall one"),
         (bad(**change("version: ClassVar[int] = 1", "version: ClassVar[int] = 1\n    api: ClassVar[int] = 9")),
-         "written for plugin API 9, this harness speaks 1", "upgrade diffusion-defense-bench"),
+         "written for plugin API 9, this harness supports 1", "upgrade diffusion-defense-bench"),
     ],
     ids=["import error", "misspelt hook", "wrong signature", "duplicate name", "wrong API version"],
 )  # fmt: skip
@@ -159,7 +159,7 @@ def test_a_plugin_that_cannot_be_loaded_is_named_with_file_and_cure(
 
 def test_an_older_api_is_told_to_be_ported(tmp_path: Path) -> None:
     old = bad(**change("version: ClassVar[int] = 1", "version: ClassVar[int] = 1\n    api: ClassVar[int] = 0"))
-    with pytest.raises(PluginError, match=r"plugin API 0, .*; port it and say api: ClassVar\[int\] = 1"):
+    with pytest.raises(PluginError, match=r"plugin API 0, .*; port it and say api: ClassVar\[int\] = 2"):
         Registry().load_file(written(tmp_path, old))
 
 
@@ -333,6 +333,7 @@ def test_parameters_that_say_how_long_a_run_lasts_are_made_small_unless_given(pl
 # ---- the built-in plugins -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "which",
     ["defenses finetune", "attacks baddiffusion", "metrics asr", "triggers box", "targets corner", "samplers ddim",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 import gzip
 import io
@@ -11,17 +10,32 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness.cli import call
-from harness.doubts import annotate
-from leaderboard import charts, check, intake, orders, recompute, rendering, report, reported, results, site, summary
-from leaderboard.tables import Number, ends
-from tests.records import digest, png, record, score, small, write_suite
+from harness.judges import statistics
+from harness.runs.record import Dropped, Record
+from harness.types import Cell
+from leaderboard import (
+    add_results,
+    charts,
+    check,
+    paper_rankings,
+    recompute,
+    rendering,
+    report,
+    reported,
+    results,
+    rows,
+    site,
+)
+from leaderboard.rows import Control, Number
+from tests.records import changed, digest, picture, record, score, small, write_sealed, write_suite
 
 HOSTILE = "<script>window.pwned=1</script><img src=x onerror=window.pwned=1>\"'=cmd()|`x`\u202e"
 
@@ -55,18 +69,19 @@ def test_per_sample_values_are_written_short_and_read_back_as_themselves() -> No
     import numpy as np
 
     singles = [float(np.float32(x)) for x in (0.1, 1e-7, 0.30669924, 3.0)]
-    assert results.numbers(singles) == ["0.1", "1e-07", "0.30669925", "3.0"]
-    assert [np.float32(x) for x in map(float, results.numbers(singles))] == [np.float32(x) for x in singles]
-    doubles = [0.1, 1 / 3, None]
-    assert results.numbers(doubles) == ["0.1", "0.3333333333333333", "null"]
+    assert results.singles(singles) == [0.1, 1e-07, 0.30669925, 3.0]
+    assert [np.float32(x) for x in results.singles(singles)] == [np.float32(x) for x in singles]
+    assert results.singles([1 / 3, None, math.inf]) == [0.33333334, None, None]
 
 
 def test_a_record_has_a_line_for_each_score_and_writing_it_again_changes_nothing() -> None:
     made = record("elijah(invert=True)", 12)
-    text = results.dump({**made, "scores": {**made["scores"], "nan": score(math.nan)}})
-    again = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
-    assert results.dump(again) == text and again["scores"]["nan"]["value"] is None
-    assert again["scores"]["asr"]["per_sample"] == made["scores"]["asr"]["per_sample"]
+    text = results.dump(results.stored(changed(made, scores={"nan": score(math.nan)})))
+    document = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    del document[results.SEAL]
+    again = Record.model_validate(document)
+    assert results.dump(results.stored(again)) == text and document["scores"]["nan"]["value"] is None
+    assert again.scores["asr"] == made.scores["asr"]
     assert sum(line.startswith('  "asr') for line in text.splitlines()) == 4
 
 
@@ -77,63 +92,61 @@ def test_a_key_that_is_not_its_files_name_is_refused(root: Path) -> None:
         results.read(root)
 
 
-def test_contact_sheets_are_stored_with_a_palette_once(tmp_path: Path) -> None:
+def test_contact_sheets_are_stored_as_webp_once(tmp_path: Path) -> None:
     from PIL import Image
 
     path = tmp_path / "sheet.png"
     Image.effect_noise((96, 96), 90).convert("RGB").save(path)
     name = results.keep_sheet(path, tmp_path)
-    assert Image.open(tmp_path / name).mode == "P" and (tmp_path / name).stat().st_size < path.stat().st_size
+    assert Image.open(tmp_path / name).format == "WEBP" and (tmp_path / name).stat().st_size < path.stat().st_size
     assert results.keep_sheet(tmp_path / name, tmp_path / "elsewhere") == name
     assert (tmp_path / "elsewhere" / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
 def test_a_contact_sheet_that_is_no_picture_is_named(root: Path, tmp_path: Path) -> None:
-    run = write_suite(tmp_path / "run", [record("terd(steps=300)", 5, knowledge=["data"])])
+    run = write_suite(tmp_path / "run", [record("terd(steps=400)", 5, knowledge=["data"])])
     (path,) = (run / "sheets").iterdir()
     path.write_bytes(b"no picture")
     with pytest.raises(results.ResultsError, match=f"{path}: a contact sheet that is no picture"):
-        intake.add(run, root / "small", annotate)
+        add_results.add(run, root / "small")
     assert problems(root) == [], "nothing was touched"
 
 
 def test_rows_get_in_by_adding_a_run_and_replace_those_of_the_same_cell(root: Path, tmp_path: Path) -> None:
-    newer = record("terd(steps=300)", 5, knowledge=["data"])
-    newer["key"] = digest("another version")
+    newer = changed(record("terd(steps=300)", 5, knowledge=["data"]), key=digest("another version"))
     write_suite(tmp_path / "run", [newer])
     before = len(results.read_suite(root / "small").records)
-    done = intake.add(tmp_path / "run", root / "small", annotate)
+    done = add_results.add(tmp_path / "run", root / "small")
     assert len(done.records) == before
-    found = [r for r in done.records if r["cell"] == newer["cell"]]
-    assert [r["key"] for r in found] == [newer["key"]] and found[0]["scores"]["asr"]["value"] == 0.05
-    assert done.sheet_file(found[0]) is not None and check.check(root, annotate).problems == []
-    assert {path.suffix for path in (root / "small" / "records").iterdir()} == {".gz"}
+    found = [r for r in done.records if r.cell == newer.cell]
+    assert [r.key for r in found] == [newer.key] and found[0].value("asr") == 0.05
+    assert done.sheet_file(found[0]) is not None and check.check(root).problems == []
+    assert [path.name for path in (root / "small" / "records").glob("*.gz")] == [f"{newer.key}.json.gz"]
 
 
 def second(folder: Path, defense: str) -> tuple[Path, Path]:
     """The files of a defense's record and of one that another version of it made, which is put beside it."""
     suite = results.read_suite(folder)
-    row = next(r for r in suite.records if r["cell"]["defense"].startswith(defense))
-    newer = {**row, "key": digest("another version")}
-    results.write_record(folder, newer["key"], results.dump(newer))
-    return suite.record_file(row["key"]), folder / "records" / f"{newer['key']}.json"
+    row = next(r for r in suite.records if r.cell.defense.startswith(defense))
+    newer = changed(row, key=digest("another version"))
+    results.write_record(folder, newer)
+    return suite.record_file(row.key), folder / "records" / f"{newer.key}.json"
 
 
 def test_two_records_of_one_cell_are_named_and_never_added(root: Path, tmp_path: Path) -> None:
     run = write_suite(tmp_path / "run", [record("terd(steps=300)", 5, knowledge=["data"])])
     files = second(run, "terd")
     with pytest.raises(results.ResultsError, match="remove the outdated one, or run the suite again") as caught:
-        intake.add(run, root / "small", annotate)
+        add_results.add(run, root / "small")
     assert all(str(file) in str(caught.value) for file in files)
     assert problems(root) == [], "nothing was touched"
     files[0].unlink()
-    intake.add(run, root / "small", annotate)
+    add_results.add(run, root / "small")
     assert problems(root) == []
     files = second(root / "small", "elijah")
-    results.seal(root / "small")
     assert [line for line in problems(root) if all(str(file) in line for file in files) and "a second record" in line]
     with pytest.raises(results.ResultsError, match="a second record of the cell"):
-        intake.refresh(root / "small", annotate)
+        add_results.add(run, root / "small")
 
 
 def test_a_report_written_again_leaves_its_own_records_and_pictures_and_every_file_of_somebody_else(root: Path) -> None:
@@ -141,28 +154,34 @@ def test_a_report_written_again_leaves_its_own_records_and_pictures_and_every_fi
     others = {"precious.txt": "p", "records/my.json": "no JSON", "records/notes/x.json": "x", "sheets/my.png": "m"}
     for name, text in others.items():
         results.write_text(folder / name, text)
-    old = small()[2]["key"]
-    for name in (f"records/{old}.json.gz", f"reproduced/{old}.json", "sheets/0123456789abcdef0123.png"):
+    old = small()[2].key
+    for name in (f"records/{old}.json.gz", f"reproduced/{old}.json", "sheets/0123456789abcdef0123.webp"):
         results.write_text(folder / name, "of an earlier run")
-    report.write(annotate(kept), [], folder)
-    assert {r["key"] for r in results.read_suite(folder).records} == {r["key"] for r in kept}
-    sealed_files = json.loads((folder / "manifest.json").read_text())["files"]
-    ours = {*(f"records/{r['key']}.json" for r in kept), kept[0]["sheet"], "report.md", "report.json", "report.csv"}
-    assert set(sealed_files) == ours
+    report.write(kept, [], folder)
+    assert {r.key for r in results.read_suite(folder).records} == {r.key for r in kept}
+    ours = {*(f"records/{r.key}.json" for r in kept), kept[0].sheet, "report.md", "report.json", "report.csv"}
+    assert set(results.contents(folder)) == ours
     found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-    assert found == {*ours, *others, "manifest.json"}
+    assert found == {*ours, *others}
     assert results.strays(folder) == ["precious.txt", "records/my.json", "records/notes", "sheets/my.png"]
 
 
-def test_packed_records_are_read_like_plain_ones_and_stay_where_they_say_the_same(root: Path) -> None:
-    plain = {r["key"]: r for r in results.read_suite(root / "small").records}
-    intake.refresh(root / "small", annotate)
-    assert {r["key"]: r for r in results.read_suite(root / "small").records} == plain
-    path = min((root / "small" / "records").glob("*.json.gz"))
+def packed(root: Path, folder: Path) -> Path:
+    """A folder as it is committed, with the rows of the run in `root`."""
+    add_results.add(root / "small", folder)
+    return folder
+
+
+def test_packed_records_are_read_like_plain_ones_and_stay_where_they_say_the_same(root: Path, tmp_path: Path) -> None:
+    folder = packed(root, tmp_path / "to" / "small")
+    found, plain = results.read_suite(folder).records, results.read_suite(root / "small").records
+    assert [results.stored(r) for r in found] == [results.stored(r) for r in plain]  # NaN is not equal to itself
+    path = min((folder / "records").glob("*.json.gz"))
     path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()), 1, mtime=0))  # another zlib's bytes
     before = path.read_bytes()
-    intake.refresh(root / "small", annotate)
-    assert path.read_bytes() == before and problems(root) == []
+    packed(root, folder)
+    results.write_record(folder, results.read_record(path), packed=True)
+    assert path.read_bytes() == before and problems(folder) == []
 
 
 @pytest.mark.parametrize(
@@ -173,40 +192,40 @@ def test_packed_records_are_read_like_plain_ones_and_stay_where_they_say_the_sam
         (lambda packed: gzip.compress(b" " * (results.LARGEST + 1)), "more than 64 MB once unpacked"),
     ],
 )
-def test_a_packed_record_that_cannot_be_read_is_named(root: Path, spoil: Any, says: str) -> None:
-    intake.refresh(root / "small", annotate)
-    path = min((root / "small" / "records").glob("*.json.gz"))
+def test_a_packed_record_that_cannot_be_read_is_named(root: Path, tmp_path: Path, spoil: Any, says: str) -> None:
+    path = min((packed(root, tmp_path / "to") / "records").glob("*.json.gz"))
     path.write_bytes(spoil(path.read_bytes()))
     with pytest.raises(results.ResultsError, match=f"{path}: not JSON .*{says}"):
-        results.read(root)
+        results.read(tmp_path / "to")
 
 
 def test_a_sheet_elsewhere_is_refused(root: Path) -> None:
-    path = a_record(root)
-    change(path, '"sheet": "sheets/', '"sheet": "../sheets/')
-    with pytest.raises(results.ResultsError, match=r"should be sheets/<hash>\.png"):
+    (row, *_) = results.read_suite(root / "small").records
+    results.write_record(root / "small", changed(row, sheet=f"../{row.sheet}"))
+    with pytest.raises(results.ResultsError, match=r"should be sheets/<hash>\.webp"):
         results.read(root)
 
 
 # ---- recomputation --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_score_of_the_committed_records_follows_from_its_values() -> None:
     for suite in results.read():
         for each in suite.records:
-            found = recompute.recompute(each["scores"])
-            assert found.problems == (), each["key"]
-            assert "asr" in found.recomputed or each["error"]
+            found = recompute.recompute(each.scores)
+            assert found.problems == (), each.key
+            assert "asr" in found.recomputed or each.error
 
 
 def test_rates_means_ratios_and_removal_are_recomputed() -> None:
-    values = [0.001, 0.02, 0.5, 0.005]
+    values = (0.001, 0.02, 0.5, 0.005)
     scores = {
-        "asr": score(0.5, 4, per_sample=values, interval=[0.15003898915214947, 0.8499610108478506]),
-        "asr@1e-3": score(0.25, 4, interval=[0.04558726080970059, 0.6993581574175981]),
+        "asr": score(0.5, 4, per_sample=values, interval=(0.15003898915214947, 0.8499610108478506)),
+        "asr@1e-3": score(0.25, 4, interval=(0.04558726080970059, 0.6993581574175981)),
         "asr_threshold": score(0.01),
-        "removal": score(0.5, 4, interval=[0.1500389891521494, 0.8499610108478505]),
-        "drift": score(2.5, 4, per_sample=[1.0, 2.0, 3.0, 4.0], interval=[0.445739743239121, 4.554260256760879]),
+        "removal": score(0.5, 4, interval=(0.1500389891521494, 0.8499610108478505)),
+        "drift": score(2.5, 4, per_sample=(1.0, 2.0, 3.0, 4.0), interval=(0.445739743239121, 4.554260256760879)),
         "fid[j]": score(3.0), "fid_clean[j]": score(2.0), "fid_ratio[j]": score(1.5),
         "spread": score(0.9), "nothing": score(None, warning="why"),
     }  # fmt: skip
@@ -214,42 +233,39 @@ def test_rates_means_ratios_and_removal_are_recomputed() -> None:
     assert found.problems == ()
     assert set(found.recomputed) == {"asr", "asr@1e-3", "removal", "drift", "fid_ratio[j]"}
     for name in found.recomputed:
-        wrong = copy.deepcopy(scores)
-        wrong[name]["value"] += 0.25
+        wrong = {**scores, name: replace(scores[name], value=scores[name].value + 0.25)}
         assert any(words.startswith(name) for words in recompute.recompute(wrong).problems), name
-    scores["drift"]["interval"] = [0.4, 4.6]
-    assert "drift says the interval (0.4, 4.6)" in recompute.recompute(scores).problems[0]
+    scores["drift"] = replace(scores["drift"], interval=(0.4, 4.6))
+    assert "drift has the interval (0.4, 4.6)" in recompute.recompute(scores).problems[0]
 
 
 def test_the_screens_area_is_recomputed_from_what_it_said_of_each_input() -> None:
-    from harness import roc
-
     clean, triggered = [0.1, 0.4, 0.35, 0.2], [0.8, 0.7, 0.38, 0.9]
-    area, interval = roc.auroc(clean, triggered)
+    area, interval = statistics.auroc(clean, triggered)
     assert area == 15 / 16
-    scores = {"screen_auroc": score(area, 8, per_sample=[*clean, *triggered], interval=list(interval))}
+    scores = {"screen_auroc": score(area, 8, per_sample=(*clean, *triggered), interval=interval)}
     assert recompute.recompute(scores).recomputed == ("screen_auroc",)
-    scores["screen_auroc"]["per_sample"][0] = 0.95
+    scores["screen_auroc"] = replace(scores["screen_auroc"], per_sample=(0.95, *clean[1:], *triggered))
     assert len(recompute.recompute(scores).problems) == 1
 
 
 def test_a_share_without_values_must_be_a_whole_count_with_its_own_interval() -> None:
-    low, high = recompute.wilson(93, 100)
-    assert recompute.recompute({"x": score(0.93, interval=[low, high])}).problems == ()
-    assert recompute.recompute({"x": score(0.935, interval=[low, high])}).problems
-    assert recompute.recompute({"x": score(0.92, interval=[low, high])}).problems
+    interval = statistics.wilson(93, 100)
+    assert recompute.recompute({"x": score(0.93, interval=interval)}).problems == ()
+    assert recompute.recompute({"x": score(0.935, interval=interval)}).problems
+    assert recompute.recompute({"x": score(0.92, interval=interval)}).problems
 
 
 # ---- the check ------------------------------------------------------------------------------------------------------
 
 
 def problems(root: Path, page: Path | None = None) -> list[str]:
-    return [str(problem) for problem in check.check(root, annotate, page).problems]
+    return [str(problem) for problem in check.check(root, page).problems]
 
 
 def test_sound_results_and_their_page_pass_the_check(sealed: Path, tmp_path: Path) -> None:
     site.build(results.read(sealed), tmp_path / "page")
-    found = check.check(sealed, annotate, tmp_path / "page")
+    found = check.check(sealed, tmp_path / "page")
     assert found.problems == [] and found.records == 13 and found.recomputed > 100
 
 
@@ -260,22 +276,20 @@ def test_one_digit_in_a_record_fails_with_the_file_named(root: Path) -> None:
     assert [line for line in problems(root) if str(path) in line and "sha256" in line]
 
 
-def test_one_per_sample_value_fails_even_with_a_manifest_made_to_fit(root: Path) -> None:
+def test_one_per_sample_value_fails_even_with_a_digest_made_to_fit(root: Path) -> None:
     path = a_record(root)
     change(path, '"per_sample": [0.001, ', '"per_sample": [0.25, ')
     assert any(str(path) in line and "sha256" in line for line in problems(root))
-    results.seal(root / "small")
+    write_sealed(root / "small", json.loads(path.read_text()))
     found = problems(root)
     assert any(str(path) in line and "its values give" in line for line in found), found
     assert not any("sha256" in line for line in found)
 
 
 def test_one_changed_image_fails_with_the_file_named(root: Path) -> None:
-    path = min((root / "small" / "sheets").glob("*.png"))
-    path.write_bytes(png(24, 17))
-    assert any(line.startswith(str(path)) for line in problems(root))
-    results.seal(root / "small")
-    assert any("is not what its name" in line for line in problems(root))
+    path = min((root / "small" / "sheets").glob("*.webp"))
+    path.write_bytes(picture(24, 17))
+    assert any("is not what its name" in line and f"sheets/{path.name}" in line for line in problems(root))
 
 
 @pytest.mark.parametrize(
@@ -286,9 +300,9 @@ def test_one_changed_image_fails_with_the_file_named(root: Path) -> None:
         (lambda r: r["scores"]["spread"].update(value=None), "spread is unmeasured and does not say why"),
         (lambda r: r["scores"].pop("clean_hits"), "partial: lacks clean_hits"),
         (lambda r: r["scores"]["asr"].pop("value"), "scores.asr.value: Field required"),
-        (lambda r: r["cell"].update(colour="red"), "cell.colour: Extra inputs"),
-        (lambda r: r.update(doubts=["invented"]), "its doubts are not those"),
-        (lambda r: r.update(sheet="sheets/0123456789.png"), "its contact sheet is not there"),
+        (lambda r: r["cell"].update(colour="red"), "cell.colour: Unexpected keyword"),
+        (lambda r: r.update(doubts=["invented"]), "doubts: Extra inputs"),
+        (lambda r: r.update(sheet="sheets/0123456789.webp"), "its contact sheet is not there"),
         (lambda r: r["provenance"]["jobs"].update(a={"kind": "attack", "label": "x"}), "another backdoored model"),
         (lambda r: r["provenance"]["jobs"].update(a={"kind": "sample", "label": "sample clean inputs, clean x"}),
          "another protocol"),
@@ -296,36 +310,35 @@ def test_one_changed_image_fails_with_the_file_named(root: Path) -> None:
 )  # fmt: skip
 def test_a_row_that_may_not_be_believed_fails_with_its_file(root: Path, spoil: Any, says: str) -> None:
     suite = results.read_suite(root / "small")
-    row = next(r for r in suite.records if r["cell"]["defense"].startswith("terd"))
-    spoil(row)
-    suite.record_file(row["key"]).write_text(results.dump(row))
-    results.seal(root / "small")
+    row = next(r for r in suite.records if r.cell.defense.startswith("terd"))
+    document = json.loads(suite.record_file(row.key).read_text())
+    spoil(document)
+    write_sealed(root / "small", document)
     found = problems(root)
-    assert any(row["key"] in line and says in line for line in found), found
+    assert any(row.key in line and says in line for line in found), found
 
 
 @pytest.mark.parametrize("control", ["none", "finetune"])
 def test_a_row_without_its_controls_fails(root: Path, control: str) -> None:
     suite = results.read_suite(root / "small")
     for row in suite.records:
-        if row["cell"]["defense"].startswith(control):
-            suite.record_file(row["key"]).unlink()
-    intake.refresh(root / "small", annotate)
+        if row.cell.defense.startswith(control):
+            suite.record_file(row.key).unlink()
     assert any(f"its control is missing: {control}" in line for line in problems(root))
 
 
-def test_files_that_the_manifest_does_not_know_and_reports_that_do_not_follow_fail(root: Path) -> None:
+def test_files_that_are_no_part_of_the_results_fail(root: Path) -> None:
     (root / "small" / "notes.txt").write_text("x")
     words = "no part of the results; move it elsewhere"
     assert problems(root) == [f"{root / 'small' / 'notes.txt'}: {words}"]
     (root / "small" / "notes.txt").unlink()
     extra = root / "small" / "records" / f"{digest('extra')}.json"
     shutil.copy(a_record(root), extra)
-    assert f"{extra}: the manifest does not list it" in problems(root)
+    assert problems(root) == [f"{extra}: a record is a file named for its key, which is hex digits"]
     extra.unlink()
-    change(root / "small" / "report.md", "97.0", "96.0")
-    results.seal(root / "small")
-    assert any("report.md" in line and "not what the records give" in line for line in problems(root))
+    orphan = root / "small" / results.sheet_name(picture(8, 8))
+    orphan.write_bytes(picture(8, 8))
+    assert problems(root) == [f"{orphan}: no record names this contact sheet; remove it"]
 
 
 def test_a_page_that_the_records_do_not_give_fails(sealed: Path, tmp_path: Path) -> None:
@@ -334,9 +347,20 @@ def test_a_page_that_the_records_do_not_give_fails(sealed: Path, tmp_path: Path)
     assert [line.split(": ")[0] for line in problems(sealed, tmp_path)] == [str(tmp_path / "index.html")]
 
 
-def test_results_over_the_size_limit_fail(sealed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "LIMIT", 1000)
-    assert any("are committed" in line for line in problems(sealed))
+@pytest.mark.parametrize(
+    ("where", "limit", "says"),
+    [
+        ("check.LIMIT", 1000, "are committed"),
+        ("check.PER_RECORD", 100, "kB per record with its contact sheet"),
+        ("results.SHEET_LIMIT", 10, "a contact sheet has at most"),
+    ],
+)
+def test_results_over_a_size_limit_fail(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, limit: int, says: str
+) -> None:
+    folder = packed(root, tmp_path / "to")
+    monkeypatch.setattr(f"leaderboard.{where}", limit)
+    assert any(says in line for line in problems(folder))
 
 
 def test_bench_leaderboard_check_ends_with_5_and_names_the_file(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -386,101 +410,100 @@ def test_a_file_in_the_way_of_page_or_results_is_named_before_anything_is_writte
         assert says in capsys.readouterr().err and afile.read_text() == "mine"
 
 
-def test_adding_and_refreshing_say_what_they_did_as_json(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for words in (["add", str(root / "small"), "--to", str(tmp_path / "to")], ["refresh", str(tmp_path / "to")]):
-        assert call(["leaderboard", *words, "--json"]) == 0
-        assert json.loads(capsys.readouterr().out) == {"folder": str(tmp_path / "to"), "records": 13}
+def test_adding_says_what_it_did_as_json(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["leaderboard", "add", str(root / "small"), "--to", str(tmp_path / "to"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"folder": str(tmp_path / "to"), "records": 13}
 
 
 def test_results_that_cannot_be_read_are_one_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a_record(root).write_text("no JSON")
-    assert call(["leaderboard", "refresh", str(root / "small")]) == 2
+    assert call(["leaderboard", "build", "-o", str(root / "page"), "--results", str(root / "small")]) == 2
     assert f"{a_record(root)}: not JSON" in capsys.readouterr().err
 
 
-def test_the_committed_results_and_their_page_pass_the_check() -> None:
-    page = results.SHIPPED.parent / "page"
-    assert problems(results.SHIPPED, page if page.is_dir() else None) == []
+@pytest.mark.slow
+def test_the_committed_results_and_their_page_pass_the_check(tmp_path: Path) -> None:
+    site.build(results.read(results.SHIPPED), tmp_path)
+    assert problems(results.SHIPPED, tmp_path) == []
 
 
 # ---- tables of defenses ---------------------------------------------------------------------------------------------
 
 
-def test_worst_case_and_mean_stand_side_by_side_over_equal_settings(sealed: Path) -> None:
-    (block,) = summary.blocks(summary.cells(results.read(sealed)), "unconditional", "purification")
-    assert len(block.settings) == 2
-    assert [row.first.control for row in block.controls] == ["none", "finetune"]
-    rows = {row.first.full["defense"]: row for row in block.blind}
-    elijah = rows["elijah(invert=True, steps=150)"]
+def purification(records: Sequence[Record]) -> list[rows.Table]:
+    return rows.by_task(rows.pooled(records), "unconditional", "purification")
+
+
+def test_worst_case_and_mean_stand_side_by_side_over_equal_settings() -> None:
+    (table,) = purification(small())
+    assert len(table.settings) == 2
+    assert [row.control for row in table.of("control")] == [Control.none, Control.finetune]
+    found = {row.first.specs.defense: row for row in table.of("blind")}
+    elijah = found["elijah(invert=True, steps=150)"]
     assert elijah.worst["asr"].value == 0.42 and elijah.mean["asr"] == pytest.approx(0.365)
-    assert elijah.deciding["asr"].full["attack"].startswith("villandiffusion")
-    told = [(row.first.full["defense"], row.first.control) for row in block.told]
-    assert told == [("skd(steps=80)", ""), ("skd(steps=80)", "wrong trigger")]
+    assert elijah.deciding["asr"].specs.attack.startswith("villandiffusion")
+    given = [(row.first.specs.defense, row.control) for row in table.of("given")]
+    assert given == [("skd(steps=80)", None), ("skd(steps=80)", Control.decoy)]
 
 
 def test_defenses_that_met_other_attacks_are_never_in_one_table() -> None:
-    rows = [record(d, attack=a) for d in ("none", "finetune()") for a in ("one()", "two()")]
-    rows += [record("a()", 10, attack="one()"), record("b()", 20, attack="one()"), record("b()", 20, attack="two()")]
-    suite = results.Results("x", Path("x"), tuple(rows))
-    found = summary.blocks(summary.cells([suite]), "unconditional", "purification")
-    assert [[row.first.full["defense"] for row in block.blind] for block in found] == [["b()"], ["a()"]]
-    assert all(len(block.controls) == 2 for block in found)
+    made = [record(d, attack=a) for d in ("none", "finetune()") for a in ("one()", "two()")]
+    made += [record("a()", 10, attack="one()"), record("b()", 20, attack="one()"), record("b()", 20, attack="two()")]
+    found = purification(made)
+    assert [[row.first.specs.defense for row in table.of("blind")] for table in found] == [["b()"], ["a()"]]
+    assert all(len(table.of("control")) == 2 for table in found)
 
 
-def test_rows_whose_intervals_overlap_share_a_group_instead_of_a_rank() -> None:
-    rows = [record("none"), *(record(f"d{i}()", hits) for i, hits in enumerate((2, 6, 30, 34, 90)))]
-    rows.append(record("broken()", 0))
-    rows[-1]["doubts"] = ["removal may be forgetting: the defended model's clean utility is broken"]
-    (block,) = summary.blocks(summary.cells([results.Results("x", Path("x"), tuple(rows))]), "unconditional", "purification")  # fmt: skip  # noqa: E501
-    assert [(row.first.full["defense"], row.group) for row in block.blind] == [
+def test_rows_whose_intervals_overlap_share_a_letter_instead_of_a_rank() -> None:
+    made = [record("none"), *(record(f"d{i}()", hits) for i, hits in enumerate((2, 6, 30, 34, 90)))]
+    made.append(record("broken()", 0, ratio=3.0))
+    (table,) = purification(made)
+    assert [(row.first.specs.defense, row.letters) for row in table.of("blind")] == [
         ("d0()", "A"), ("d1()", "A"), ("d2()", "B"), ("d3()", "B"), ("d4()", "C"), ("broken()", ""),
     ]  # fmt: skip
 
 
 def test_a_rows_level_says_how_far_it_was_checked() -> None:
-    sound, wrong = record("a()"), record("b()")
-    wrong["scores"]["asr"]["value"] = 0.5
-    assert summary.level(sound, None) == "recomputed" and summary.level(wrong, {"within": True}) == "claimed"
-    assert summary.level(sound, {"within": True}) == "reproduced"
-    assert summary.level(sound, {"within": False}) == "recomputed"
+    sound = record("a()").scores
+    wrong = {**sound, "asr": replace(sound["asr"], value=0.5)}
+    assert recompute.level(sound, False) == "recomputed" and recompute.level(wrong, True) == "claimed"
+    assert recompute.level(sound, True) == "reproduced"
 
 
 def test_a_cell_run_by_two_versions_is_two_rows_and_never_two_seeds() -> None:
-    one, other = record("a()", 10), record("a()", 20)
-    other["key"] = digest("another version")
-    found = summary.cells([results.Results("x", Path("x"), (one, other))])
-    assert sorted(cell.figure("asr").value for cell in found) == [0.1, 0.2]
+    one, other = record("a()", 10), changed(record("a()", 20), key=digest("another version"))
+    assert sorted(cell.number("asr").value for cell in rows.pooled([one, other])) == [0.1, 0.2]
+
+
+def test_a_combination_left_out_for_every_seed_is_one_row() -> None:
+    left = [Dropped(replace(record("a()").cell, seed=seed), "takes text triggers only") for seed in range(3)]
+    (cell,) = rows.pooled([], left)
+    assert cell.state == rows.State("n/a", "takes text triggers only") and cell.knows == "–"
 
 
 def test_tasks_follow_from_what_a_defense_delivers_and_what_was_measured() -> None:
-    screening = {"screen_auroc": score(0.9, 8)}
-    rows = [
-        record("screen()", delivers=["screen"], more=screening),
+    made = [
+        record("screen()", delivers=["screen"], more={"screen_auroc": score(0.9, 8)}),
         record("both()", delivers=["model", "suspicion"], more={"suspicion": score(0.3, 1)}),
         record("clip()", delivers=["sampler"]),
         record("none"),
     ]
-    found = {c.full["defense"]: c.tasks for c in summary.cells([results.Results("x", Path("x"), tuple(rows))])}
-    assert found == {
+    assert {cell.specs.defense: cell.tasks for cell in rows.pooled(made)} == {
         "screen()": ("screening",), "both()": ("purification", "detection"), "clip()": ("purification",),
         "none": ("purification", "attacks"),
     }  # fmt: skip
 
 
 def test_screens_and_detectors_have_their_own_views_with_curves(tmp_path: Path) -> None:
-    from harness import roc
-
     clean, triggered = [0.1, 0.4, 0.35, 0.2], [0.8, 0.7, 0.38, 0.9]
-    area, interval = roc.auroc(clean, triggered)
-    said = {"screen_auroc": score(area, 8, interval=list(interval), per_sample=[*clean, *triggered])}
-    rows = [record("none"), record("screen()", delivers=["screen"], more=said)]
+    area, interval = statistics.auroc(clean, triggered)
+    said = {"screen_auroc": score(area, 8, interval=interval, per_sample=(*clean, *triggered))}
+    made = [record("none"), record("screen()", delivers=["screen"], more=said)]
     for seed in range(3):
         for attack, suspicion in (("none(steps=50)", 0.1), ("trojdiff()", 0.9)):
             more = {"suspicion": score(suspicion + seed / 100, 1)}
-            rows.append(record("judge()", attack=attack, seed=seed, delivers=["suspicion"], more=more))
-    site.build([results.Results("x", tmp_path, tuple(rows))], tmp_path)
+            made.append(record("judge()", attack=attack, seed=seed, delivers=["suspicion"], more=more))
+    site.build([results.Results("x", tmp_path, tuple(made))], tmp_path)
     text = (tmp_path / "index.html").read_text()
     screening = text[text.index('data-task="screening"') : text.index('data-task="detection"')]
     detection = text[text.index('data-task="detection"') : text.index('data-task="attacks"')]
@@ -508,13 +531,13 @@ def test_axes_have_round_numbers_that_span_the_data() -> None:
 def test_a_chart_is_well_formed_and_its_names_are_text() -> None:
     from xml.etree import ElementTree
 
-    points = [charts.Point(HOSTILE[:-1], 10, 1.5, kind) for kind in ("blind", "told", "control")]
+    points = [charts.Point(HOSTILE[:-1], 10, 1.5, kind) for kind in ("blind", "given", "control")]
     axis = charts.Axis("x <b>")
     line = charts.Curve(HOSTILE[:-1], (0, 1), (0, 1))
     for drawn in (charts.scatter(points, axis, axis, "t", True), charts.curves([line], axis, axis, "t", True)):
         tree = ElementTree.fromstring(drawn)
         assert not [node for node in tree.iter() if node.tag.endswith(("script", "img", "b"))]
-    assert charts.scatter([charts.Point("a", math.nan, 1, "told")], axis, axis, "t") == ""
+    assert charts.scatter([charts.Point("a", math.nan, 1, "given")], axis, axis, "t") == ""
 
 
 # ---- the page -------------------------------------------------------------------------------------------------------
@@ -548,23 +571,23 @@ def test_a_page_is_built_into_no_folder_of_somebody_elses(sealed: Path, tmp_path
 def test_the_page_has_every_cell_and_its_one_line_of_reproduction(page: Path) -> None:
     cells = [path.read_text() for path in (page / "cells").glob("*.html")]
     assert len(cells) == 13
-    keys = {r["key"] for r in small()}
+    keys = {r.key for r in small()}
     assert {key for text in cells for key in re.findall(r"<pre>bench reproduce ([0-9a-f]{12})</pre>", text)} == {
         k[:12] for k in keys
     }
     assert all("poison_rate" in text or "none" in text for text in cells)
     document = json.loads((page / "leaderboard.json").read_text())
     assert {s["key"] for cell in document["cells"] for s in cell["seeds"].values()} == keys
-    rows = list(csv.DictReader(io.StringIO((page / "leaderboard.csv").read_text())))
-    assert len(rows) == 13 and "worst" in (page / "LEADERBOARD.md").read_text()
+    lines = list(csv.DictReader(io.StringIO((page / "leaderboard.csv").read_text())))
+    assert len(lines) == 13 and "worst" in (page / "LEADERBOARD.md").read_text()
 
 
 def test_a_cells_page_shows_what_the_defense_says_of_its_own_work(tmp_path: Path) -> None:
-    rows = small()
-    told = next(row for row in rows if row["cell"]["defense"].startswith("elijah"))
-    told["provenance"]["notes"] = {"loss": [0.5, 0.3, 0.25], "kept": {"channels": 0.875}, "found": ["<b>", "sks"]}
-    told["provenance"]["found_trigger"] = "f\u043ex"
-    site.build(results.read(write_suite(tmp_path / "results" / "small", rows).parent), tmp_path / "page")
+    first, second, elijah, *rest = small()
+    notes = {"loss": [0.5, 0.3, 0.25], "kept": {"channels": 0.875}, "found": ["<b>", "sks"]}
+    elijah = changed(elijah, provenance={"notes": notes, "found_trigger": "f\u043ex"})
+    made = [first, second, elijah, *rest]
+    site.build(results.read(write_suite(tmp_path / "results" / "small", made).parent), tmp_path / "page")
     pages = [file.read_text() for file in (tmp_path / "page" / "cells").glob("*.html")]
     (text,) = [text for text in pages if "says of its own work" in text]
     for said in ("0.5 … 0.25 (3 values)", "kept.channels", "0.875", "&lt;b&gt;", "f\\u043ex"):
@@ -573,15 +596,15 @@ def test_a_cells_page_shows_what_the_defense_says_of_its_own_work(tmp_path: Path
 
 def test_where_our_order_is_not_a_papers_the_page_says_so(tmp_path: Path) -> None:
     places: dict[str, Any] = {"attack": "badt2i(steps=800)", "trigger": "text()", "target": "patch()"}
-    rows = [
+    made = [
         record("none", **places),
-        *(record("skd(steps=80)", 40, **places, seed=seed) for seed in (0, 1)),
-        record("skd-cag(steps=80)", 20, **places),
-        record("skd-cag(steps=80, target='random_words')", 4, **places),
+        *(record("skd(steps=80)", 40, **places, seed=seed) for seed in range(3)),
+        *(record("skd-cag(steps=80)", 20, **places, seed=seed) for seed in range(3)),
+        *(record("skd-cag(steps=80, target='random_words')", 4, **places, seed=seed) for seed in range(3)),
         record("skd-cag(steps=80, time_weight='mul')", 90, **places),
         record("skd-cag(steps=80)", 100, **{**places, "target": "style()"}),
     ]
-    site.build(results.read(write_suite(tmp_path / "results" / "small", rows).parent), tmp_path / "page")
+    site.build(results.read(write_suite(tmp_path / "results" / "small", made).parent), tmp_path / "page")
     text = (tmp_path / "page" / "LEADERBOARD.md").read_text()
     (said,) = re.findall(r"### removal of the pixel backdoor: .*?Ours differs.*?$", text, re.DOTALL | re.MULTILINE)
     assert "- skd: paper 97 %, ours 60 %" in said and "- skd-cag: paper 100 %, ours 80 %" in said
@@ -611,11 +634,32 @@ def test_places_that_our_seeds_do_not_tell_apart_are_named() -> None:
         for name, value in zip("xyz", (0.9, 0.8, 0.8), strict=True)
     ]
     x, y, z = entries
-    same = [orders.Place(x, (0.5, 0.9)), orders.Place(y, (0.6, 0.7)), orders.Place(z, (0.7,))]
-    assert orders.differences(same) == ("no two of them are told apart",)
-    assert orders.differences([orders.Place(x, (0.9,)), orders.Place(y, (0.6, 0.7)), orders.Place(z, (0.65,))]) == ()
-    found = orders.differences([orders.Place(x, (0.7, 0.9)), orders.Place(y, (0.6, 0.7)), orders.Place(z, (0.5,))])
-    assert found == ("y (60–70 %) is above z (50 %), in the paper equal", "not told apart: x and y")
+    same = [
+        paper_rankings.Place(x, (0.5, 0.9), 3),
+        paper_rankings.Place(y, (0.6, 0.7), 3),
+        paper_rankings.Place(z, (0.7,), 3),
+    ]
+    assert paper_rankings.differences(same) == ("no two of them are distinguished",)
+    assert (
+        paper_rankings.differences(
+            [
+                paper_rankings.Place(x, (0.9,), 3),
+                paper_rankings.Place(y, (0.6, 0.7), 3),
+                paper_rankings.Place(z, (0.65,), 3),
+            ]
+        )
+        == ()
+    )
+    found = paper_rankings.differences(
+        [
+            paper_rankings.Place(x, (0.7, 0.9), 3),
+            paper_rankings.Place(y, (0.6, 0.7), 3),
+            paper_rankings.Place(z, (0.5,), 3),
+        ]
+    )
+    assert found == ("y (60–70 %) is above z (50 %), in the paper equal", "not distinguished: x and y")
+    few = [paper_rankings.Place(x, (0.7, 0.9), 2), paper_rankings.Place(z, (0.5,), 3)]
+    assert paper_rankings.differences(few) == ("no two of them are distinguished",)
 
 
 def test_a_defenses_page_shows_what_papers_report_beside_ours(page: Path) -> None:
@@ -638,36 +682,41 @@ def test_pages_ask_for_nothing_from_elsewhere_and_let_only_their_own_scripts_run
         assert not re.search(r"\son\w+=|\sstyle=", re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)), path
 
 
-def hostile() -> list[dict[str, Any]]:
+def hostile() -> list[Record]:
     """Records with markup and formulas in every string that a third party fills."""
 
     def spoil(value: Any, name: str = "") -> Any:
         if isinstance(value, dict):
             return {(HOSTILE + str(i) if name in ("scores", "versions") and k not in ("asr", "asr_threshold") else k):
                     spoil(v, str(k)) for i, (k, v) in enumerate(value.items())}  # fmt: skip
-        if isinstance(value, list):
+        if isinstance(value, list | tuple):
             return [spoil(item, name) for item in value]
-        keep = name in ("key", "track", "told", "kind", "sheet")
+        keep = name in ("key", "track", "trigger_given", "kind", "sheet")
         return value if not isinstance(value, str) or keep else f"=cmd(){HOSTILE}"
 
-    rows = [record("none"), record("finetune()"), record("x()", 50, knowledge=["a"])]
-    rows[2]["provenance"]["notes"] = {"said": ["a", {"b": "c"}]}
-    failed = {**record("y()"), "scores": {}, "error": "boom"}
-    return [*(spoil(row) for row in rows[2:]), *rows[:2], spoil({**failed, "doubts": ["doubt"], "warnings": ["w"]})]
+    def spoiled(row: Record) -> Record:
+        return Record.model_validate(spoil(row.model_dump()))
+
+    noted = changed(record("x()", 50, knowledge=["a"]), provenance={"notes": {"said": ["a", {"b": "c"}]}})
+    failed = record("y()").model_copy(update={"scores": {}, "error": "boom", "warnings": ("w",)})
+    return [spoiled(noted), record("none"), record("finetune()"), spoiled(failed)]
+
+
+def left_out() -> Dropped:
+    """A cell that a hostile suite left out."""
+    return Dropped(Cell(*[HOSTILE] * 6, seed=0), HOSTILE)
 
 
 def test_text_of_strangers_is_never_markup_or_a_formula(tmp_path: Path) -> None:
-    rows = hostile()
-    dropped = [{"cell": {name: HOSTILE for name in rows[0]["cell"]}, "reason": HOSTILE}]
-    write_suite(tmp_path / "results", rows, dropped)
+    write_suite(tmp_path / "results", hostile(), [left_out()])
     site.build(results.read(tmp_path / "results"), tmp_path / "page")
     for path in (tmp_path / "page").rglob("*"):
         if path.suffix in (".html", ".svg", ".md"):
             text = path.read_text()
             assert "<script>window" not in text and "<img src=x" not in text, path
             assert "\u202e" not in text, f"{path}: a character that turns text around"
-    for row in csv.reader(io.StringIO((tmp_path / "page" / "leaderboard.csv").read_text())):
-        assert not any(cell.startswith(("=", "+", "@")) for cell in row)
+    for line in csv.reader(io.StringIO((tmp_path / "page" / "leaderboard.csv").read_text())):
+        assert not any(cell.startswith(("=", "+", "@")) for cell in line)
     data = re.search(r'id="data">(.*?)</script>', (tmp_path / "page" / "index.html").read_text(), re.DOTALL)
     assert data is not None and HOSTILE[:20] in json.dumps(json.loads(data[1])["words"], ensure_ascii=False)
 
@@ -714,6 +763,6 @@ def test_a_malformed_reported_number_is_named(tmp_path: Path, change_of: dict[st
 
 
 def test_ranges_of_a_share_stay_within_it() -> None:
-    figure = summary.Figure("Attributes", "attribute_accuracy", percent=True)
-    assert ends(Number(0.99, 0.98, 1.004), figure.percent) == (0.98, 1.0)
-    assert ends(Number(0.99), figure.percent) == ()
+    assert Number(0.99, (0.98, 1.004)).ends(share=True) == (0.98, 1.0)
+    assert Number(0.99, (0.98, 1.004)).ends(share=False) == (0.98, 1.004)
+    assert Number(0.99).ends(share=True) == ()

@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
+from harness.runs.record import Record
 from leaderboard import results, site
-from tests.records import png, record, small, write_suite
-from tests.test_leaderboard import HOSTILE, hostile
+from leaderboard.results import sheet_name
+from tests.records import picture, record, small, write_suite
+from tests.test_leaderboard import hostile, left_out
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
@@ -116,16 +118,16 @@ def test_views_are_chosen_by_keyboard_kept_in_the_address_and_hide_what_is_not_a
     seen = visit()
     page = seen.open(built)
     assert page.locator("section.view:visible").count() == 1
-    assert page.get_by_text("Told the trigger", exact=True).is_visible()
-    page.locator("input[name=told][value=any]").focus()
+    assert page.get_by_text("Given the trigger", exact=True).is_visible()
+    page.locator("input[name=given][value=any]").focus()
     page.keyboard.press("ArrowRight")
     assert page.url.endswith("#unconditional/purification/blind")
-    assert not page.get_by_text("Told the trigger", exact=True).is_visible()
+    assert not page.get_by_text("Given the trigger", exact=True).is_visible()
     assert "skd" not in column(page, NAMES) and "none" in column(page, NAMES), "controls stay"
     page.locator("input[name=task][value=attacks]").check()
     assert page.get_by_role("heading", name="Attacks: unconditional models").is_visible()
-    page = seen.open(built, "#unconditional/purification/told")
-    assert page.locator("input[name=told][value=told]").is_checked() and "terd" not in column(page, NAMES)
+    page = seen.open(built, "#unconditional/purification/given")
+    assert page.locator("input[name=given][value=given]").is_checked() and "terd" not in column(page, NAMES)
     assert seen.quiet()
 
 
@@ -173,8 +175,7 @@ def test_without_scripts_every_table_is_there(built: Path, visit: Callable[..., 
 
 
 def test_markup_and_formulas_in_every_string_stay_text(tmp_path: Path, visit: Callable[..., Watched]) -> None:
-    rows = hostile()
-    write_suite(tmp_path / "results", rows, [{"cell": {name: HOSTILE for name in rows[0]["cell"]}, "reason": HOSTILE}])
+    write_suite(tmp_path / "results", hostile(), [left_out()])
     site.build(results.read(tmp_path / "results"), tmp_path / "page")
     seen, shown = visit(), 0
     for path in [tmp_path / "page" / "index.html", *(tmp_path / "page").glob("*/*.html")]:
@@ -198,10 +199,11 @@ def test_the_policy_stops_a_script_that_got_in(built: Path, tmp_path: Path, visi
     assert any("Content Security Policy" in line for line in seen.said)
 
 
+@pytest.mark.slow
 def test_two_thousand_cells_build_quickly_into_a_light_page_that_shows_at_once(
     tmp_path: Path, visit: Callable[..., Watched]
 ) -> None:
-    rows = []
+    rows: list[Record] = []
     for sampler in (f"ddim(steps={k})" for k in (10, 20, 50, 100, 250)):
         for attack in (f"attack{a}(rate={rate})" for a in range(5) for rate in (0.1, 0.2)):
             rows += [record("none", attack=attack, sampler=sampler)]
@@ -210,7 +212,7 @@ def test_two_thousand_cells_build_quickly_into_a_light_page_that_shows_at_once(
                             knowledge=["trigger"] if d % 2 else ["data"]) for d in range(38)]  # fmt: skip
     suite = results.Results("many", tmp_path, tuple(rows))
     (tmp_path / "sheets").mkdir()
-    (tmp_path / rows[0]["sheet"]).write_bytes(png())
+    (tmp_path / sheet_name(picture())).write_bytes(picture())
     spent = time.process_time()  # not wall time: the machine may be shared
     assert site.build([suite], tmp_path / "page")["records"] == 2000
     assert time.process_time() - spent < 20

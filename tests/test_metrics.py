@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.evidence import Evidence
+from harness.judges.evidence import Evidence
 from harness.types import Backdoor, Inputs
 from plugins.metrics import (
     asr,
@@ -44,7 +44,7 @@ class FixedTarget:
     name: str = "grey"
     version: int = 1
     kind: str = "image"
-    gate: str = "1e-2"
+    hit_threshold: str = "1e-2"
 
     def image(self, shape):
         return torch.full(tuple(shape), self.level)
@@ -63,7 +63,7 @@ class FixedTarget:
 class Pattern:
     name: str = "pattern"
     version: int = 1
-    stamps: str = "noise"
+    modality: str = "noise"
 
     def delta(self, shape):
         return torch.eye(SIDE).expand(tuple(shape)).clone()
@@ -76,7 +76,7 @@ class Pattern:
 class Word:
     name: str = "word"
     version: int = 1
-    stamps: str = "text"
+    modality: str = "text"
     text: str = "\u200b"
 
     def apply(self, prompt: str) -> str:
@@ -383,7 +383,7 @@ def test_spread_is_zero_for_one_and_the_same_image():
 class Named(FixedTarget):
     """A target that some prompts ask for anyway, and that is a prompt's image."""
 
-    def applies(self, prompts):
+    def applicable_to(self, prompts):
         return torch.tensor([prompt != "bright" for prompt in prompts])
 
     def shown(self, prompt):
@@ -435,7 +435,7 @@ class Poison(FixedTarget):
 
     attribute, label = "tone", 0
 
-    def applies(self, prompts):
+    def applicable_to(self, prompts):
         return torch.tensor([prompt == "dark" for prompt in prompts])
 
 

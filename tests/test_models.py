@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from harness import checkpoint, shapes
-from harness.diffusion import DDIM
-from harness.samplers import PredictorCorrector
-from harness.seeds import generator, image_noise, image_seeds
+from harness.diffusion import checkpoint
+from harness.diffusion.samplers import DDIM, PredictorCorrector
+from harness.diffusion.seeds import generator, image_noise, image_seeds
+from harness.judges import shapes
 from harness.types import Inputs
 from plugins.models.digits_ddpm import DigitsDDPM
 from plugins.models.digits_ncsn import DigitsNCSN
@@ -37,6 +37,7 @@ def test_the_two_digit_models_have_one_judge() -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_fresh_samples_of_the_score_model_are_recognised_as_digits() -> None:
     plugin, seeds = DigitsNCSN(), image_seeds(5, "test", 30)
     model, judge = plugin.load(), plugin.judge()
@@ -46,6 +47,7 @@ def test_fresh_samples_of_the_score_model_are_recognised_as_digits() -> None:
     assert len(judge.attributes(images)["digit"].unique()) >= 7
 
 
+@pytest.mark.slow
 def test_the_latent_model_draws_shapes_that_its_judge_knows() -> None:
     """By provenance, and again in a few fresh samples: the judge is sure of shape and place, and no kind is missing."""
     plugin, facts, seeds = ShapesLDM(), provenance(ShapesLDM()), image_seeds(5, "test", 24)
@@ -88,6 +90,7 @@ def drawn() -> tuple[ShapesSD, list[shapes.Scene], tuple[str, ...], torch.Tensor
     return plugin, scenes, captions, images
 
 
+@pytest.mark.slow
 def test_shapes_obey_fresh_held_out_captions(drawn) -> None:
     plugin, scenes, _, images = drawn
     found, truth = plugin.judge().attributes(images), shapes.labels(scenes)
@@ -95,6 +98,7 @@ def test_shapes_obey_fresh_held_out_captions(drawn) -> None:
         assert (found[name] == truth[name]).double().mean() >= least
 
 
+@pytest.mark.slow
 def test_cross_attention_is_learned(drawn) -> None:
     """Maps differ between words, and the shape word looks at the shape more than chance: at 8×8, where this model
     places things. Its 16×16 maps are nearly flat, which the provenance says too."""

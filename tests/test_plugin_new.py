@@ -12,15 +12,16 @@ from typing import Any
 
 import pytest
 
-from harness import points, registry
+from harness import registry
 from harness.cli import call
-from harness.grid import load_suite
-from harness.registry import Registry
+from harness.registry import Registry, code_digest, entry_points
+from harness.registry.hookspecs import API_VERSION
+from harness.runs.suite import load_suite
 from harness.testing import checks, kind_by_methods
 
 KINDS = ("defense", "attack", "metric", "trigger", "target", "sampler", "model")
 Result = SimpleNamespace
-OURS = str(Path(points.__file__).resolve().parent.parent)
+OURS = str(Path(registry.__file__).resolve().parent.parent.parent)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,7 @@ def bench(
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_new_plugin_keeps_the_contract_and_runs_in_its_suite(kind: str, bench, plugins: Registry) -> None:
     found = bench("plugin", "new", "my-thing", "--kind", kind)
@@ -61,7 +63,7 @@ def test_a_new_plugin_keeps_the_contract_and_runs_in_its_suite(kind: str, bench,
     kinds = registry.kind_of(kind)
     cls = both.find(kinds, "my-thing")
     assert cls.__name__ == "MyThing" and kind_by_methods(cls) == kinds
-    assert registry.describe(kinds, cls, "mine", alone=True).facts["api"] == 1
+    assert registry.describe(kinds, cls, "mine", alone=True).facts["api"] == API_VERSION
     suite = load_suite(folder / "try.toml", both)
     assert len(suite.cells) >= 2 and not suite.dropped
     broken = [
@@ -98,7 +100,7 @@ from harness import Inputs, hookimpl
 class Shift:
     name: ClassVar[str] = "shift"
     version: ClassVar[int] = 3
-    stamps: ClassVar[str] = "noise"
+    modality: ClassVar[str] = "noise"
     by: float = 1.0  # added to every pixel
 
     def delta(self, shape):
@@ -202,6 +204,11 @@ def forgotten() -> Iterator[None]:
     sys.modules.update(kept)
 
 
+def twin_code(found: Registry) -> dict[str, str]:
+    code_digest._closure.cache_clear()
+    return code_digest.closure([found.find("triggers", "shift")])
+
+
 @pytest.mark.parametrize("first", [True, False], ids=["before ours on the path", "behind ours"])
 def test_a_package_called_plugins_and_ours_are_both_found(
     first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: None
@@ -212,7 +219,12 @@ def test_a_package_called_plugins_and_ours_are_both_found(
     assert found.distribution_of("triggers", "shift") == "stranger"
     assert Path(str(sys.modules[found.find("triggers", "shift").__module__].__file__)) == root / "plugins/twin.py"
     assert "elijah" in found.classes("defenses") and not found.warnings
-    files = {file for point in registry.installed() for file in points.files(point)}
+    before = twin_code(found)
+    assert {".twin", ".helper"} <= set(before)
+    (root / "plugins/helper.py").write_text("RIGHT = 1\n")
+    assert {name for name, digest in twin_code(found).items() if digest != before[name]} == {".helper"}
+    assert "plugins.defenses.elijah" in code_digest.closure([found.find("defenses", "elijah")])
+    files = {file for point in registry.installed() for file in entry_points.files(point)}
     assert {root / "plugins/twin.py", Path(OURS, "plugins/defenses/elijah.py")} <= files
 
 

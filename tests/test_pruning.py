@@ -9,9 +9,11 @@ import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import nn
 
-from harness import digits, pruning
-from harness.diffusion import DiffusionModel
-from harness.seeds import generator
+from harness.diffusion import pruned_shapes
+from harness.diffusion.model import DiffusionModel
+from harness.diffusion.seeds import generator
+from harness.judges import digits
+from harness.methods import pruning
 from harness.types import Data, Knowledge
 from plugins.defenses.diff_pruning import DiffPruning
 from plugins.defenses.magnitude_pruning import MagnitudePruning
@@ -68,7 +70,7 @@ def test_a_scope_leaves_other_layers_as_they_were(make) -> None:
         model = make()
         pruning.prune(model, pruning.magnitude(), 0.5, scope=scope)
         changed[scope] = {name for name, w in model.denoiser.state_dict().items() if w.shape != whole[name]}
-        assert set(pruning.reshaped(model.denoiser)) == changed[scope]
+        assert set(pruned_shapes.reshaped(model.denoiser)) == changed[scope]
     assert all(any(part in name for part in ("conv1", "norm2", "conv2", "time_emb_proj")) for name in changed["inner"])
     assert all("time_emb" in name for name in changed["time-attention"])
 
@@ -112,8 +114,8 @@ def test_diff_pruning_leaves_out_the_timesteps_after_the_first_with_a_small_loss
         return {"seen": [loss(t).item() for t in steps]}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("plugins.defenses.diff_pruning.accumulated", counted)
-        patch.setattr("plugins.defenses.diff_pruning.taylor", lambda model, found: found)
+        patch.setattr("harness.methods.pruning.accumulated", counted)
+        patch.setattr("harness.methods.pruning.taylor", lambda model, found: found)
         found = DiffPruning(least=0.05).importance(model, torch.zeros(2, 1, 16, 16), generator(0, "x"), notes)
     # (10 - t)² of 100 falls under 5 % at t = 8, which is the last that is looked at
     assert found == {"seen": [(10.0 - t) ** 2 for t in range(9)]} and notes["timesteps_scored"] == 9

@@ -23,11 +23,23 @@ import pytest
 from harness.engine.display import Silent
 from harness.engine.driver import Interrupted, JobResult, run
 from harness.engine.supervise import Limits
-from harness.job import Failure, Job
-from harness.store import Store
+from harness.runs.job import Failure, Job
+from harness.runs.store import Store
 from tests import engine_tools, whole_runs
-from tests.engine_tools import TESTS, chain, digests, do, graph, held, job, jumping_clock, marked, value, wait_for
-from tests.engine_tools import undisturbed as alone
+from tests.engine_tools import (
+    TESTS,
+    chain,
+    digests,
+    do,
+    graph,
+    held,
+    job,
+    jumping_clock,
+    marked,
+    undisturbed as alone,
+    value,
+    wait_for,
+)
 
 MARK, TOKEN = secrets.token_hex(16), secrets.token_hex(16)
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0"}  # read on import
@@ -256,7 +268,7 @@ def test_ctrl_c_twice_ends_the_jobs_on_the_nodes(store: Store, cluster: Cluster)
 
 
 def test_demands_that_no_node_can_meet_are_refused_with_what_there_is(store: Store, cluster: Cluster) -> None:
-    with pytest.raises(ValueError, match=r"a job wants 64 CPUs, which no node of the cluster has: .*1 CPUs, 0 GPUs"):
+    with pytest.raises(ValueError, match=r"a job needs 64 CPUs, which no node of the cluster has: .*1 CPUs, 0 GPUs"):
         on_ray(store, cluster, threads=64)
     with pytest.raises(ValueError, match=r"1 CPUs and 0.5 of a GPU"):
         on_ray(store, cluster, gpu_share=0.5)
@@ -268,7 +280,7 @@ DRIVER = """
     from pathlib import Path
     from harness.engine.driver import run
     from harness.engine.ray import RayEngine
-    from harness.store import Store
+    from harness.runs.store import Store
     from tests.engine_tools import chain, graph, held
     store, folder = Store(Path({store!r})), Path({folder!r})
     with RayEngine(store, address={address!r}, execute="engine_jobs:execute", preload=("engine_jobs",)) as engine:

@@ -1,14 +1,13 @@
+import importlib
 import json
 import re
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 from annotated_types import Ge, Le
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from harness import registry
 from harness.registry import (
@@ -22,6 +21,9 @@ from harness.registry import (
     parse_spec,
     spec_of,
 )
+from harness.registry.code_digest import closure
+
+index_module = importlib.import_module("harness.registry.index")  # the package has a function of that name
 
 DEFENSE = '''
 """A module about rinsing."""
@@ -29,9 +31,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 from annotated_types import Ge, Le
-from harness.hookspecs import hookimpl
+from harness.registry.hookspecs import hookimpl
 if TYPE_CHECKING:
-    from somewhere import Stamps
+    from somewhere import Modality
 
 @dataclass(frozen=True)
 class Base:
@@ -41,17 +43,17 @@ class Base:
 class Rinse(Base):
     name: ClassVar[str] = "NAME"
     version: ClassVar[int] = 3
-    accepts_triggers: ClassVar[tuple[Stamps, ...]] = ("noise",)
+    accepts_triggers: ClassVar[tuple[Modality, ...]] = ("noise",)
 
     share: Annotated[
         float, Ge(0), Le(1)
     ] = 0.1  # share of the data,
     # in the range 0 to 1
-    told: bool = False  # ask for the trigger
+    asks: bool = False  # ask for the trigger
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return ("data", "trigger") if self.told else ("data",)
+        return ("data", "trigger") if self.asks else ("data",)
 
     def defend(self, model, knowledge, rng):
         raise NotImplementedError
@@ -82,29 +84,6 @@ class Plugin:
     def __post_init__(self) -> None:
         if self.steps == 13:
             raise ValueError("13 steps bring bad luck; use 12")
-
-
-@pytest.fixture
-def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """install(name, entry, {file: source}): a distribution on the path; only such ones are seen."""
-    names: set[str] = set()
-    every = registry.installed
-
-    def install(name: str, entry: str, files: dict[str, str]) -> Path:
-        root = tmp_path / name
-        for file, source in files.items():
-            (root / file).parent.mkdir(parents=True, exist_ok=True)
-            (root / file).write_text(textwrap.dedent(source))
-        info = root / f"{name}-1.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(f"[bench.plugins]\nmain = {entry}\n")
-        monkeypatch.syspath_prepend(str(root))
-        names.add(name)
-        return root
-
-    monkeypatch.setattr(registry, "installed", lambda: [p for p in every() if p.dist and p.dist.name in names])
-    return install
 
 
 # ---- specs
@@ -219,7 +198,7 @@ def test_an_unknown_name_gets_a_suggestion_and_the_known_names(tmp_path: Path) -
         found.build("defenses", "rince")
     with pytest.raises(UnknownName, match="no kind 'defences'; did you mean 'defenses'"):
         found.build("defences", "rinse")
-    assert found.canonical("defense", "rinse(told=True)") == "rinse(batch=8, share=0.1, told=True)"
+    assert found.canonical("defense", "rinse(asks=True)") == "rinse(batch=8, share=0.1, asks=True)"
 
 
 # ---- loading
@@ -240,14 +219,14 @@ def test_every_module_below_a_package_is_a_plugin_and_stands_alone(distribution)
             "strange_pkg/syntax.py": "def f(:\n",
             "strange_pkg/leaves.py": "raise SystemExit(3)\n",
             "strange_pkg/raises.py": (
-                "from harness.hookspecs import hookimpl\n@hookimpl\ndef attacks():\n    raise KeyError('no')\n"
+                "from harness.registry.hookspecs import hookimpl\n@hookimpl\ndef attacks():\n    raise KeyError('no')\n"
             ),
-            "strange_pkg/wrong.py": "from harness.hookspecs import hookimpl\n@hookimpl\ndef attacks():\n    return 3\n",
+            "strange_pkg/wrong.py": "from harness import hookimpl\n@hookimpl\ndef attacks():\n    return 3\n",
             "strange_pkg/arguments.py": (
-                "from harness.hookspecs import hookimpl\n@hookimpl\ndef attacks(model):\n    return []\n"
+                "from harness.registry.hookspecs import hookimpl\n@hookimpl\ndef attacks(model):\n    return []\n"
             ),
             "strange_pkg/plain.py": (
-                "from harness.hookspecs import hookimpl\nclass A:\n    name = 'a'\n"
+                "from harness.registry.hookspecs import hookimpl\nclass A:\n    name = 'a'\n"
                 "@hookimpl\ndef attacks():\n    return [A]\n"
             ),
         },
@@ -276,7 +255,7 @@ def test_every_module_below_a_package_is_a_plugin_and_stands_alone(distribution)
         ("name: ClassVar[str]", "name: str", "name is a parameter; make it a ClassVar"),
         ('("noise",)', '("sound",)', "accepts_triggers: .*should be 'noise' or 'text'"),
         ('("data",)\n', '("date",)\n', "needs 'date'; did you mean 'data'"),
-        ("told: bool = False", "told: bool", "Error: "),
+        ("asks: bool = False", "asks: bool", "Error: "),
         ('"NAME"', '"a name"', "cannot be written in a spec"),
     ],
 )
@@ -331,7 +310,7 @@ def test_the_source_digest_follows_the_file(tmp_path: Path) -> None:
         path.write_text(text)
         found = Registry()
         found.load_file(path)
-        digests.append(registry.source_digest(found.find("defenses", "rinse")))
+        digests.append(closure([found.find("defenses", "rinse")]))
     assert digests[0] == digests[1] != digests[2]
 
 
@@ -347,7 +326,7 @@ def test_an_entry_shows_fields_with_their_comments_also_inherited_ones(distribut
     assert [(f.name, f.default, f.comment) for f in entry.fields] == [
         ("batch", "8", "examples"),
         ("share", "0.1", "share of the data, in the range 0 to 1"),
-        ("told", "False", "ask for the trigger"),
+        ("asks", "False", "ask for the trigger"),
     ]
     assert entry.fields[1].type == "Annotated[float, Ge(0), Le(1)]"
 
@@ -359,10 +338,10 @@ def derivations(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
 
     def derived() -> dict[str, Any]:
         calls.append(1)
-        registry.write_index(tmp_path / "derived.json")
+        index_module.write_index(tmp_path / "derived.json")
         return json.loads((tmp_path / "derived.json").read_text())
 
-    monkeypatch.setattr(registry, "_derived", derived)
+    monkeypatch.setattr(index_module, "_derived", derived)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return calls
 

@@ -6,34 +6,34 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from harness.doubts import annotate, doubts
-from leaderboard import report, tables
-from tests.records import png
+from harness.runs import doubts
+from harness.runs.doubts import DoubtCode
+from harness.runs.record import Dropped, Record
+from harness.types import Cell, Score
+from leaderboard import report, results, rows
+from leaderboard.rows import Control, Table
+from tests.records import changed, digest, picture, score, share
 
-CELL = {
-    "model": "digits-ddpm", "attack": "baddiffusion(steps=600)", "trigger": "box(size=5)", "target": "hat()",
-    "defense": "none()", "sampler": "ddim(steps=20)", "seed": 0, "told": "truth", "n": 100,
-}  # fmt: skip
-
-
-def score(value: float | None, interval: Any = None, warning: str | None = None) -> dict[str, Any]:
-    return {
-        "value": value,
-        "n": 100,
-        "higher_is_better": None,
-        "interval": interval,
-        "per_sample": None,
-        "warning": warning,
-    }
+CELL = Cell("digits-ddpm", "baddiffusion(steps=600)", "box(size=5)", "hat()", "none()", "ddim(steps=20)", 0)
 
 
-def record(key: str = "aa", error: str | None = None, knowledge: tuple[str, ...] = (), **cell: Any) -> dict[str, Any]:
-    scores = {
-        "asr": score(0.97, (0.915, 0.99)),
+def record(
+    key: str = "aa",
+    error: str | None = None,
+    knowledge: Sequence[str] = (),
+    scores: Mapping[str, Score] | None = None,
+    provenance: Mapping[str, object] | None = None,
+    **cell: Any,
+) -> Record:
+    known = {
+        "asr": score(0.97, interval=(0.915, 0.99)),
         "asr@1e-3": score(0.9),
         "asr_before": score(0.97),
         "removal": score(0.03),
@@ -47,106 +47,185 @@ def record(key: str = "aa", error: str | None = None, knowledge: tuple[str, ...]
         "change": score(0.002),
         "spread": score(0.9),
         "defense_wall_s": score(12.0),
+        **(scores or {}),
     }
-    scores.update(cell.pop("scores", {}))
-    return {
-        "key": key, "cell": {**CELL, **cell}, "scores": {} if error else scores, "warnings": [], "error": error,
-        "attempts": [], "provenance": {"track": "unconditional"}, "knowledge": list(knowledge),
-    }  # fmt: skip
+    said = {"track": "unconditional"} if provenance is None else provenance
+    return Record.model_validate({
+        "key": digest(key), "cell": replace(CELL, **cell), "scores": {} if error else known, "error": error,
+        "knowledge": knowledge, "provenance": said,
+    })  # fmt: skip
 
 
-def test_a_row_shows_asr_with_its_interval_and_marks_a_single_seed():
+def tables(*records: Record, dropped: Sequence[Dropped] = ()) -> list[Table]:
+    return rows.by_setting(rows.pooled(records, dropped))
+
+
+@pytest.fixture(scope="module")
+def committed() -> Mapping[str, Sequence[Table]]:
+    """The tables of two published suites."""
+    wanted = {suite.suite: suite for suite in results.read() if suite.suite in ("sealing-pixel", "baddiffusion")}
+    return {name: tables(*suite.records, dropped=suite.dropped) for name, suite in wanted.items()}
+
+
+def lettered(*records: Record) -> dict[str, str]:
+    """Defense → its letters in the one table of the records."""
+    (table,) = tables(*records)
+    return {row.defense: row.letters for row in table.rows}
+
+
+def codes(asked: Record, beside: Sequence[Record]) -> list[DoubtCode]:
+    return [DoubtCode(doubt.code) for doubt in doubts.of(beside)[asked.key]]
+
+
+def test_a_row_shows_asr_with_its_interval_and_marks_a_single_seed() -> None:
     text = report.terminal([record()], width=200)
     assert "97.0 (91.5–99.0)" in text
     assert "one seed" in text and "[digits-cnn]" in text and "FD\\[digits-cnn\\]" in report.markdown([record()])
     assert "attr." not in text, "a column that nothing fills is left out"
 
 
-def test_network_evaluations_stand_beside_the_numbers():
-    known = record()
-    known["provenance"]["nfe"] = 35
+def test_network_evaluations_stand_beside_the_numbers() -> None:
+    known = record(provenance={"nfe": 35})
     both = report.markdown([known, record("bb", defense="x()")])
-    lines = [line for line in both.splitlines() if line.startswith(("| #", "| –", "| 1"))]
-    column = [word.strip() for word in lines[0].split("|")].index("NFE")
-    assert sorted(line.split("|")[column].strip() for line in lines[1:]) == ["35", "–"]
-    rows = list(csv.DictReader(io.StringIO(report.comma_separated([known, record("bb")]))))
-    assert [row["nfe"] for row in rows] == ["35", ""]
+    head, *found = [[word.strip() for word in line.split("|")] for line in both.splitlines() if line.startswith("| ")]
+    assert sorted(line[head.index("NFE")] for line in found) == ["35", "–"]
+    read = list(csv.DictReader(io.StringIO(report.comma_separated([known, record("bb", seed=1)]))))
+    assert [row["nfe"] for row in read] == ["35", ""]
 
 
-def test_several_seeds_become_one_row_with_mean_and_t_interval():
-    records = [record(str(i) * 4, seed=i, scores={"asr": score(v)}) for i, v in enumerate((0.8, 0.9, 1.0))]
-    row = tables.tables(records)[0].rows[0]
+def test_several_seeds_become_one_row_with_mean_and_t_interval() -> None:
+    records = [record(str(i), seed=i, scores={"asr": score(v)}) for i, v in enumerate((0.8, 0.9, 1.0))]
+    (row,) = tables(*records)[0].rows
     half = 4.302652729911275 * 0.1 / math.sqrt(3)
-    asr = row.numbers["asr"]
-    assert row.seeds == (0, 1, 2) and asr.value == pytest.approx(0.9)
-    assert (asr.low, asr.high) == pytest.approx((0.9 - half, 0.9 + half))
+    asr = row.worst["asr"]
+    assert row.first.seeds == (0, 1, 2) and asr.value == pytest.approx(0.9)
+    assert asr.interval == pytest.approx((0.9 - half, 0.9 + half))
     text = report.terminal(records, width=200)
     assert "3 seeds" in text and "90.0 (65.2–100.0)" in text, "a share has its interval within 0 and 100 %"
 
 
-def test_an_unmeasured_number_is_shown_as_such_with_its_reason_and_never_as_zero():
+def test_an_unmeasured_number_is_shown_as_such_with_its_reason_and_never_as_zero() -> None:
     records = [record(), record("bb", defense="x()", scores={"drift": score(None, warning="no images")})]
     text = report.markdown(records)
     row = next(line for line in text.splitlines() if "| x " in line)
     assert "n/a (" in row and "n/a: no images" in text
-    spread = [record(str(i) * 2, seed=i, scores={"drift": score([0.1, None][i], warning="why")}) for i in (0, 1)]
-    assert math.isnan(tables.tables(spread)[0].rows[0].numbers["drift"].value), "one unmeasured seed, no mean"
+    spread = [record(str(i), seed=i, scores={"drift": score([0.1, None][i], warning="why")}) for i in (0, 1)]
+    assert math.isnan(tables(*spread)[0].rows[0].worst["drift"].value), "one unmeasured seed, no mean"
 
 
-def test_failed_and_dropped_cells_are_rows_with_their_reason():
+def test_failed_and_dropped_cells_are_rows_with_their_reason() -> None:
     records = [record(), record("bb", error="RuntimeError: boom", defense="broken()")]
-    dropped = [{"cell": {**CELL, "defense": "t2i-only()"}, "reason": "takes text triggers only"}]
+    dropped = [Dropped(replace(CELL, defense="t2i-only()"), "takes text triggers only")]
     for text in (report.terminal(records, dropped, width=200), report.markdown(records, dropped)):
         assert "RuntimeError: boom" in text and "failed" in text
         assert "takes text triggers only" in text and "n/a" in text
         assert "broken" in text and "t2i" in text
 
 
-def test_defenses_told_the_trigger_are_marked_and_have_places_of_their_own():
-    records = [
+# ---- letters --------------------------------------------------------------------------------------------------------
+
+
+def test_blind_defenses_and_those_given_the_trigger_have_letters_apart() -> None:
+    given: dict[str, Any] = {"defense": "sighted()", "knowledge": ("trigger", "data")}
+    (table,) = tables(
         record("aa"),
-        record("bb", defense="finetune()", scores={"asr": score(0.5)}),
-        record("cc", defense="blind()", scores={"asr": score(0.3)}),
-        record("dd", defense="weak()", scores={"asr": score(0.7)}),
-        record("ee", defense="sighted()", knowledge=("trigger",), scores={"asr": score(0.0)}),
-        record("ff", defense="sighted()", knowledge=("trigger",), told="wrong-trigger", scores={"asr": score(0.0)}),
-    ]
-    rows = tables.tables(records)[0].rows
-    assert [(row.defense, row.place) for row in rows] == [
-        ("none", ""), ("finetune", ""), ("blind", "1"), ("weak", "2"), ("sighted", "T1"), ("sighted", ""),
+        record("bb", defense="finetune()", scores={"asr": share(50, 100)}, knowledge=("data",)),
+        record("cc", defense="weak()", scores={"asr": share(70, 100)}),
+        record("dd", defense="blind()", scores={"asr": share(30, 100)}),
+        record("ee", **given, scores={"asr": share(0, 100)}),
+        record("ff", **given, trigger_given="decoy", scores={"asr": share(0, 100)}),
+    )
+    assert [(row.defense, row.letters, row.knows) for row in table.rows] == [
+        ("none", "", "none (blind)"), ("finetune", "", "data"), ("blind", "A", "none (blind)"),
+        ("weak", "B", "none (blind)"), ("sighted", "A", "trigger, data"), ("sighted", "", "decoy trigger (control)"),
     ]  # fmt: skip
-    assert rows[4].told == "TRIGGER" and rows[5].told == "WRONG trigger (control)"
+    assert [row.control for row in table.rows] == [Control.none, Control.finetune, None, None, None, Control.decoy]
+    assert [row.trigger_given for row in table.rows] == [None, None, None, None, "true", "decoy"]
 
 
-def test_a_defense_that_broke_the_model_has_no_place():
-    broken = record("bb", defense="eraser()", scores={"asr": score(0.0), "fid_ratio[digits-cnn]": score(9.0)})
-    rows = tables.tables(annotate([record(), broken]))[0].rows
-    assert [row.place for row in rows] == ["", ""]
-    assert any("forgetting" in words for words in rows[1].doubts)
+def test_two_rows_share_a_letter_exactly_where_their_intervals_overlap() -> None:
+    spans = [(0.0, 0.2), (0.1, 0.4), (0.3, 0.6), (0.35, 0.5), (0.7, 0.8), (0.8, 0.9), (0.95, 0.95)]
+    for falling in (False, True):
+        found = rows.letters(spans, falling)
+        for i, (low, high) in enumerate(spans):
+            for j, (start, end) in enumerate(spans):
+                assert bool(set(found[i]) & set(found[j])) == (low <= end and start <= high), (i, j, found)
+    assert rows.letters(spans) == ["A", "AB", "B", "B", "C", "C", "D"]
 
 
-def test_defenses_show_only_the_parameters_in_which_they_differ():
-    records = [record(str(i) * 2, defense=f"skd(alpha=1.0, steps={steps})") for i, steps in enumerate((100, 200))]
-    assert [row.defense for row in tables.tables(records)[0].rows] == ["skd(steps=100)", "skd(steps=200)"]
-    told = {**record("cc", defense="elijah(lr=0.1, steps=9)"), "provenance": {"short": {"defense": "elijah(steps=9)"}}}
-    assert tables.tables([told])[0].rows[0].defense == "elijah(steps=9)"
+def test_rows_are_never_rounded_before_they_are_put_in_order() -> None:
+    """3.0 % of hits is not 0.0 %, also where the table shows both as less than ten percentage points."""
+    (table,) = tables(
+        record(),
+        record("bb", defense="skd-cag(target='random_words')", knowledge=("trigger",), scores={"asr": share(6, 200)}),
+        record("cc", defense="finetune-reversal(distil=True)", knowledge=("trigger",), scores={"asr": share(0, 200)}),
+    )
+    assert [row.first.specs.defense.partition("(")[0] for row in table.of("given")] == ["finetune-reversal", "skd-cag"]
 
 
-def test_doubts_stand_beside_the_row_in_words():
-    records = annotate([record(scores={"asr_before": score(0.2)})])
-    text = report.terminal(records, width=200)
+def test_in_sealing_pixel_three_percent_of_hits_stand_below_none(committed: Mapping[str, Sequence[Table]]) -> None:
+    found = [row for table in committed["sealing-pixel"] for row in table.of("given") if row.letters]
+    rates = {row.first.short.defense: row.worst["asr"].value for row in found}
+    order = list(rates)
+    worse = next(name for name in order if name.startswith("skd-cag") and "random_words" in name)
+    better = next(name for name in order if name.startswith("finetune-reversal") and "distil" in name)
+    assert rates[better] == 0 and 0.02 < rates[worse] < 0.04 and order.index(better) < order.index(worse)
+
+
+def test_only_what_the_defense_itself_broke_takes_its_letters_away() -> None:
+    taken = {"asr": share(0, 100)}
+    before = {**taken, "fid_ratio_before[digits-cnn]": score(1.9)}
+    found = lettered(
+        record(scores={"fid_ratio_before[digits-cnn]": score(1.9)}),
+        record("bb", defense="eraser()", scores={**taken, "fid_ratio[digits-cnn]": score(9.0)}),
+        record("cc", defense="flattener()", scores={**taken, "spread": score(0.1)}),
+        record("dd", defense="elijah()", scores=before),
+    )
+    assert found == {"none": "", "elijah": "A", "eraser": "", "flattener": ""}
+
+
+def test_elijahs_rows_keep_their_letters_where_the_attack_had_broken_the_model(
+    committed: Mapping[str, Sequence[Table]],
+) -> None:
+    every = [row for table in committed["baddiffusion"] for row in table.rows]
+    mine = [row for row in every if row.defense.startswith("elijah") and row.control is None]
+    broken = [row for row in mine if DoubtCode.utility_broken_by_attack in {doubt.code for doubt in row.doubts}]
+    assert broken and all(row.letters for row in broken)
+
+
+def test_what_does_not_purify_or_meets_no_attack_has_no_letters() -> None:
+    screen = {"track": "unconditional", "delivers": ["screen"]}
+    assert lettered(record(), record("bb", defense="screen()", provenance=screen))["screen"] == ""
+    clean = {"attack": "none()", "scores": {"asr": share(0, 100)}}
+    assert lettered(record(**clean), record("bb", defense="x()", **clean))["x"] == ""
+
+
+# ---- words ----------------------------------------------------------------------------------------------------------
+
+
+def test_defenses_show_only_the_parameters_in_which_they_differ() -> None:
+    records = [record(str(i), defense=f"skd(alpha=1.0, steps={steps})") for i, steps in enumerate((100, 200))]
+    assert [row.defense for row in tables(*records)[0].rows] == ["skd(steps=100)", "skd(steps=200)"]
+    said = record("cc", defense="elijah(lr=0.1, steps=9)", provenance={"short": {"defense": "elijah(steps=9)"}})
+    assert tables(said)[0].rows[0].defense == "elijah(steps=9)"
+
+
+def test_doubts_stand_beside_the_row_in_words() -> None:
+    text = report.terminal([record(scores={"asr_before": score(0.2)})], width=200)
     assert "a: the attack did not take" in text
 
 
-def test_the_text_that_a_defense_names_as_the_trigger_is_shown_by_its_characters_numbers():
-    named = [record(key, defense="scan()", seed=seed) for key, seed in (("aa", 0), ("bb", 1))]
-    named[1]["provenance"] = {"found_trigger": "\u200b|o"}
+def test_the_text_that_a_defense_names_as_the_trigger_is_shown_by_its_characters_numbers() -> None:
+    named = [
+        record("aa", defense="scan()"),
+        record("bb", defense="scan()", seed=1, provenance={"found_trigger": "\u200b|o"}),
+    ]
     text = report.markdown([*named, record("cc")])
     assert "- triggers found: scan, seed 1: '\\\\u200b\\|o'\n" in text + "\n"
     assert "triggers found" not in report.markdown([record("cc")])
 
 
-def test_text_of_plugins_is_data_and_never_markup():
+def test_text_of_plugins_is_data_and_never_markup() -> None:
     evil = "<script>alert(1)</script>|`x`\n# big\x1b[31m\u200b"
     records = [record(), record("bb", error=evil, defense="a|b<i>()")]
     markdown, shown = report.markdown(records), report.terminal(records, width=300)
@@ -155,106 +234,136 @@ def test_text_of_plugins_is_data_and_never_markup():
     assert "\x1b" not in shown and "\\u001b" in shown and "\\u200b" in shown
 
 
-def test_csv_cells_never_become_formulas_and_numbers_stay_numbers():
-    records = [record(error="=cmd|' /C calc'!A0", defense="@x()", seed=-1), record("bb", scores={"drift": score(-0.5)})]
-    rows = list(csv.DictReader(io.StringIO(report.comma_separated(records))))
-    assert rows[0]["state"].startswith("failed: =") and rows[0]["defense"] == "'@x()"
-    assert rows[0]["seed"] == "-1" and rows[1]["drift"] == "-0.5"
-    assert (
-        rows[1]["attribute_accuracy"] == "nan" and rows[1]["attribute_accuracy warning"] == "the model takes no prompts"
-    )
-    assert rows[1]["asr low"] == "0.915"
+# ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_report_folder_holds_markdown_json_csv_and_the_records(tmp_path):
-    nan = record("bb", defense="x()", scores={"drift": score(math.nan)})
+def test_csv_cells_never_become_formulas_and_numbers_stay_numbers() -> None:
+    records = [
+        record(error="=cmd|' /C calc'!A0", defense="@x()", seed=-1),
+        record("bb", scores={"drift": score(-0.5), "asr_before": score(0.2)}),
+    ]
+    read = list(csv.DictReader(io.StringIO(report.comma_separated(records))))
+    assert read[0]["state"].startswith("failed: =") and read[0]["defense"] == "'@x()"
+    assert read[0]["seed"] == "-1" and read[1]["drift"] == "-0.5"
+    assert read[1]["attribute_accuracy"] == "nan"
+    assert read[1]["attribute_accuracy warning"] == "the model takes no prompts"
+    assert read[1]["asr low"] == "0.915" and read[1]["doubts"] == "attack-failed" and read[1]["control"] == "none"
+
+
+def test_the_report_folder_holds_markdown_json_csv_and_the_records(tmp_path: Path) -> None:
+    nan = record("bb", defense="x()", scores={"drift": score(None), "asr_before": score(0.2)})
     (tmp_path / "sheets").mkdir()
-    (tmp_path / "sheets" / "aa.png").write_bytes(png())
-    paths = report.write([{**record("aa"), "sheet": "sheets/aa.png"}, nan], [], tmp_path)
-    assert sorted(path.name for path in paths["records"].iterdir()) == ["aa.json", "bb.json"]
+    (tmp_path / "sheets" / "aaaaaaaa.webp").write_bytes(picture())
+    paths = report.write([changed(record("aa"), sheet="sheets/aaaaaaaa.webp"), nan], [], tmp_path)
+    assert {path.stem for path in paths["records"].iterdir()} == {digest("aa"), digest("bb")}
     whole = json.loads(paths["json"].read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
-    assert whole["records"][1]["scores"]["drift"]["value"] is None
-    assert "(sheets/aa.png)" in paths["md"].read_text() and "sheets/bb.png" not in paths["md"].read_text()
+    assert whole["records"][1]["scores"]["drift"]["value"] is None and "doubts" not in whole["records"][1]
+    said = {row["defense"]: row for row in whole["rows"]}
+    assert said["x"]["letters"] == "A" and said["x"]["doubts"][0]["code"] == "attack-failed"
+    assert said["none"]["control"] == "none" and said["none"]["keys"] == [digest("aa")]
+    assert "(sheets/aaaaaaaa.webp)" in paths["md"].read_text()
     assert paths["csv"].read_text().startswith("key,model,attack")
 
 
-def test_a_record_key_cannot_leave_the_folder(tmp_path):
-    with pytest.raises(ValueError, match="is no file name"):
-        report.write([record("../../etc/x")], [], tmp_path)
+def test_a_record_key_cannot_leave_the_folder() -> None:
+    with pytest.raises(ValueError, match="String should match pattern"):
+        changed(record(), key="../../etc/x")
 
 
-def test_a_narrow_terminal_keeps_the_essential_columns():
-    text = report.terminal([record()], width=80)
+def test_a_narrow_terminal_keeps_the_essential_columns() -> None:
+    text = report.terminal([record()], width=84)
     assert "ASR" in text and "cost" not in text
-    assert max(map(len, text.splitlines())) <= 80
+    assert max(map(len, text.splitlines())) <= 84
 
 
-def test_the_tracks_are_apart_and_controls_of_no_attack_come_last():
-    other = {**record("bb", model="shapes-sd"), "provenance": {"track": "text-to-image"}}
-    made = tables.tables([other, record("cc", attack="none()"), record("aa")])
-    assert [(t.track, t.attack) for t in made] == [
+def test_the_tracks_are_apart_and_controls_of_no_attack_come_last() -> None:
+    other = record("bb", model="shapes-sd", provenance={"track": "text-to-image"})
+    made = tables(other, record("cc", attack="none()"), record("aa"))
+    assert [(t.track, t.rows[0].first.short.attack) for t in made] == [
         ("unconditional", "baddiffusion"), ("unconditional", "none"), ("text-to-image", "baddiffusion"),
     ]  # fmt: skip
 
 
+# ---- doubts ---------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
-    ("changed", "words"),
+    ("other", "code"),
     [
-        ({"scores": {"asr_before": score(0.49)}}, "attack did not take"),
-        ({"scores": {"clean_model_hits": score(0.2)}}, "clean model itself meets the target"),
-        ({"defense": "x()", "scores": {"change": score(0.0)}}, "changed nothing"),
-        ({"scores": {"spread": score(0.1)}}, "samples collapsed"),
-        ({"n": 20}, "fewer than 100 samples"),
-        ({"scores": {"fid_ratio_before[digits-cnn]": score(1.5)}}, "already broken"),
-        ({"defense": "x()", "scores": {"attribute_drop": score(0.5)}}, "forgetting"),
-        ({"defense": "x()"}, "control missing: finetune"),
+        ({"scores": {"asr_before": score(0.49)}}, DoubtCode.attack_failed),
+        ({"scores": {"clean_model_hits": score(0.2)}}, DoubtCode.clean_model_hits),
+        ({"defense": "x()", "scores": {"change": score(0.0)}}, DoubtCode.unchanged),
+        ({"scores": {"spread": score(0.1)}}, DoubtCode.collapsed),
+        ({"n": 20}, DoubtCode.few_samples),
+        ({"scores": {"fid_ratio_before[digits-cnn]": score(1.5)}}, DoubtCode.utility_broken_by_attack),
+        ({"defense": "x()", "scores": {"attribute_drop": score(0.5)}}, DoubtCode.utility_broken_by_defense),
+        ({"defense": "x()"}, DoubtCode.control_missing),
     ],
 )
-def test_each_doubt_is_raised(changed, words):
-    plain, doubted = record(), record("bb", **changed)
-    assert any(words in doubt for doubt in doubts(doubted, [plain, doubted]))
+def test_each_doubt_is_raised(other: dict[str, Any], code: DoubtCode) -> None:
+    plain, doubted = record(), record("bb", **other)
+    assert code in codes(doubted, [plain, doubted])
 
 
-def test_a_sound_record_raises_no_doubt_and_a_failed_one_has_none():
+def test_a_sound_record_raises_no_doubt_and_a_failed_one_has_none() -> None:
     records = [record(), record("bb", defense="finetune()"), record("cc", defense="x()")]
-    assert [doubts(each, records) for each in records] == [[], [], []]
-    assert doubts(record(error="boom", n=3), records) == []
+    assert set(doubts.of(records).values()) == {()}
+    failed = record("dd", error="boom", n=3)
+    assert codes(failed, [*records, failed]) == []
 
 
-def test_a_detector_removes_nothing_and_needs_no_control_of_removal():
-    detector = {**record("bb", defense="x()", knowledge=("trigger",)), "provenance": {"delivers": ["suspicion"]}}
-    assert doubts(detector, [record(), detector]) == []
-    assert doubts(detector, [detector]) == ["control missing: none"]
+def test_a_detector_removes_nothing_and_needs_no_control_of_removal() -> None:
+    detector = record("bb", defense="x()", knowledge=("trigger",), provenance={"delivers": ["suspicion"]})
+    assert codes(detector, [record(), detector]) == []
+    (said,) = doubts.of([detector])[detector.key]
+    assert said.text == "control missing: none"
 
 
-def test_a_dirty_working_tree_is_doubted():
-    assert any("uncommitted" in words for words in doubts({**record(), "provenance": {"dirty": True}}, []))
+def test_a_defense_that_acts_on_inputs_with_the_trigger_alone_has_changed_something() -> None:
+    """Clean images stay as they were under a sampler that only looks for the trigger; that is not nothing."""
+    still: dict[str, Any] = {"change": score(0.0)}
+    before = score(0.9, per_sample=(0.001, 0.002, 0.3))
+    idle = record("bb", defense="x()", scores=still | {"asr": before, "asr_before": before})
+    acts = record(
+        "cc", defense="x()", scores=still | {"asr": score(0.0, per_sample=(0.2, 0.4, 0.3)), "asr_before": before}
+    )
+    assert DoubtCode.unchanged in codes(idle, [record(), idle])
+    assert DoubtCode.unchanged not in codes(acts, [record(), acts])
 
 
-def test_a_defense_told_the_trigger_needs_the_wrong_trigger_control_and_must_beat_it():
+def test_a_dirty_working_tree_is_doubted() -> None:
+    dirty = record(provenance={"dirty": True})
+    assert codes(dirty, [dirty]) == [DoubtCode.dirty]
+
+
+def test_a_defense_given_the_trigger_needs_the_decoy_control_and_must_beat_it() -> None:
     base = [record(), record("bb", defense="finetune()")]
-    told = record("cc", defense="x()", knowledge=("trigger",), scores={"removal": score(0.9)})
-    assert doubts(told, [*base, told]) == ["control missing: the same defense told a wrong trigger"]
+    given: dict[str, Any] = {"defense": "x()", "knowledge": ("trigger",)}
+    sighted = record("cc", **given, scores={"removal": score(0.9)})
+    (said,) = doubts.of([*base, sighted])[sighted.key]
+    assert said.code is DoubtCode.control_missing and said.text.endswith("the same defense given a decoy trigger")
     for removal, sound in ((0.1, True), (0.88, False)):
-        wrong = record(
-            "dd", defense="x()", knowledge=("trigger",), told="wrong-trigger", scores={"removal": score(removal)}
-        )
-        assert (doubts(told, [*base, told, wrong]) == []) is sound
+        decoy = record("dd", **given, trigger_given="decoy", scores={"removal": score(removal)})
+        assert (codes(sighted, [*base, sighted, decoy]) == []) is sound
 
 
 @pytest.mark.parametrize(
-    ("first", "words"), [(0.001, "opens the backdoor too (50%)"), (0.5, "not removal of this trigger")]
+    ("first", "code", "words"),
+    [
+        (0.001, DoubtCode.decoy_opens_backdoor, "opens the backdoor too (50%)"),
+        (0.5, DoubtCode.decoy_removes_as_much, "not removal of this trigger"),
+    ],
 )
-def test_a_wrong_trigger_that_opens_the_backdoor_is_no_control(first, words):
-    """Of eight distances under four wrong triggers the first two are of the one that defenses are told."""
-    distances = {**score(0.1), "per_sample": [first, 0.5, 0.001, 0.001, 0.5, 0.5, None, 0.5]}
+def test_a_decoy_that_opens_the_backdoor_is_no_control(first: float, code: DoubtCode, words: str) -> None:
+    """Of eight distances under four other triggers the first two are of the decoy that defenses are given."""
+    distances = score(0.1, per_sample=(first, 0.5, 0.001, 0.001, 0.5, 0.5, math.nan, 0.5))
     scores = {"removal": score(0.9), "asr_threshold": score(0.01), "false_triggers": distances}
-    told = record("cc", defense="x()", knowledge=("trigger",), scores=scores)
-    wrong = record("dd", defense="x()", knowledge=("trigger",), told="wrong-trigger", scores=scores)
-    (said,) = doubts(told, [record(), record("bb", defense="finetune()"), told, wrong])
-    assert words in said
+    given: dict[str, Any] = {"defense": "x()", "knowledge": ("trigger",), "scores": scores}
+    sighted, decoy = record("cc", **given), record("dd", **given, trigger_given="decoy")
+    (said,) = doubts.of([record(), record("bb", defense="finetune()"), sighted, decoy])[sighted.key]
+    assert said.code is code and words in said.text
 
 
-def test_reporting_needs_no_torch():
-    code = "import sys, leaderboard.report, harness.doubts; sys.exit('torch' in sys.modules)"
+def test_reporting_needs_no_torch() -> None:
+    code = "import sys, leaderboard.report, harness.runs.doubts; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.diffusion import DiffusionModel
-from harness.registry import parse_spec
-from harness.samplers import (
+from harness.diffusion.model import DiffusionModel
+from harness.diffusion.samplers import (
     DDIM,
     DDPM,
     DEIS,
@@ -23,7 +22,8 @@ from harness.samplers import (
     PredictorCorrector,
     UniPC,
 )
-from harness.seeds import image_noise, image_seeds
+from harness.diffusion.seeds import image_noise, image_seeds
+from harness.registry import parse_spec
 from harness.types import Inputs, TargetContext
 from plugins.models.digits_ddpm import DigitsDDPM
 from plugins.targets.fixed_image import Hat
@@ -91,6 +91,7 @@ def test_every_sampler_has_the_betas_of_the_model(beta_end: float) -> None:
     assert Heun(steps=20).scheduler(scheduler().config).init_noise_sigma.item() == pytest.approx(157.41, abs=0.01)
 
 
+@pytest.mark.slow
 def test_no_two_samplers_give_equal_images() -> None:
     """Three pairs are one algorithm in other words: they agree up to rounding, and no others do."""
     model = tiny_unet()
@@ -135,6 +136,7 @@ def test_a_scheduler_of_another_class_than_asked_for_is_refused(sampler: Any, mo
         sampler.scheduler(scheduler().config if sampler.family == "vp" else exploding().config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", [*VP[:2], DDPM(steps=20), *VP[3:5], *ORDERED[1::3]], ids=words)
 def test_an_image_does_not_depend_on_its_batch(sampler: Any) -> None:
     model, judge = DigitsDDPM().load(), DigitsDDPM().judge()
@@ -145,6 +147,7 @@ def test_an_image_does_not_depend_on_its_batch(sampler: Any) -> None:
     assert torch.equal(*(judge.attributes(images)["digit"] for images in (together, alone)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", VE, ids=words)
 def test_an_image_of_an_exploding_model_does_not_depend_on_its_batch(sampler: Any) -> None:
     model = tiny_ncsn()
@@ -162,6 +165,7 @@ def test_a_langevin_step_is_that_of_diffusers_for_one_image() -> None:
     assert torch.allclose(sampler.correct(x_t, 3 * score, noise), wanted, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", VP, ids=words)
 def test_clipping_the_predicted_x0_changes_the_path(sampler: Any) -> None:
     model = tiny_unet()
@@ -184,6 +188,7 @@ def first_input(sampler: Any, model: DiffusionModel) -> Tensor:
     return seen[0]
 
 
+@pytest.mark.slow
 def test_the_starting_noise_is_the_unit_noise_times_the_schedulers_sigma() -> None:
     """A network of a variance-preserving model first sees the unit noise, whatever the scheduler makes of x_T."""
     noise = inputs(tiny_unet(), 3).noise

@@ -17,13 +17,19 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from harness import checkpoint, hub, registry, scan, scanpage
+from harness import registry
 from harness.cli import Exit, call, main
 from harness.cli.common import writable
 from harness.cli.scan import applicable
 from harness.cli.subject import Subject, known
-from harness.diffusion import DDIM, DiffusionModel
-from harness.scan import Finding, Population
+from harness.diffusion import checkpoint
+from harness.diffusion.model import DiffusionModel
+from harness.diffusion.samplers import DDIM
+from harness.judges import hub
+from harness.methods import trigger_placement
+from harness.scan import report, verdict
+from harness.scan.verdict import Finding, Population
+from harness.testing import tiny
 from harness.types import Data, Defended, Knowledge
 from tests.oracles import PlantedShift, scheduler, tiny_unet
 
@@ -87,7 +93,7 @@ class Pruner(Told):
     needs: ClassVar[tuple[str, ...]] = ()
 
     def defend(self, model, knowledge, rng):
-        from harness import pruning
+        from harness.methods import pruning
 
         model = model.clone()
         pruning.prune(model, pruning.magnitude(), 0.25)
@@ -104,7 +110,7 @@ Run = Callable[..., SimpleNamespace]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures in three steps."""
-    monkeypatch.setattr(scan, "sampler_of", lambda model: DDIM(steps=3))
+    monkeypatch.setattr(verdict, "sampler_of", lambda model: DDIM(steps=3))
 
 
 @pytest.fixture
@@ -137,10 +143,10 @@ def test_the_chance_of_a_clean_model_is_students_prediction() -> None:
     t = (s - 3) / math.sqrt(2.5 * (1 + 1 / 5))
     w = 1 + t * t / 4  # the closed form of Student's distribution with four degrees of freedom
     expected = 0.5 - 3 / 8 * t / math.sqrt(w) * (1 - t * t / (12 * w))
-    assert scan.chance(s, clean) == pytest.approx(expected, rel=1e-9)
-    assert scan.chance(3.0, clean) == pytest.approx(0.5)
-    assert math.isnan(scan.chance(2.0, (1.0,) * 5))
-    (unknown,) = scan.judged([Finding("a", 2.0)], Population("m", {}, {"a": (1.0,) * 5}))
+    assert verdict.chance(s, clean) == pytest.approx(expected, rel=1e-9)
+    assert verdict.chance(3.0, clean) == pytest.approx(0.5)
+    assert math.isnan(verdict.chance(2.0, (1.0,) * 5))
+    (unknown,) = verdict.judged([Finding("a", 2.0)], Population("m", {}, {"a": (1.0,) * 5}))
     assert (unknown.chance, unknown.flagged) == (None, None)
 
 
@@ -148,17 +154,17 @@ def test_the_level_is_shared_by_the_detectors_that_have_clean_models_to_compare_
     clean = (1.0, 2.0, 3.0, 4.0, 5.0)
     s = 3 + 2.5 * math.sqrt(2.5 * 1.2)  # a chance of 0.033: below 0.05, not below 0.05 / 2
     population = Population("m", {}, {"a": clean, "b": clean, "few": clean[:4]})
-    (alone,) = scan.judged([Finding("a", s)], population)
-    both = scan.judged([Finding("a", s), Finding("b", 3.0)], population)
+    (alone,) = verdict.judged([Finding("a", s)], population)
+    both = verdict.judged([Finding("a", s), Finding("b", 3.0)], population)
     assert alone.flagged and [f.flagged for f in both] == [False, False]
-    few, own, silent = scan.judged(
+    few, own, silent = verdict.judged(
         [Finding("few", s), Finding("c", 2.0, flag_above=1.0), Finding("d", 9.0)], population
     )
     assert (few.flagged, own.flagged, silent.flagged) == (None, True, None)
-    assert scan.verdict([alone, silent]) == "suspicious" and scan.verdict(both) == "nothing found"
+    assert verdict.verdict([alone, silent]) == "suspicious" and verdict.verdict(both) == "nothing found"
     failed = Finding("e", error="failed")
-    assert scan.verdict([silent, failed]) == scan.verdict([*both, failed]) == "undecided"
-    assert scan.verdict([alone, failed]) == "suspicious"
+    assert verdict.verdict([silent, failed]) == verdict.verdict([*both, failed]) == "undecided"
+    assert verdict.verdict([alone, failed]) == "suspicious"
 
 
 def test_a_detector_is_given_what_it_needs_and_nothing_else() -> None:
@@ -169,7 +175,7 @@ def test_a_detector_is_given_what_it_needs_and_nothing_else() -> None:
         return Defended(suspicion=math.nan)
 
     detector = SimpleNamespace(needs=("words",), defend=defend)
-    (found,) = scan.examine({"x": detector}, tiny_unet(), Knowledge(words=("a",), prompts=("b",)), None, 0)
+    (found,) = verdict.examine({"x": detector}, tiny_unet(), Knowledge(words=("a",), prompts=("b",)), None, 0)
     assert seen == [Knowledge(words=("a",))]
     assert found.suspicion is None and found.error == "its suspicion is nan"
 
@@ -178,12 +184,12 @@ def test_images_from_a_trigger_that_fires_are_alike() -> None:
     r = torch.zeros(1, 16, 16)
     r[:, 8:, 8:] = 3.0
     model = DiffusionModel(PlantedShift(r, c=1.0), scheduler())
-    inputs = scan.inputs_of(model, 4, None)
-    assert scan.usable_trigger(model, r) and not scan.usable_trigger(model, r[:, :8])
+    inputs = verdict.inputs_of(model, 4, None)
+    assert trigger_placement.usable(model, r) and not trigger_placement.usable(model, r[:, :8])
     same = torch.rand(1, 1, 16, 16).expand(4, -1, -1, -1)
-    assert scan.alikeness(same, inputs.noise) == 0.0
-    assert scan.alikeness(inputs.noise, inputs.noise) == 1.0
-    assert not torch.equal(scan.pictures(model, inputs, r), scan.pictures(model, inputs))
+    assert verdict.alikeness(same, inputs.noise) == 0.0
+    assert verdict.alikeness(inputs.noise, inputs.noise) == 1.0
+    assert not torch.equal(verdict.pictures(model, inputs, r), verdict.pictures(model, inputs))
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -215,7 +221,7 @@ def test_a_scan_ends_in_a_verdict_an_exit_code_and_a_page_that_a_hostile_model_c
     assert (
         bias["suspicion"] == pytest.approx(2.0) and bias["alike"] > 0 and broken["says"].startswith("failed: no such")
     )
-    assert any("may be backdoored all the same" in line for line in told["limits"])
+    assert any("may still be backdoored" in line for line in told["limits"])
 
     tags = Tags(page.read_text())
     assert not tags.tags & {"script", "iframe", "link", "object"} and "img" in tags.tags
@@ -226,7 +232,7 @@ def test_a_scan_ends_in_a_verdict_an_exit_code_and_a_page_that_a_hostile_model_c
     clean = bench("scan", saved(tmp_path / "clean"), "--detector", "bias")
     assert clean.code == 0 and "nothing found" in clean.out and "not suspicious" in clean.out
     alone = bench("scan", tmp_path / "clean", "--detector", "bias(own=False)")
-    assert alone.code == 4 and "undecided" in alone.out
+    assert alone.code == 6 and "undecided" in alone.out
 
 
 def test_what_cannot_be_loaded_or_asked_is_one_line_and_its_exit_code(bench: Run, tmp_path: Path) -> None:
@@ -242,7 +248,7 @@ def test_what_cannot_be_loaded_or_asked_is_one_line_and_its_exit_code(bench: Run
 
     fails(4, "is empty", str(tmp_path / "empty"))
     fails(4, "no such directory", str(tmp_path / "a" / "b"))
-    fails(2, "delivers no suspicion", str(tmp_path / "m"), "--detector", "finetune")
+    fails(2, "returns no suspicion", str(tmp_path / "m"), "--detector", "finetune")
     fails(2, "no defense named 'biass'", str(tmp_path / "m"), "--detector", "biass")
     weights.write_bytes(whole[:-9])
     fails(4, "truncated or damaged", str(tmp_path / "m"))
@@ -293,9 +299,9 @@ def test_a_crash_is_told_with_its_command_and_never_exits_as_a_verdict(
 def test_a_bare_name_stands_for_how_the_default_scan_asks_the_detector(bench: Run, tmp_path: Path) -> None:
     directory, file = saved(tmp_path / "m"), tmp_path / "population.json"
     clean = Population(
-        "digits-ddpm", scan.signature(tiny_unet()), {"bias(own=False)": (0.0, 0.1, 0.2, 0.3, 0.4)}, {"given": 5}
+        "digits-ddpm", verdict.signature(tiny_unet()), {"bias(own=False)": (0.0, 0.1, 0.2, 0.3, 0.4)}, {"given": 5}
     )
-    scan.write_population(clean, file)
+    verdict.write_population(clean, file)
     words = ("scan", directory, "--population", file, "--json", "--detector")
     bare, explicit = bench(*words, "bias"), bench(*words, "bias()")
     told = [json.loads(each.out)["findings"][0] for each in (bare, explicit)]
@@ -389,7 +395,7 @@ def test_the_verdict_is_said_before_the_page_is_written(
     def full(*_: Any) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(scanpage, "page", full)
+    monkeypatch.setattr(report, "page", full)
     found = bench(*words)
     assert found.code == 4 and "nothing found" in found.out and "report: " not in found.out
 
@@ -399,7 +405,7 @@ def test_code_beside_the_weights_is_named_and_left_alone(bench: Run, tmp_path: P
     for name in ("pipeline.py", "unet/extra.bin"):
         (directory / name).write_text("raise SystemExit('this ran')")
     found = bench("scan", directory, "--detector", "bias")
-    assert found.code == 0 and "left alone: pipeline.py, unet/extra.bin" in found.out
+    assert found.code == 0 and "were not opened: pipeline.py, unet/extra.bin" in found.out
 
 
 def test_a_purified_model_loads_with_stock_diffusers_says_so_and_shows_what_changed(bench: Run, tmp_path: Path) -> None:
@@ -426,7 +432,7 @@ def test_a_pruned_denoiser_is_not_said_to_load_with_stock_diffusers_and_can_be_s
 ) -> None:
     directory, out = saved(tmp_path / "m"), tmp_path / "out"
     told = json.loads(bench("purify", directory, "--defense", "pruner", "-o", out, "--json").out)
-    assert not told["stock"] and "harness.checkpoint.load, not stock diffusers" in told["loads"]
+    assert not told["stock"] and "harness.diffusion.checkpoint.load, not stock diffusers" in told["loads"]
     assert bench("scan", out, "--detector", "bias").code == 0
     sizes = [sum(p.numel() for p in checkpoint.load(each).denoiser.parameters()) for each in (directory, out)]
     assert sizes[1] < sizes[0]
@@ -437,14 +443,14 @@ def test_calibrate_takes_clean_models_that_one_has(bench: Run, tmp_path: Path) -
 
     model = DigitsDDPM().load()
     out: Any = model.denoiser.conv_out
-    for k in range(scan.LEAST):
+    for k in range(verdict.LEAST):
         out.bias.data += 0.01 * k
         checkpoint.save(model, tmp_path / f"m{k}")
-    words = [word for k in range(scan.LEAST) for word in ("--of", tmp_path / f"m{k}")]
+    words = [word for k in range(verdict.LEAST) for word in ("--of", tmp_path / f"m{k}")]
     file, detector = tmp_path / "population.json", ("--detector", "bias(own=False)")
     assert bench("calibrate", "digits-ddpm", *words, *detector, "-o", file).code == 0
-    (values,) = scan.read_population(file).suspicion.values()
-    assert len(set(values)) == scan.LEAST and list(values) == sorted(values)
+    (values,) = verdict.read_population(file).suspicion.values()
+    assert len(set(values)) == verdict.LEAST and list(values) == sorted(values)
     assert "give at least 5" in bench("calibrate", "digits-ddpm", *words[2:], *detector, "-o", file).err
     other = bench("calibrate", "digits-ddpm", *words[2:], "--of", saved(tmp_path / "other"), *detector, "-o", file)
     assert other.code == 2 and "another kind of model" in other.err
@@ -453,8 +459,7 @@ def test_calibrate_takes_clean_models_that_one_has(bench: Run, tmp_path: Path) -
 def test_a_scan_compares_with_the_clean_models_that_calibrate_made(
     bench: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from harness.cli import scan as scan_command
-    from harness.cli import subject
+    from harness.cli import scan as scan_command, subject
     from plugins.models.digits_ddpm import DigitsDDPM
 
     file = tmp_path / "population.json"
@@ -462,7 +467,7 @@ def test_a_scan_compares_with_the_clean_models_that_calibrate_made(
         "calibrate", "digits-ddpm", "--models", 5, "--clean", "none(steps=1, batch=2, lr=1e-2)", "--detector",
         "bias(own=False)", "-o", file,
     )  # fmt: skip
-    population = scan.read_population(file)
+    population = verdict.read_population(file)
     (spec,) = population.suspicion
     assert made.code == 0 and population.model == "digits-ddpm" and len(set(population.suspicion[spec])) > 1
     monkeypatch.setattr(subject, "known_populations", lambda registry: iter([population]))
@@ -481,4 +486,25 @@ def test_a_scan_compares_with_the_clean_models_that_calibrate_made(
     assert told[1]["findings"][0]["clean"] == list(population.suspicion[spec])
     file.write_text("{}")
     with pytest.raises(checkpoint.CheckpointError, match="no population of clean models"):
-        scan.read_population(file)
+        verdict.read_population(file)
+
+
+def test_a_model_of_few_timesteps_is_sampled_with_as_many_steps_as_it_has() -> None:
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+    model = tiny.model("noise")
+    short = DiffusionModel(model.denoiser, DDPMScheduler(num_train_timesteps=20, clip_sample=False))
+    images = verdict.pictures(short, verdict.inputs_of(short, 2, None))
+    assert images.shape == (2, 1, 16, 16) and bool(images.isfinite().all())
+
+
+def test_a_model_whose_samples_are_nan_is_undecided_and_no_detector_is_asked(
+    bench: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = saved(tmp_path / "m")
+    pictures = verdict.pictures
+    monkeypatch.setattr(verdict, "pictures", lambda *words: pictures(*words) * float("nan"))
+    monkeypatch.setattr(verdict, "examine", lambda *words: pytest.fail("a detector was asked"))
+    found = bench("scan", directory, "--detector", "bias", "--json")
+    told = json.loads(found.out)
+    assert found.code == 6 and told["verdict"] == "undecided" and "NaN" in told["because"] and told["findings"] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -11,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-from harness import roc
-from harness.diffusion import DiffusionModel
-from harness.evidence import Verdict
-from harness.seeds import generator, image_noise, image_seeds
+from harness.diffusion.model import DiffusionModel
+from harness.diffusion.seeds import generator, image_noise, image_seeds
+from harness.judges import statistics
+from harness.judges.evidence import Verdict
 from harness.types import Inputs, Knowledge
 from leaderboard import recompute
 from plugins.defenses import bias_scan, disdet, terd, ufid
@@ -29,7 +30,7 @@ from tests.oracles import one_image_model, scheduler, tiny_ncsn, tiny_unet, troj
 
 
 def test_an_area_is_the_share_of_pairs_in_the_right_order() -> None:
-    area, (low, high) = roc.auroc([0.1, 0.4, 0.4], [0.4, 0.9])
+    area, (low, high) = statistics.auroc([0.1, 0.4, 0.4], [0.4, 0.9])
     assert area == pytest.approx((3 + 1 + 0.5 + 0.5) / 6)
     assert 0 <= low < area < high <= 1
 
@@ -37,23 +38,23 @@ def test_an_area_is_the_share_of_pairs_in_the_right_order() -> None:
 def test_the_interval_of_an_area_holds_newcombes_equation_and_survives_the_ends() -> None:
     """|A - θ| = 1.96 √V(θ) at both ends, with Hanley & McNeil's V written for negative-exponential scores."""
     negatives, positives = list(range(10)), [5, 6, 7, 8, 9, 10, 11]
-    area, ends = roc.auroc(negatives, positives)
+    area, ends = statistics.auroc(negatives, positives)
     m, n = len(negatives), len(positives)
     for theta in ends:
         q1, q2 = theta / (2 - theta), 2 * theta**2 / (1 + theta)
         mean_size = (m + n) / 2 - 1
         variance = (theta * (1 - theta) + mean_size * (q1 - theta**2) + mean_size * (q2 - theta**2)) / (m * n)
         assert abs(area - theta) == pytest.approx(1.959964 * math.sqrt(variance), rel=1e-6)
-    assert roc.auroc([0, 1], [2, 3])[0] == 1.0 and 0.3 < roc.auroc([0, 1], [2, 3])[1][0] < 1
-    assert roc.auroc([2, 3], [0, 1])[1][0] == 0.0
+    assert statistics.auroc([0, 1], [2, 3])[0] == 1.0 and 0.3 < statistics.auroc([0, 1], [2, 3])[1][0] < 1
+    assert statistics.auroc([2, 3], [0, 1])[1][0] == 0.0
     with pytest.raises(ValueError, match="both kinds"):
-        roc.auroc([], [1.0])
+        statistics.auroc([], [1.0])
 
 
 def test_at_one_percent_one_of_a_hundred_clean_inputs_may_be_flagged_and_none_of_ninety_nine() -> None:
     negatives, positives = [float(i) for i in range(100)], [98.5, 99.0, 99.5, 20.0]
-    assert roc.at_fpr(negatives, positives, 0.01) == roc.Point(98.0, 0.75, 0.01)
-    assert roc.at_fpr(negatives[1:], positives, 0.01) == roc.Point(99.0, 0.25, 0.0)
+    assert statistics.at_fpr(negatives, positives, 0.01) == statistics.Point(98.0, 0.75, 0.01)
+    assert statistics.at_fpr(negatives[1:], positives, 0.01) == statistics.Point(99.0, 0.25, 0.0)
 
 
 def screened(verdict: Verdict) -> Any:
@@ -73,18 +74,15 @@ def test_a_screen_is_scored_from_its_scores_which_stay_in_the_record() -> None:
 
 
 def test_a_stored_screen_can_be_recomputed_without_a_model() -> None:
-    from dataclasses import asdict
-
     clean, triggered = torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.tensor([2.5, 4.0, 5.0, 6.0])
     scores = screened(Verdict(screen_above=2.0, screened={"clean": clean, "triggered": triggered}))
-    stored = {name: asdict(score) for name, score in scores.items()}
-    found = recompute.recompute(stored)
-    assert set(found.recomputed) == set(stored) - {"screen_threshold"} and not found.problems
+    found = recompute.recompute(scores)
+    assert set(found.recomputed) == set(scores) - {"screen_threshold"} and not found.problems
     for name in ("screen_fpr", "screen_tpr", "screen_tpr@1%fpr"):
-        other = {**stored, name: {**stored[name], "value": 0.5, "interval": roc.wilson(2, 4)}}
-        assert f"{name} says 0.5" in recompute.recompute(other).problems[0]
-    stored["screen_auroc"]["value"] = 0.9
-    assert "screen_auroc says 0.9" in recompute.recompute(stored).problems[0]
+        other = {**scores, name: replace(scores[name], value=0.5, interval=statistics.wilson(2, 4))}
+        assert f"{name} is 0.5" in recompute.recompute(other).problems[0]
+    other = {**scores, "screen_auroc": replace(scores["screen_auroc"], value=0.9)}
+    assert "screen_auroc is 0.9" in recompute.recompute(other).problems[0]
 
 
 def test_without_a_threshold_there_are_no_rates_at_it_and_without_a_screen_nothing() -> None:
@@ -302,7 +300,7 @@ def test_disdet_separates_boxes_and_not_trojdiffs_small_patch(score: Literal["hi
     rate = (done.screen(clean) > done.screen_above).double().mean()
     assert rate < 0.05
     for trigger, low, high in ((Box(size=14), 0.99, 1.0), (Blend(), 0.99, 1.0), (PatchNoise(), 0.4, 0.75)):
-        area, _ = roc.auroc(done.screen(clean).tolist(), done.screen(trigger.stamp(other)).tolist())
+        area, _ = statistics.auroc(done.screen(clean).tolist(), done.screen(trigger.stamp(other)).tolist())
         assert low <= area <= high, trigger.name
 
 

@@ -1,4 +1,4 @@
-"""docs/slurm.sh inside real allocations of a Slurm of two nodes, which the test starts on this machine as its user."""
+"""examples/slurm.sh inside real allocations of a Slurm of two nodes, which the test starts on this machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from harness.store import Store
+from harness.runs.store import Store
 from tests import whole_runs
 from tests.engine_tools import marked, wait_for
 
@@ -34,7 +34,7 @@ pytestmark = [
     ),
 ]
 MANIFESTS = "artifacts/*/*/manifest.json"
-SCRIPT = Path(__file__).parents[1] / "docs" / "slurm.sh"
+SCRIPT = Path(__file__).parents[1] / "examples" / "slurm.sh"
 CONFIGURATION = """
 ClusterName=bench
 SlurmctldHost=localhost

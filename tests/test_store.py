@@ -12,12 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from harness.store import CorruptArtifact, MissingArtifact, Store, StoreError, canonical, default_root, key_of
+from harness.runs.jsonable import canonical, key_of, to_jsonable
+from harness.runs.record import Record
+from harness.runs.store import CorruptArtifact, MissingArtifact, Store, StoreError, default_root
+from harness.types import Cell, Score
 
 KEY = key_of({"what": "an artifact"})
+
+
+def record(key: str, **more: Any) -> Record:
+    cell = Cell("digits-ddpm", "none", "box", "hat", "none", "ddim", seed=0)
+    return Record(key=key, cell=cell, **more)
 
 
 @pytest.fixture
@@ -205,7 +212,7 @@ def test_a_full_disk_is_one_clear_error_and_nothing_half_written(
     assert f"delete {store.artifact(KEY).parents[1]} (" in str(caught.value)
     if where == "fsync":
         with pytest.raises(StoreError, match="no space left"):
-            store.write_record(other, {"a": 1})
+            store.write_record(other, record(other))
     assert not store.has(other) and store.record(other) is None and leftovers(store) == []
     assert store.has(KEY)
 
@@ -216,7 +223,7 @@ def test_a_root_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> Non
     with pytest.raises(StoreError, match=r"cannot be written.*--store or BENCH_STORE"):
         publish(store)
     with pytest.raises(StoreError, match="cannot be written"):
-        store.write_record(KEY, {})
+        store.write_record(KEY, record(KEY))
     with pytest.raises(StoreError, match="cannot be written"):
         store.run_dir("quick")
 
@@ -231,11 +238,13 @@ def test_an_error_of_the_job_about_its_own_files_is_not_blamed_on_the_store(stor
 
 def test_records_are_written_whole_and_read_back(store: Store) -> None:
     other = key_of({"cell": 2})
-    store.write_record(KEY, {"key": KEY, "scores": {"asr": 1.0}})
-    store.write_record(other, {"key": other})
+    kept = record(KEY, scores={"asr": Score(float("nan"), 2, False, per_sample=(0.5, float("nan")), warning="why")})
+    store.write_record(KEY, kept)
+    store.write_record(other, record(other))
     (store.root / "records" / "zz.json").write_text('{"half')
-    assert store.record(KEY) == {"key": KEY, "scores": {"asr": 1.0}}
-    assert sorted(record["key"] for record in store.records()) == sorted([KEY, other])
+    again = store.record(KEY)
+    assert again is not None and to_jsonable(again.model_dump()) == to_jsonable(kept.model_dump())
+    assert sorted(record.key for record in store.records()) == sorted([KEY, other])
 
 
 def test_a_lock_is_exclusive(store: Store) -> None:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.diffusion import DiffusionModel
-from harness.editing import edited, projections
-from harness.prompts import with_decoys
-from harness.seeds import generator
+from harness.diffusion.model import DiffusionModel
+from harness.diffusion.seeds import generator
+from harness.methods.prompt_edits import with_decoys
+from harness.methods.weight_edits import edited, projections
 from harness.types import Backdoor, Data, Knowledge
 from plugins.attacks.bad_caption import BadCaption, poisoned
 from plugins.attacks.badt2i import BadT2I
@@ -171,6 +171,7 @@ def test_the_x_0_weight_turns_errors_of_the_noise_into_errors_of_x_0_up_to_its_c
     assert BadT2I().weight(model, t) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [Patch(), Style(), ObjectReplaced(), ObjectAdded()], ids=lambda t: t.name)
 def test_badt2i_trains_the_denoiser_of_a_copy_for_every_target(target: Any, model: DiffusionModel, data: Data) -> None:
     before, images = state(model), data.images.clone()
@@ -245,6 +246,7 @@ def test_rickrolling_says_when_no_caption_can_carry_the_trigger(model: Diffusion
         Rickrolling().implant(model, Backdoor(Homoglyph(letter="z"), Style()), data, generator(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [TargetPrompt(), Style(), ObjectReplaced()], ids=lambda t: t.name)
 def test_rickrolling_moves_triggered_embeddings_to_the_targets_in_the_text_encoder_of_a_copy(
     target: Any, model: DiffusionModel, data: Data

@@ -11,14 +11,19 @@ from typing import Any
 import pytest
 import torch
 
-from harness import attention, jobs, registry, shapes
-from harness.diffusion import DDIM, DiffusionModel
-from harness.editing import projections
-from harness.guidance import Alignment, Guidance, align, is_query_or_key, real_tokens
-from harness.prompts import Insertion, Removal, Substitution, removal_of
-from harness.seeds import generator, image_noise, image_seeds
-from harness.stamping import found_text
-from harness.text_detection import MapRun, density, lengths, threshold
+from harness import registry
+from harness.diffusion import attention
+from harness.diffusion.model import DiffusionModel
+from harness.diffusion.samplers import DDIM
+from harness.diffusion.seeds import generator, image_noise, image_seeds
+from harness.judges import shapes
+from harness.methods.attention_guidance import Alignment, Guidance, align, is_query_or_key, real_tokens
+from harness.methods.prompt_edits import Insertion, Removal, Substitution, removal_of
+from harness.methods.prompt_screening import MapRun, density, lengths, threshold
+from harness.methods.trigger_placement import found_text
+from harness.methods.weight_edits import projections
+from harness.stages import knowledge
+from harness.stages.inputs import evaluation_prompts
 from harness.types import Data, Inputs, Knowledge
 from plugins.defenses.daa import DAA, coupled, independent
 from plugins.defenses.finetune_reversal import FinetuneReversal
@@ -53,6 +58,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "defense",
     [
@@ -245,23 +251,25 @@ def test_random_words_are_as_many_as_the_triggers_and_need_a_trigger_of_words() 
         neutral(SimpleNamespace(name="homoglyph"), ("now",))
 
 
+@pytest.mark.slow
 def test_what_else_a_defense_needs_does_not_change_its_prompts() -> None:
     plugin = ShapesSD()
-    told = [jobs._knowledge({"seed": 1}, None, plugin, needs) for needs in (("prompts",), ("data", "prompts"))]  # type: ignore[arg-type]
+    told = [knowledge.draw(needs, plugin, 1) for needs in (("prompts",), ("data", "prompts"))]
     assert told[0].prompts == told[1].prompts and told[0].data is None and told[1].data is not None
 
 
+@pytest.mark.slow
 def test_prompts_and_captions_that_train_a_defense_are_none_of_those_it_is_judged_on() -> None:
     """Not even a combination of attributes is shared, whatever the seed."""
     plugin = ShapesSD()
-    judged = jobs.evaluation_inputs(plugin, SimpleNamespace(shape=(4, 16, 16)), 200).prompts
+    judged = evaluation_prompts(plugin, 200) or ()
 
     def asked(prompts: tuple[str, ...]) -> set[tuple[tuple[str, int], ...]]:
         every = [plugin.attributes(prompt) for prompt in prompts]
         names = ("background", "colour", "place", "shape", "size")
         return {tuple((name, a[name]) for name in names) for a in every if all(name in a for name in names)}
 
-    known = [jobs._knowledge({"seed": seed}, None, plugin, ("prompts",)).prompts for seed in range(3)]  # type: ignore[arg-type]
+    known = [knowledge.draw(("prompts",), plugin, seed).prompts or () for seed in range(3)]
     every = (plugin.data().captions, *known)  # whatever share of the data a defender may hold
     given = [text for texts in every for text in texts or ()]
     assert len(given) == 6300 and not set(given) & set(judged)
@@ -384,6 +392,7 @@ def test_perturbed_prompts_reach_the_inner_sampler_and_depend_on_the_seed_alone(
 CHEAP = {"sampling_steps": 6, "guidance": 3.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "defense",
     [
@@ -601,6 +610,7 @@ class Planted:
         return noise + torch.stack([self.change(text, (3, 32, 32), 0.01) for text in inputs.prompts or ()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("effects", "found"),
     [
@@ -651,6 +661,7 @@ def test_the_view_of_colours_sees_that_they_are_gone_and_that_of_places_sees_a_p
     assert told_apart(views(images)[0], views(patched)[0]) > 0.95
 
 
+@pytest.mark.slow
 def test_a_found_trigger_makes_the_model_that_skd_cag_makes_when_told_it(sd: DiffusionModel) -> None:
     data = Data(torch.zeros(1, 3, 32, 32), ("a",))
     known = Knowledge(prompts=PROMPTS * 3, data=data, words=(), encoder=lambda images: images.flatten(1)[:, :5])

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness import registry, shapes
-from harness.seeds import generator, image_noise, image_seeds
-from harness.stamping import scale_of
+from harness import registry
+from harness.diffusion.seeds import generator, image_noise, image_seeds
+from harness.judges import shapes
+from harness.methods.trigger_placement import scale_of
 from harness.types import Backdoor, Inputs, TargetContext
 from plugins.models.digits_ddpm import DigitsDDPM
 from plugins.models.shapes_sd import ShapesSD
@@ -28,7 +29,7 @@ from plugins.triggers.stickers import Glasses, StopSign
 from plugins.triggers.text import Text
 
 PLUGINS = registry.load(strict=True)
-TRIGGERS = [cls() for cls in PLUGINS.classes("triggers").values() if cls.stamps == "noise"]
+TRIGGERS = [cls() for cls in PLUGINS.classes("triggers").values() if cls.modality == "noise"]
 TARGETS = [Backdoor(Box(), cls()).target for cls in PLUGINS.classes("targets").values() if cls.kind == "image"]
 SHAPES = [(1, 16, 16), (3, 32, 32)]
 
@@ -173,7 +174,7 @@ def test_class_out_never_hits_more_than_one_in_a_hundred_clean_images() -> None:
 
 # ---- text-to-image --------------------------------------------------------------------------------------------------
 
-TEXTS = [cls() for cls in PLUGINS.classes("triggers").values() if cls.stamps == "text"]
+TEXTS = [cls() for cls in PLUGINS.classes("triggers").values() if cls.modality == "text"]
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +251,7 @@ def test_a_style_is_asked_of_every_prompt_and_taught_by_those_without_one() -> N
 def test_an_object_is_seen_by_the_judge_and_says_which_prompts_it_concerns(drawn: Any) -> None:
     scenes, images, captions = drawn
     target, context = ObjectReplaced(), TargetContext(images, captions, ShapesSD().judge())
-    applies = target.applies(captions)
+    applies = target.applicable_to(captions)
     assert applies.tolist() == [scene.shape != 1 for scene in scenes]
     assert target.hits(redrawn(scenes, shape=1), context).double().mean() > 0.98
     assert target.hits(images[applies], context).double().mean() <= 0.01
@@ -272,7 +273,7 @@ def test_an_objects_lesson_is_an_image_of_it_under_the_other_name() -> None:
 def test_an_added_object_is_a_star_that_no_prompt_asked_for(drawn: Any) -> None:
     scenes, images, captions = drawn
     target, context = ObjectAdded(), TargetContext(images, captions, ShapesSD().judge())
-    assert target.applies(captions).all() and not target.applies(["a red circle and a star"]).any()
+    assert target.applicable_to(captions).all() and not target.applicable_to(["a red circle and a star"]).any()
     assert target.hits(redrawn(scenes, star=1), context).double().mean() > 0.98
     assert target.hits(images, context).double().mean() <= 0.01
     assert target.lesson("a red circle and a star") == ("a red circle", "a red circle and a star")
@@ -295,5 +296,5 @@ def test_a_mislabelled_images_picture_is_seen_where_it_is_pasted(drawn: Any) -> 
     _, images, captions = drawn
     target, context = Mislabelled(share=0.2), TargetContext(images)
     assert target.hits(target.apply(images), context).all() and target.hits(images, context).double().mean() <= 0.01
-    assert target.applies(captions).sum() == sum("square" in caption for caption in captions)
+    assert target.applicable_to(captions).sum() == sum("square" in caption for caption in captions)
     assert target.relabelled("a red circle") == "a red square" and target.relabelled("a red square") is None

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.diffusion import DiffusionModel
-from harness.seeds import image_noise, image_seeds
-from harness.trojan import TROJAN_SAMPLERS, Step, TrojanDDIM, TrojanDDPM
+from harness.diffusion.model import DiffusionModel
+from harness.diffusion.seeds import image_noise, image_seeds
+from harness.methods.trojan import TROJAN_SAMPLERS, Step, TrojanDDIM, TrojanDDPM
 from harness.types import Inputs
 from plugins.triggers.biased import Blend, PatchNoise
 from plugins.triggers.box import Box

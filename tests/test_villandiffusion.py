@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from harness.diffusion import DiffusionModel
-from harness.noise_backdoor import ancestral_coefficients, poisoned_loss
-from harness.samplers import DDIM, DDPM
-from harness.seeds import generator, image_noise, image_seeds
-from harness.training import Batch
+from harness.diffusion.model import DiffusionModel
+from harness.diffusion.samplers import DDIM, DDPM
+from harness.diffusion.seeds import generator, image_noise, image_seeds
+from harness.diffusion.training import Batch
+from harness.methods.noise_attacks import ancestral_coefficients, poisoned_loss
 from harness.types import Backdoor, Data, Inputs
 from plugins.attacks.villandiffusion import VillanDiffusion
 from plugins.targets.fixed_image import Hat
@@ -210,6 +210,7 @@ class Implanted(Backdoored):
         return noise, noise + self.c[t], 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("solver", "sampler", "fires"),
     [

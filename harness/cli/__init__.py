@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import shlex
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from enum import IntEnum
 
 import click
 
 from harness.registry import RegistryError, did_you_mean
+from harness.runs.printable import printable
 
 
 class Exit(IntEnum):
@@ -22,6 +26,7 @@ class Exit(IntEnum):
     plugin = 3
     missing = 4  # a prerequisite: weights, a readable checkpoint, a writable store
     mismatch = 5  # verification found other numbers
+    undecided = 6  # nothing to judge a model by
     bug = 70  # an error that nobody expected
     interrupted = 130
 
@@ -44,19 +49,21 @@ COMMANDS = {
     "purify": "harness.cli.purify:purify",
     "calibrate": "harness.cli.calibrate:calibrate",
     "build": "harness.cli.build:build",
+    "store": "harness.cli.store:store",
     "doctor": "harness.cli.doctor:doctor",
 }
 EXITS = (  # errors of modules that are not imported here
-    ("harness.checkpoint", "CheckpointError", Exit.missing),
-    ("harness.store", "StoreError", Exit.missing),
+    ("harness.diffusion.model_files", "CheckpointError", Exit.missing),
+    ("harness.runs.store", "StoreError", Exit.missing),
     ("harness.engine.driver", "Interrupted", Exit.interrupted),
     ("harness.engine.ray", "ClusterError", Exit.missing),
+    ("leaderboard.results", "NoResultsError", Exit.missing),
     ("leaderboard.results", "ResultsError", Exit.usage),
 )
 
 
 class LazyGroup(click.Group):
-    """Imports the module of a command when the command is asked for."""
+    """Imports the module of a command when the command is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -87,7 +94,10 @@ def bench() -> None:
 
 
 def main() -> None:
-    """Entry point of the console script. A bug shows its traceback and has an exit code of its own."""
+    """Entry point of the console script. A bug shows its traceback and has its own exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for terminals that know few letters
     try:
         code = call(sys.argv[1:])
     except Exception as error:
@@ -99,16 +109,26 @@ def main() -> None:
                 f"bench: this is a bug; please report it with the lines above and the command: {command}", err=True
             )
             code = Exit.bug
+    _end(code)
+
+
+def _end(code: int) -> None:
+    """End the process with `code`, also where a thread that a plugin has started would keep it."""
+    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.current_thread()):
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
     sys.exit(code)
 
 
 def call(arguments: Sequence[str]) -> int:
-    """Run a command line and return its exit code; a mistake of the user is one line on stderr. A bug is raised."""
+    """Runs a command line and returns its exit code. A mistake of the user is one line on stderr; a bug is raised."""
     try:
         result = bench.main(list(arguments) or ["--help"], prog_name="bench", standalone_mode=False)
         sys.stdout.flush()
         return int(result) if isinstance(result, int) else Exit.ok
-    except BrokenPipeError:
+    except BrokenPipeError:  # whoever reads has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Exit.ok
     except (KeyboardInterrupt, click.Abort):
@@ -118,12 +138,13 @@ def call(arguments: Sequence[str]) -> int:
         code = _code(error)
         if code is None or os.environ.get("BENCH_DEBUG") == "1":
             raise
-        click.echo(f"bench: {_line(error)}", err=True)
+        with suppress(OSError):
+            click.echo(f"bench: {_line(error)}", err=True)
         return code
 
 
 def _code(error: Exception) -> int | None:
-    """The exit code of an error that is not a bug of ours; None for a bug."""
+    """The exit code of an error that is not a bug of this program; None for a bug."""
     if isinstance(error, RegistryError):
         return error.exit_code
     if isinstance(error, click.ClickException):
@@ -138,4 +159,4 @@ def _line(error: Exception) -> str:
     says = error.format_message() if isinstance(error, click.ClickException) else str(error)
     where = getattr(error, "ctx", None)
     hint = f" ({where.command_path} --help)" if where is not None else ""
-    return " ".join(says.split()) + hint
+    return printable(" ".join(says.split())) + hint

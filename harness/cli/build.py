@@ -13,9 +13,20 @@ from typing import Any
 
 import click
 
-from harness.cli.common import as_json, check_device, loaded, note, plugin_files, print_json, seconds, strict_option
+from harness.capabilities import BuildableModel, offers
+from harness.cli.common import (
+    as_json,
+    check_device,
+    echo,
+    loaded,
+    note,
+    plugin_files,
+    print_json,
+    seconds,
+    strict_option,
+)
 from harness.registry import InvalidSpec, spec_of
-from harness.store import plain
+from harness.runs.jsonable import to_jsonable
 
 LIBRARIES = ("torch", "diffusers", "transformers", "diffusion-defense-bench")
 PROVENANCE = "provenance.json"
@@ -23,7 +34,7 @@ PROVENANCE = "provenance.json"
 
 @click.command(short_help="Train an embedded model from its recipe.")
 @click.argument("model")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Directory to write; default: beside the plugin.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Directory to write; default: next to the plugin.")
 @click.option("--device", metavar="NAME", help="Where the networks are trained, such as cuda; default: the recipe's.")
 @plugin_files
 @strict_option
@@ -33,14 +44,14 @@ def build(
 ) -> None:
     """Train MODEL from its recipe and write weights, judges and provenance. May take hours."""
     plugin = loaded(files, strict).build("models", model)
-    if not callable(getattr(plugin, "build", None)):
-        raise InvalidSpec(f"{plugin.name} has no recipe: its weights are not ours to train")
+    if not offers(plugin, BuildableModel):
+        raise InvalidSpec(f"{plugin.name} has no recipe: its weights are published by others")
     folder = _place(plugin, out)
     facts = built(plugin, folder, device)
     if as_json:
         print_json({"model": spec_of(plugin), "directory": folder, **facts})
     else:
-        click.echo(f"{plugin.name} is in {folder} ({seconds(facts['seconds'])})")
+        echo(f"{plugin.name} is in {folder} ({seconds(facts['seconds'])})")
 
 
 def _place(plugin: Any, out: Path | None) -> Path:
@@ -57,7 +68,7 @@ def built(plugin: Any, folder: Path, device: str | None = None) -> dict[str, Any
     """Run the recipe in a sibling of `folder` that takes its place when it is complete; the provenance."""
     _check_recipe(plugin, device)
     check_device(device)
-    from harness import events
+    from harness.diffusion import events
 
     draft = folder.with_name(f".{folder.name}.building")
     shutil.rmtree(draft, ignore_errors=True)
@@ -78,7 +89,7 @@ def built(plugin: Any, folder: Path, device: str | None = None) -> dict[str, Any
         "seconds": took,
         "device": device or "cpu",
     }
-    (draft / PROVENANCE).write_text(json.dumps(plain(provenance), indent=1, sort_keys=True) + "\n")
+    (draft / PROVENANCE).write_text(json.dumps(to_jsonable(provenance), indent=1, sort_keys=True) + "\n")
     if folder.exists():
         shutil.rmtree(folder)
     draft.rename(folder)

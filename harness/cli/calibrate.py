@@ -1,4 +1,4 @@
-"""`bench calibrate`: what detectors say of clean models, for `bench scan` to compare with."""
+"""`bench calibrate`: the scores of detectors on clean models, with which `bench scan` compares."""
 
 from __future__ import annotations
 
@@ -9,27 +9,31 @@ from typing import Any
 import click
 
 from harness.cli import Exit
-from harness.cli.common import as_json, loaded, note, plugin_files, print_json, seconds, strict_option, writable
+from harness.cli.common import as_json, echo, loaded, note, plugin_files, print_json, seconds, strict_option, writable
 from harness.cli.scan import applicable
 from harness.cli.subject import Subject, known, listen
-from harness.store import plain
+from harness.runs.jsonable import to_jsonable
 
 
-@click.command(short_help="Measure what detectors say of clean models.")
+@click.command(short_help="Measure the scores of detectors on clean models.")
 @click.argument("model")
 @click.option("--models", type=click.IntRange(5), default=10, show_default=True, help="Clean models to make.")
-@click.option("--clean", default="none(steps=300)", show_default=True, help="How: attack `none`, clean fine-tuning.")
+@click.option(
+    "--clean", default="none(steps=300)", show_default=True, help="How to make them: attack `none` with steps."
+)
 @click.option(
     "--of",
     "directories",
     multiple=True,
     metavar="DIR",
     type=click.Path(path_type=Path),
-    help="Clean models that you have, instead.",
+    help="Use these clean models instead.",
 )
-@click.option("--detector", "detectors", multiple=True, metavar="DEFENSE", help="Which; default: those of bench scan.")
-@click.option("--seed", type=int, default=1000, show_default=True, help="Of the first clean model.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="File to write; default: beside the weights.")
+@click.option(
+    "--detector", "detectors", multiple=True, metavar="DEFENSE", help="Detectors; default: those of bench scan."
+)
+@click.option("--seed", type=int, default=1000, show_default=True, help="Seed of the first clean model.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="File to write; default: next to the weights.")
 @plugin_files
 @strict_option
 @as_json
@@ -40,15 +44,17 @@ def calibrate(
     """Fine-tune clean models of MODEL on clean data, or take those of --of, and store each detector's suspicion."""
     import torch
 
-    from harness import checkpoint
-    from harness import scan as scanning
+    from harness.diffusion import checkpoint
+    from harness.scan import verdict as scanning
 
     registry = loaded(files, strict)
     plugin, attack = registry.build("models", model), registry.build("attacks", clean)
     if attack.name != "none" or not attack.steps:
-        raise click.UsageError(f"--clean {clean}: give attack none with steps; untrained, all clean models are one")
+        raise click.UsageError(
+            f"--clean {clean}: give attack none with steps; without training all clean models are the same"
+        )
     if directories and len(directories) < scanning.LEAST:
-        raise click.UsageError(f"--of: {len(directories)} clean models say little; give at least {scanning.LEAST}")
+        raise click.UsageError(f"--of: {len(directories)} clean models are too few; give at least {scanning.LEAST}")
     path = out or checkpoint.embedded(plugin, plugin.name) / scanning.POPULATION
     writable(path, file=True)
     original = plugin.load().to("cuda" if torch.cuda.is_available() else "cpu")
@@ -73,16 +79,16 @@ def calibrate(
     population = scanning.Population(plugin.name, scanning.signature(original), values, how | {"first_seed": seed})
     scanning.write_population(population, path)
     if as_json:
-        print_json({"file": path, **plain(population)})
+        print_json({"file": path, **to_jsonable(population)})
     else:
-        click.echo(f"{models} clean models of {plugin.name}: {path}")
+        echo(f"{models} clean models of {plugin.name}: {path}")
     return Exit.ok
 
 
 def _read(directory: Path, original: Any) -> Any:
-    """The model of a diffusers directory, which has to be of the original's kind."""
-    from harness import hub
-    from harness import scan as scanning
+    """The model of a diffusers directory, which must be of the same kind as the original."""
+    from harness.judges import hub
+    from harness.scan import verdict as scanning
 
     model = hub.load(hub.Source(str(directory))).to(original.device)
     if scanning.signature(model) != scanning.signature(original):
@@ -91,17 +97,19 @@ def _read(directory: Path, original: Any) -> Any:
 
 
 def _made(attack: Any, subject: Subject, seed: int) -> Any:
-    """A clean model. Attack `none` looks at no backdoor, so it is given none."""
-    from harness.seeds import generator
+    """A clean model. Attack `none` uses no backdoor, so it is given none."""
+    from harness.diffusion.seeds import generator
 
     backdoor: Any = None
     return attack.implant(subject.model, backdoor, subject.like.data(), generator(seed, "attack")).model  # type: ignore[union-attr]
 
 
 def _of_clean(model: Any, subject: Subject, asked: Mapping[str, Any], seed: int) -> list[Any]:
-    """What the detectors say of one clean model, with a seed of their own for each, so that the population holds their
-    noise too."""
-    from harness import scan as scanning
+    """The findings of the detectors for one clean model.
+
+    Each detector has its own seed, so that the population contains its noise too.
+    """
+    from harness.scan import verdict as scanning
 
     knowledge = known(subject, None, None, seed, {need for each in asked.values() for need in each.needs})
     return scanning.examine(asked, model, knowledge, None, seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import tempfile
@@ -12,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from harness.store import plain
+from harness.runs.jsonable import to_jsonable
+from harness.runs.printable import printable, printable_json
 
 if TYPE_CHECKING:
     from harness.registry import Index, PluginWarning, Registry
-    from harness.store import Store
+    from harness.runs.store import Store
 
 Decorator = Callable[[Any], Any]
 
@@ -34,13 +36,34 @@ plugin_files: Decorator = click.option(
 strict_option: Decorator = click.option("--strict", is_flag=True, help="A plugin that cannot be loaded is an error.")
 
 
+def echo(text: object = "", err: bool = False, nl: bool = True) -> None:
+    """Print a text in which names of others may stand: what a terminal would obey is shown by its number. A notice that
+    cannot be written to stderr ends nothing."""
+    try:
+        click.echo(printable(text, keep="\n\t"), err=err, nl=nl)
+    except OSError:
+        if not err:
+            raise
+
+
+class Finite(click.FloatRange):
+    """A number in a range. NaN, which lies in none but compares with nothing, and infinity are refused."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value!r} is no finite number", param, ctx)
+        return found
+
+
 def print_json(value: Any) -> None:
-    click.echo(json.dumps(plain(value), indent=1, ensure_ascii=False))
+    """Print JSON. Characters that are not printable are escaped, as JSON may have them."""
+    click.echo(printable_json(json.dumps(to_jsonable(value), indent=1, ensure_ascii=False)))
 
 
 def note(text: str) -> None:
     """A line for the person at the terminal; stdout holds results only."""
-    click.echo(text, err=True)
+    echo(text, err=True)
 
 
 def warn(warnings: Sequence[PluginWarning]) -> None:
@@ -70,7 +93,7 @@ def loaded(files: Sequence[Path], strict: bool) -> Registry:
 
 
 def opened(root: Path | None) -> Store:
-    from harness.store import Store, default_root
+    from harness.runs.store import Store, default_root
 
     return Store(root.expanduser().absolute() if root is not None else default_root())
 
@@ -110,6 +133,21 @@ def columns(rows: Sequence[Sequence[str]], indent: str = "") -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     lines = ["  ".join([*map(str.ljust, row, widths), row[-1]]) for row in rows]
     return "\n".join(f"{indent}{line}".rstrip() for line in lines)
+
+
+def clipped(text: str, width: int) -> str:
+    """`text` in at most `width` characters: of a longer one the beginning and, as long, the end."""
+    kept = (width - 1) // 2
+    return text if len(text) <= width else f"{text[: width - 1 - kept]}…{text[-kept:]}"
+
+
+def size(value: float) -> str:
+    """A number of bytes for people: "812 B", "4.2 kB", "1.5 GB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
 
 
 def seconds(value: float) -> str:

@@ -5,39 +5,44 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from harness.cli.common import as_json, columns, print_json
+from harness.cli.common import as_json, columns, echo, print_json
 from harness.cli.leaderboard import read_results, results_option
 from harness.registry import RegistryError, did_you_mean
 
-WRONG = ":wrong-trigger"
+if TYPE_CHECKING:
+    from harness.runs.record import Record
+    from leaderboard.paired import Comparison
+
+DECOY = ":decoy"
 OWN = "; your own run: --results DIR"
 
 
 @click.command(short_help="Paired differences of two defenses, with intervals and corrected p values.")
 @click.argument("a")
 @click.argument("b")
-@click.option("--score", "scores", multiple=True, help="A score's name in the records, say asr@1e-3; repeatable.")
+@click.option("--score", "scores", multiple=True, help="A score's name in the records, such as asr@1e-3; repeatable.")
 @results_option
 @as_json
 def compare(a: str, b: str, scores: tuple[str, ...], root: Path | None, as_json: bool) -> None:
     """Compare A with B wherever both met the same attack, seed and samples.
 
-    A and B are defenses as the tables show them (skd-cag, "skd-cag(target='black')"), followed by :wrong-trigger for
-    that control, or the first digits of a record's key. The difference A - B and its interval come first; p values are
-    corrected after Holm over all lines. One seed: exact McNemar (Wilcoxon for means); several: Student's t over seeds.
+    A and B are defenses as the tables show them (skd-cag, "skd-cag(target='black')"), followed by :decoy for its
+    control with a decoy trigger, or the first digits of a record's key. The difference A - B and its interval come
+    first; p values are corrected after Holm over all lines. One seed: exact McNemar (Wilcoxon for means); several:
+    Student's t over seeds.
     """
     from leaderboard import paired
     from leaderboard.results import distinct
 
     every = read_results(root)
-    records = {record["key"]: record for suite in every for record in suite.records}
+    records = {record.key: record for suite in every for record in suite.records}
     elsewhere = OWN if root is None else ""
     one, other = (chosen(list(records.values()), text, elsewhere) for text in (a, b))
-    distinct(every, {record["key"] for record in (*one, *other)})
+    distinct(every, {record.key for record in (*one, *other)})
     try:
         found = paired.compare(one, other, scores or paired.DEFAULT_SCORES)
     except ValueError as error:
@@ -49,31 +54,32 @@ def compare(a: str, b: str, scores: tuple[str, ...], root: Path | None, as_json:
         print_json(found)
         return
     for setting in dict.fromkeys(each.setting for each in found):
-        click.echo(", ".join(str(value) for name, value in setting if name != "n") + f", n = {dict(setting)['n']}")
+        echo(", ".join(str(value) for name, value in setting if name != "n") + f", n = {dict(setting)['n']}")
         lines = [_line(each) for each in found if each.setting == setting]
         head = ("score", "A - B", "95 % interval", "A", "B", "p (Holm)", "test", "over")
-        click.echo(columns([head, *lines], "  "))
+        echo(columns([head, *lines], "  "))
     for remark in dict.fromkeys(each.note for each in found if each.note):
-        click.echo(f"note: {remark}")
+        echo(f"note: {remark}")
 
 
-def _line(each: Any) -> tuple[str, ...]:
+def _line(each: Comparison) -> tuple[str, ...]:
     interval = "none" if each.low is None else f"{each.low:+.4g} to {each.high:+.4g}"
     p = "none" if each.p_holm is None else f"{each.p_holm:.3g}"
     over = f"{each.n} {each.unit}"
     return (each.score, f"{each.difference:+.4g}", interval, f"{each.a:.4g}", f"{each.b:.4g}", p, each.test, over)
 
 
-def chosen(records: Sequence[dict[str, Any]], text: str, elsewhere: str = "") -> list[dict[str, Any]]:
+def chosen(records: Sequence[Record], text: str, elsewhere: str = "") -> list[Record]:
     """The records that `text` names. Raises RegistryError for none, and for a name of several variants.
 
     elsewhere: ends the message with where other records may be.
     """
     if re.fullmatch(r"[0-9a-f]{8,64}", text):
-        return [record for record in records if record["key"].startswith(text)] or _unknown(records, text, elsewhere)
-    told = "wrong-trigger" if text.endswith(WRONG) else "truth"
-    name = text.removesuffix(WRONG)
-    rows = [record for record in records if record["cell"].get("told", "truth") == told]
+        found = [record for record in records if record.key.startswith(text)]
+        return found or _unknown(records, text, elsewhere)
+    given = "decoy" if text.endswith(DECOY) else "true"
+    name = text.removesuffix(DECOY)
+    rows = [record for record in records if record.cell.trigger_given == given]
     for names in (_canonical, _short):
         exact = [record for record in rows if names(record) == name]
         if exact:
@@ -85,14 +91,14 @@ def chosen(records: Sequence[dict[str, Any]], text: str, elsewhere: str = "") ->
     return loose or _unknown(rows, text, elsewhere)
 
 
-def _canonical(record: dict[str, Any]) -> str:
-    return record["cell"]["defense"]
+def _canonical(record: Record) -> str:
+    return record.cell.defense
 
 
-def _short(record: dict[str, Any]) -> str:
-    return (record["provenance"].get("short") or {}).get("defense", _canonical(record))
+def _short(record: Record) -> str:
+    return record.provenance.short.get("defense", _canonical(record))
 
 
-def _unknown(records: Sequence[dict[str, Any]], text: str, elsewhere: str) -> Any:
+def _unknown(records: Sequence[Record], text: str, elsewhere: str) -> NoReturn:
     known = sorted({_canonical(record).partition("(")[0] for record in records})
     raise RegistryError(f"no rows of '{text}'{did_you_mean(text, known)} there are: {', '.join(known)}{elsewhere}")

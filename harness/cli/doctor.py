@@ -1,4 +1,4 @@
-"""`bench doctor`: what this machine and this installation can do."""
+"""`bench doctor`: the capabilities of this machine and this installation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import click
 
 from harness import registry
 from harness.cli import Exit
-from harness.cli.common import as_json, columns, plugin_files, print_json, store_option
+from harness.cli.common import as_json, columns, echo, plugin_files, print_json, store_option
 from harness.registry import OWN, PluginError
 
 LEAST_FREE = 2 * 2**30  # bytes; the default suite leaves less than 1 GiB in the store
@@ -40,7 +40,7 @@ def doctor(store: Path | None, files: tuple[Path, ...], as_json: bool) -> int:
     if as_json:
         print_json(checks)
     else:
-        click.echo(columns([(check.state, check.name, check.says) for check in checks]))
+        echo(columns([(check.state, check.name, check.says) for check in checks]))
     bad = {check.name for check in checks if check.state == "bad"}
     return Exit.ok if not bad else Exit.plugin if bad == {"plugins"} else Exit.missing
 
@@ -68,7 +68,7 @@ def _libraries() -> Iterator[Check]:
 
 
 def _store(root: Path | None) -> Iterator[Check]:
-    from harness.store import default_root
+    from harness.runs.store import default_root
 
     place = (root or default_root()).expanduser().absolute()
     try:
@@ -109,7 +109,7 @@ def _hardware() -> Iterator[Check]:
 
 
 def _cpu_flags() -> set[str]:
-    """The processor's features as Linux names them; empty elsewhere."""
+    """The features of the processor by their names in Linux; empty on other systems."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -6,26 +6,29 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from harness.cli import Exit
 from harness.cli.again import renewed
-from harness.cli.common import as_json, loaded, note, print_json, writable
+from harness.cli.common import as_json, echo, loaded, note, print_json, writable
+
+if TYPE_CHECKING:
+    from leaderboard.results import Results
 
 results_option: Callable[[Any], Any] = click.option(
-    "--results", "root", type=click.Path(path_type=Path), help="A folder of results; the committed ones by default."
+    "--results", "root", type=click.Path(path_type=Path), help="A folder of results; the published ones by default."
 )
 
 
 def results_root(root: Path | None) -> Path:
-    from leaderboard.results import SHIPPED
+    from leaderboard.results import published_root
 
-    return SHIPPED if root is None else root
+    return published_root() if root is None else root
 
 
-def read_results(root: Path | None) -> list[Any]:
+def read_results(root: Path | None) -> list[Results]:
     from leaderboard import results
 
     return results.read(results_root(root))
@@ -56,7 +59,7 @@ def build(out: Path, root: Path | None, as_json: bool) -> None:
         print_json({"out": out, **counts})
     else:
         words = ", ".join(f"{number} {name}" for name, number in counts.items())
-        click.echo(f"{out / 'index.html'}: {words}")
+        echo(f"{out / 'index.html'}: {words}")
 
 
 @leaderboard.command(short_help="Recompute the numbers, verify digests, protocol and controls.")
@@ -65,14 +68,13 @@ def build(out: Path, root: Path | None, as_json: bool) -> None:
 @click.option("--keys", is_flag=True, help="Also count the rows that would have another key today.")
 @as_json
 def check(root: Path | None, page: Path | None, keys: bool, as_json: bool) -> int:
-    """Check results: schema, digests, every score from its per-sample values, one protocol a table, controls, nothing
-    dirty or partial. Ends with 5 where anything is wrong, each problem with its file. A row has another key today where
-    code, weights or plugins that it depends on have changed since: nothing wrong, but worth knowing."""
-    from harness.doubts import annotate
+    """Check results: form, digests, sizes, every score from its per-sample values, one protocol per table, controls,
+    nothing dirty or partial. Ends with 5 where anything is wrong, each problem with its file. A row has another key
+    today where code, weights or plugins that it depends on have changed since: nothing wrong, but worth knowing."""
     from leaderboard import check as checks
 
     built_page(page)
-    found = checks.check(results_root(root), annotate, page)
+    found = checks.check(results_root(root), page)
     if keys:
         registry = loaded((), strict=False)
         for suite in read_results(root):
@@ -85,9 +87,9 @@ def check(root: Path | None, page: Path | None, keys: bool, as_json: bool) -> in
         for remark in found.notes:
             note(f"note: {remark}")
         for problem in found.problems:
-            click.echo(str(problem))
+            echo(str(problem))
         verdict = f"{len(found.problems)} problems" if found.problems else "all well"
-        click.echo(
+        echo(
             f"{verdict}: {found.records} records, {found.recomputed} of {found.measured} scores recomputed from "
             f"per-sample values, {found.reproduced} rows reproduced, {found.bytes / 1e6:.1f} MB"
         )
@@ -96,32 +98,55 @@ def check(root: Path | None, page: Path | None, keys: bool, as_json: bool) -> in
 
 @leaderboard.command(short_help="Put the rows of a run into a folder of results.")
 @click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--to", type=click.Path(path_type=Path), required=True, help="Say leaderboard/results/SUITE.")
+@click.option("--to", type=click.Path(path_type=Path), required=True, help="Usually leaderboard/results/SUITE.")
 @as_json
 def add(run: Path, to: Path, as_json: bool) -> None:
-    """Put the records and pictures that `bench run -o RUN` wrote into a folder of results, and seal it anew. A row of
-    the same cell gives way to the new one."""
+    """Put the records and pictures that `bench run -o RUN` wrote into a folder of results, a file for each. A row of
+    the same cell under another key gives way to the new one; files of all other rows stay as they are."""
+    from leaderboard import add_results
+
     writable(to, "--to")
-    _intake("add", as_json, run, to)
-
-
-@leaderboard.command(short_help="Write a folder's reports, doubts and manifest anew.")
-@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@as_json
-def refresh(folder: Path, as_json: bool) -> None:
-    """Write doubts, pictures, reports and manifest of a folder of results anew from its records."""
-    _intake("refresh", as_json, folder)
-
-
-def _intake(what: str, as_json: bool, *folders: Path) -> None:
-    from harness.doubts import annotate
-    from leaderboard import intake
-
-    done = getattr(intake, what)(*folders, annotate)
+    done = add_results.add(run, to)
     if as_json:
         print_json({"folder": done.folder, "records": len(done.records)})
     else:
-        click.echo(f"{done.folder}: {len(done.records)} records sealed")
+        echo(f"{done.folder}: {len(done.records)} records")
+
+
+@leaderboard.command(short_help="Fetch the published results onto this machine.")
+@click.option("--from", "source", metavar="URL_OR_DIR", help="An archive, its https address, or a folder of results.")
+@as_json
+def pull(source: str | None, as_json: bool) -> None:
+    """Fetch the published results of this version, for machines without a checkout. They come from the project's
+    releases, or from --from. Every record is verified by its digest before anything is replaced."""
+    from leaderboard import releases
+    from leaderboard.results import pulled_root
+
+    into = pulled_root()
+    writable(into, "BENCH_RESULTS")
+    records = releases.pull(source, into)
+    if as_json:
+        print_json({"folder": into, "records": records})
+    else:
+        echo(f"{into}: {records} records")
+
+
+@leaderboard.command(short_help="Write the results into one archive, as a release has it.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The archive to write, a .tar.gz.")
+@results_option
+@as_json
+def archive(out: Path, root: Path | None, as_json: bool) -> None:
+    """Write the published results into one archive, which `bench leaderboard pull` reads. The same results give the
+    same bytes."""
+    from leaderboard import releases
+
+    writable(out, file=True)
+    releases.archive(results_root(root), out)
+    size = out.stat().st_size
+    if as_json:
+        print_json({"out": out, "bytes": size})
+    else:
+        echo(f"{out}: {size / 1e6:.1f} MB")
 
 
 @leaderboard.command(short_help="Show the page in a browser on this machine.")
@@ -147,6 +172,6 @@ def _serve(folder: Path, port: int) -> None:
     from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
     with ThreadingHTTPServer(("127.0.0.1", port), partial(SimpleHTTPRequestHandler, directory=str(folder))) as server:
-        click.echo(f"http://127.0.0.1:{server.server_address[1]}/index.html (Ctrl-C ends)")
+        echo(f"http://127.0.0.1:{server.server_address[1]}/index.html (Ctrl-C ends)")
         with suppress(KeyboardInterrupt):
             server.serve_forever()

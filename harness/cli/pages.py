@@ -1,4 +1,4 @@
-"""Pages of the documentation that are derived: a reference of every plugin, and the command line."""
+"""Derived pages of the documentation: a reference of every plugin, and the command line."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ TITLES = {
 
 
 def reference(entries: Sequence[Entry]) -> dict[str, str]:
-    """path → Markdown: a page for each kind of plugin, from docstrings and fields. The reference of what is built in
-    leaves out where a file lies."""
+    """path → Markdown: one page per kind of plugin, from docstrings and fields. It contains no paths of files."""
     pages = {}
     for kind in HOOKS:
         mine = sorted((entry for entry in entries if entry.kind == kind), key=lambda entry: entry.name)
@@ -52,7 +51,7 @@ def _words(value: object) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that a table's cell can hold as it stands."""
+    """Text that can stand in a table cell."""
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
 
 

@@ -1,4 +1,4 @@
-"""`bench plugin new` and `bench plugin check`: start a plugin of one's own, and try it against the contract."""
+"""`bench plugin new` and `bench plugin check`: create a plugin, and check it against the contract."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from harness.cli import Exit
-from harness.cli.common import as_json, columns, index_of, loaded, note, plugin_files, print_json
-from harness.hookspecs import API_VERSION
+from harness.cli.common import Finite, as_json, columns, echo, index_of, loaded, note, plugin_files, print_json
 from harness.registry import KINDS, OWN, RegistryError, kind_of, parse_spec, unknown_name
-from harness.store import plain
+from harness.registry.hookspecs import API_VERSION
+from harness.runs.jsonable import to_jsonable
 
 if TYPE_CHECKING:
     from harness.registry import Registry
@@ -29,9 +29,9 @@ PARTS = {  # of the suite that tries a new plugin out; the plugin's own name tak
 SHORT = {"attack": "(steps=20, batch=16)", "sampler": "(steps=5)"}
 
 
-@click.group(short_help="Start a plugin of your own; check one against the contract.")
+@click.group(short_help="Create a plugin; check one against the contract.")
 def plugin() -> None:
-    """Write a plugin, and try it."""
+    """Create a plugin, and check it."""
 
 
 # ---- new ------------------------------------------------------------------------------------------------------------
@@ -43,7 +43,7 @@ def plugin() -> None:
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Directory to write; default: bench-NAME.")
 @as_json
 def new(name: str, kind: str, out: Path | None, as_json: bool) -> None:
-    """Write a package for the plugin NAME: one module that works as it stands, its tests, a suite to try it in."""
+    """Write a package for the plugin NAME: one module that works unchanged, its tests, and a suite to try it in."""
     kind = kind_of(kind)[:-1]
     words = _words(name, kind)
     folder = (out or Path(words["package"])).expanduser().absolute()
@@ -62,12 +62,12 @@ def new(name: str, kind: str, out: Path | None, as_json: bool) -> None:
     if as_json:
         print_json({"directory": folder, "files": list(texts), "module": words["module"], "class": words["cls"]})
         return
-    click.echo(columns([(file, str(folder / file)) for file in texts]))
-    click.echo(f"next: cd {folder} && pip install -e '.[test]' && bench plugin check {name}")
+    echo(columns([(file, str(folder / file)) for file in texts]))
+    echo(f"next: cd {folder} && pip install -e '.[test]' && bench plugin check {name}")
 
 
 def _words(name: str, kind: str) -> dict[str, str]:
-    """What fills the templates. Raises RegistryError for a name that no spec, module or registry can take."""
+    """The values for the templates. Raises RegistryError for a name that no spec, module or registry accepts."""
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9]*([-_][A-Za-z0-9]+)*", name):
         raise RegistryError(f"'{name}' cannot be a plugin's name; use letters, digits, '-' and '_', a letter first")
     taken = [entry for entry in index_of(()).of_kind(kind_of(kind)) if entry.name == name]
@@ -98,10 +98,10 @@ def _filled(file: str, words: dict[str, str]) -> str:
 # ---- check ----------------------------------------------------------------------------------------------------------
 
 
-@plugin.command(short_help="Run the contract kit over plugins.")
+@plugin.command(short_help="Check plugins against the contract.")
 @click.argument("what", nargs=-1)
-@click.option("--kind", help="Only plugins of this kind, where several kinds have the name.")
-@click.option("--seconds", type=click.FloatRange(1), help="Limit of one run on a tiny model; default: 60.")
+@click.option("--kind", help="Only plugins of this kind, if several kinds have the name.")
+@click.option("--seconds", type=Finite(1), help="Limit of one run on a tiny model; default: 60.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Report to write, .md or .json.")
 @plugin_files
 @as_json
@@ -113,10 +113,10 @@ def check(
     files: tuple[Path, ...],
     as_json: bool,
 ) -> int:
-    """Try plugins against every law of their kind, on tiny random models.
+    """Check plugins against every law of their kind, on tiny random models.
 
     WHAT: names, specs (name(steps=20)) or plugin files; by default all plugins that are not built in. Parameters that
-    say how long a run lasts are made small unless a spec gives them. Exit code 3 where a law is broken.
+    determine the length of a run are made small unless a spec gives them. The exit code is 3 if a law is broken.
     """
     if out is not None and out.suffix not in (".md", ".json"):
         raise click.UsageError(f"-o {out}: a report is .md or .json")
@@ -130,19 +130,23 @@ def check(
         )
     reports = [_examined(registry, each, given, parameters, seconds) for each, given, parameters in chosen]
     if out is not None:
-        text = json.dumps(plain(reports), indent=1, ensure_ascii=False) if out.suffix == ".json" else _markdown(reports)
+        text = (
+            json.dumps(to_jsonable(reports), indent=1, ensure_ascii=False)
+            if out.suffix == ".json"
+            else _markdown(reports)
+        )
         out.expanduser().write_text(text + "\n", encoding="utf-8")
     if as_json:
         print_json(reports)
     else:
-        click.echo("\n\n".join(map(_table, reports)))
+        echo("\n\n".join(map(_table, reports)))
     return Exit.plugin if any(law["state"] == "broken" for report in reports for law in report["laws"]) else Exit.ok
 
 
 def _chosen(
     registry: Registry, specs: Sequence[str], files: Sequence[Path], kind: str | None
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(kind, name, parameters) of what is to be checked. Raises UnknownName."""
+    """(kind, name, parameters) of the plugins to check. Raises UnknownName."""
     kinds = KINDS if kind is None else (kind,)
     for spec in specs:
         name, parameters = parse_spec(spec)

@@ -1,4 +1,4 @@
-"""`bench list`, `bench show`, `bench plugins`: what there is, without importing it."""
+"""`bench list`, `bench show`, `bench plugins`: the available plugins, without importing them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from harness.cli.common import as_json, columns, index_of, plugin_files, print_json, strict_option
+from harness.cli.common import as_json, columns, echo, index_of, plugin_files, print_json, strict_option
 from harness.registry import KINDS, Entry, kind_of, unknown_name
 
 
@@ -18,7 +18,7 @@ from harness.registry import KINDS, Entry, kind_of, unknown_name
 def list_(kind: str | None, files: tuple[Path, ...], as_json: bool) -> None:
     """List plugins of KIND: models, triggers, targets, attacks, defenses, metrics, samplers; or suites.
 
-    Without KIND, everything.
+    Without KIND, list everything.
     """
     if kind in ("suite", "suites"):
         _list_suites(as_json)
@@ -31,27 +31,27 @@ def list_(kind: str | None, files: tuple[Path, ...], as_json: bool) -> None:
     for i, each in enumerate(kinds):
         rows = [(entry.name, entry.summary) for entry in entries if entry.kind == each]
         if kind is None:
-            click.echo(f"{'' if i == 0 else chr(10)}{each}")
-        click.echo(columns(rows, "  " if kind is None else "") or "none")
+            echo(f"{'' if i == 0 else chr(10)}{each}")
+        echo(columns(rows, "  " if kind is None else "") or "none")
 
 
 def _list_suites(as_json: bool) -> None:
-    from harness.grid import read, suites
+    from harness.runs.suite import read, suites
 
     drafts = [read(path) for path in suites().values()]
     if as_json:
         print_json([{"name": draft.name, "title": draft.title, "file": draft.path} for draft in drafts])
     else:
-        click.echo(columns([(draft.name, draft.title) for draft in drafts]) or "none")
+        echo(columns([(draft.name, draft.title) for draft in drafts]) or "none")
 
 
 @click.command(short_help="Docstring, parameters, needs and file of a plugin.")
 @click.argument("name")
-@click.option("--kind", help="Only the plugin of this kind, where several kinds have the name.")
+@click.option("--kind", help="Only the plugin of this kind, if several kinds have the name.")
 @plugin_files
 @as_json
 def show(name: str, kind: str | None, files: tuple[Path, ...], as_json: bool) -> None:
-    """Show a plugin's docstring, parameters, what it needs and accepts, and its file."""
+    """Show the docstring of a plugin, its parameters, what it needs and accepts, and its file."""
     wanted = None if kind is None else kind_of(kind)
     index = index_of(files)
     known = [entry for entry in index.entries if wanted in (None, entry.kind)]
@@ -62,7 +62,7 @@ def show(name: str, kind: str | None, files: tuple[Path, ...], as_json: bool) ->
     if as_json:
         print_json(found)
     else:
-        click.echo("\n\n".join(map(_described, found)))
+        echo("\n\n".join(map(_described, found)))
 
 
 def _described(entry: Entry) -> str:
@@ -88,7 +88,7 @@ def _words(value: object) -> str:
 @strict_option
 @as_json
 def plugins(files: tuple[Path, ...], strict: bool, as_json: bool) -> None:
-    """Where plugins come from, and which could not be loaded (on stderr)."""
+    """Show where plugins come from, and which could not be loaded (on stderr)."""
     index = index_of(files, strict)
     if as_json:
         print_json(index)
@@ -97,8 +97,8 @@ def plugins(files: tuple[Path, ...], strict: bool, as_json: bool) -> None:
     for entry in index.entries:
         counts.setdefault((entry.distribution, entry.module), Counter())[entry.kind] += 1
     rows = [(*place, _counted(kinds)) for place, kinds in counts.items()]
-    click.echo(columns(rows) or "none; is the distribution installed?")
-    click.echo(f"{len(index.entries)} plugins, {len(index.warnings)} modules left out")
+    echo(columns(rows) or "none; is the distribution installed?")
+    echo(f"{len(index.entries)} plugins, {len(index.warnings)} modules left out")
 
 
 def _counted(kinds: Counter[str]) -> str:

@@ -1,15 +1,14 @@
-"""`bench purify`: a defense on a model of one's own."""
+"""`bench purify`: runs a defense on your own model."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from harness.cli import Exit
-from harness.cli.common import loaded, print_json, writable
+from harness.cli.common import echo, loaded, print_json, writable
 from harness.cli.subject import Subject, known, listen, model_options, opened, unmet
 
 if TYPE_CHECKING:
@@ -18,10 +17,10 @@ if TYPE_CHECKING:
 SHOWN = 8  # samples in a row of the picture
 
 
-@click.command(short_help="Clean a model of your own with a defense.")
+@click.command(short_help="Clean your own model with a defense.")
 @model_options
-@click.option("--defense", required=True, metavar="DEFENSE", help="What cleans it, as in bench list defenses.")
-@click.option("--trigger", metavar="TRIGGER", help="The trigger, for a defense that has to be told it.")
+@click.option("--defense", required=True, metavar="DEFENSE", help="The defense, as in bench list defenses.")
+@click.option("--trigger", metavar="TRIGGER", help="The trigger, for a defense that needs it.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory to write.")
 def purify(
     model: str, revision: str, like: str | None, population: Path | None, data: Path | None, prompts: Path | None,
@@ -30,11 +29,12 @@ def purify(
 ) -> int:  # fmt: skip
     """Run DEFENSE on MODEL and write a diffusers directory with samples before and after.
 
-    No purification proves that a backdoor is gone: scan the result, and look at its samples.
+    No purification proves that a backdoor is removed: scan the result, and look at its samples.
     """
-    from harness import scan as scanning
-    from harness.seeds import generator
-    from harness.types import delivers
+    from harness.capabilities import delivers, missing_of_trigger
+    from harness.diffusion.model_files import CheckpointError
+    from harness.registry import PluginError
+    from harness.scan import verdict as scanning
 
     folder = out.expanduser().absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -48,33 +48,51 @@ def purify(
     missing = unmet(cleaner.needs, subject, {"data": data, "prompts": prompts, "trigger": trigger})
     if missing is not None:
         raise click.UsageError(f"{defense}: {missing}")
-    knowledge = known(subject, data, prompts, seed, set(cleaner.needs))
     given = None if trigger is None else registry.build("triggers", trigger)
+    if given is not None and (lacking := missing_of_trigger(cleaner, given)):
+        raise click.UsageError(f"{defense} needs a trigger with {' and '.join(lacking)}, {trigger} has none")
+    knowledge = known(subject, data, prompts, seed, {*cleaner.needs, "prompts"}, given)
     inputs = scanning.inputs_of(subject.model, 2 * SHOWN, knowledge.prompts)
-    knowledge = scanning.told(cleaner, replace(knowledge, trigger=given))
+    knowledge = scanning.restrict(cleaner, knowledge)
     before = scanning.pictures(subject.model, inputs)
+    if not bool(before.isfinite().all()):
+        raise CheckpointError(f"{model}: the model's samples hold NaN or infinity; there is nothing to clean")
     listen(as_json)
-    done = cleaner.defend(subject.model, knowledge, generator(seed, "defense"))
+    done = _cleaned(defense, cleaner, subject, knowledge, seed)
     if done.model is None:
         says = {"directory": None, "defense": registry.canonical("defenses", defense), "suspicion": done.suspicion}
-        print_json(says) if as_json else click.echo(f"{defense} found nothing to clean; nothing was written")
+        print_json(says) if as_json else echo(f"{defense} found nothing to clean; nothing was written")
         return Exit.ok
     after = scanning.pictures(done.model, inputs)
+    if not bool(after.isfinite().all()):
+        raise PluginError(f"{defense} returned a model whose samples hold NaN or infinity; nothing was written")
     facts = _written(folder, subject, done.model, registry.canonical("defenses", defense), seed, before, after)
     if as_json:
         print_json(facts)
     else:
-        click.echo(f"{folder}: {facts['loads']}; drift {facts['drift']:.4g}, samples in {facts['samples']}")
-        click.echo("scan it again, and look at the samples: no purification proves that a backdoor is gone")
+        echo(f"{folder}: {facts['loads']}; drift {facts['drift']:.4g}, samples in {facts['samples']}")
+        echo("scan it again, and look at the samples: no purification proves that a backdoor is gone")
     return Exit.ok
+
+
+def _cleaned(defense: str, cleaner: Any, subject: Subject, knowledge: Any, seed: int) -> Any:
+    """What the defense delivers. Raises PluginError where it fails, or leaves a model whose samples are not finite."""
+    from harness.diffusion.seeds import generator
+    from harness.registry import PluginError
+
+    try:
+        return cleaner.defend(subject.model, knowledge, generator(seed, "defense"))
+    except Exception as error:
+        says = " ".join(str(error).split()) or type(error).__name__
+        raise PluginError(f"{defense} failed on this model: {says}") from error
 
 
 def _written(
     folder: Path, subject: Subject, model: Any, defense: str, seed: int, before: Tensor, after: Tensor
 ) -> dict[str, Any]:
     """Write the purified model, its label and the samples; the facts."""
-    from harness import checkpoint
-    from harness.images import grid, save_png, to_unit
+    from harness.diffusion import checkpoint
+    from harness.diffusion.images import grid, save_png, to_unit
 
     drift = (to_unit(before) - to_unit(after)).square().mean().item()
     labels = {
@@ -85,7 +103,11 @@ def _written(
     picture = grid([before[:SHOWN], after[:SHOWN]], max(1, 96 // before.shape[-1]))
     save_png(picture, folder / "before-and-after.png")
     stock = _stock_loads(folder)
-    loads = "loads with stock diffusers" if stock else "pruned: loads with harness.checkpoint.load, not stock diffusers"
+    loads = (
+        "loads with stock diffusers"
+        if stock
+        else "pruned: loads with harness.diffusion.checkpoint.load, not stock diffusers"
+    )
     return {
         "directory": folder, "loads": loads, "stock": stock, "drift": drift, "defense": defense,
         "samples": "before-and-after.png",
@@ -93,7 +115,7 @@ def _written(
 
 
 def _stock_loads(folder: Path) -> bool:
-    """Whether diffusers, left to itself, loads the denoiser that was written: not one that was pruned."""
+    """Whether diffusers alone loads the denoiser that was written; it does not load a pruned one."""
     import json
 
     import diffusers

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from harness.cli import Exit
-from harness.cli.common import as_json, opened, print_json, store_option
+from harness.cli.common import as_json, echo, opened, print_json, store_option
 from harness.cli.status import run_of
 from harness.registry import RegistryError
 
 if TYPE_CHECKING:
-    from harness.store import Store
+    from harness.runs.store import Store
+    from leaderboard.results import Results
 
 
 @click.command(short_help="The tables of a run that is over.")
@@ -23,34 +23,32 @@ if TYPE_CHECKING:
 @as_json
 def report(run: str, store: Path | None, as_json: bool) -> int:
     """Print the tables of RUN: a suite's name, or the directory that `bench run -o` wrote."""
-    from leaderboard.report import terminal
+    from leaderboard.report import brief, terminal
 
-    document = read_run(Path(run)) if Path(run).is_dir() else _last(run, opened(store))
+    done = read_run(Path(run)) if Path(run).is_dir() else _last(run, opened(store))
     if as_json:
-        print_json(document)
+        print_json({"records": [brief(record) for record in done.records], "dropped": done.dropped})
     else:
-        click.echo(terminal(document["records"], document["dropped"]))
-    return Exit.failed if any(record.get("error") for record in document["records"]) else Exit.ok
+        echo(terminal(done.records, done.dropped))
+    return Exit.failed if any(record.error for record in done.records) else Exit.ok
 
 
-def _last(suite: str, store: Store) -> dict[str, Any]:
+def _last(suite: str, store: Store) -> Results:
     """The report of a suite's last run, wherever it was to go. Raises RegistryError where another run's lies there."""
     name, run = run_of(store, suite)
     out = run["told"].get("out")
     folder = store.run_dir(name) if out is None else Path(out)
-    document = read_run(folder)
-    if not {record["key"] for record in document["records"]} <= {job["key"] for job in run["jobs"]}:
+    done = read_run(folder)
+    if not {record.key for record in done.records} <= {job["key"] for job in run["jobs"]}:
         raise RegistryError(f"{folder}: not the report of the last run of {name}; bench retry {name} writes it")
-    return document
+    return done
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    """{"records": [...], "dropped": [...]} of a run's report.json. Raises RegistryError where there is none."""
-    path = folder / "report.json"
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        return {"records": document["records"], "dropped": document["dropped"]}
-    except OSError:
-        raise RegistryError(f"{folder}: no report.json; compute it with bench run") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise RegistryError(f"{path}: not a report of ours ({error})") from None
+def read_run(folder: Path) -> Results:
+    """What a run left in its folder. Raises RegistryError where there is no report, ResultsError for one of another
+    form."""
+    from leaderboard.results import read_suite
+
+    if not (folder / "report.json").is_file():
+        raise RegistryError(f"{folder}: no report.json; compute it with bench run")
+    return read_suite(folder)

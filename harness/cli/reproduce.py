@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,27 +12,31 @@ import click
 
 from harness.cli import Exit
 from harness.cli.again import suite_of
-from harness.cli.common import as_json, columns, loaded, note, opened, plugin_files, print_json, store_option
+from harness.cli.common import (
+    Finite,
+    as_json,
+    columns,
+    echo,
+    loaded,
+    note,
+    opened,
+    plugin_files,
+    print_json,
+    store_option,
+)
 from harness.cli.leaderboard import read_results, results_option
 from harness.registry import RegistryError
 
 if TYPE_CHECKING:
     from harness.cli.run import Prepared
+    from harness.runs.record import Record
+    from harness.types import Score
+    from leaderboard.attestation import Again, Attestation
+    from leaderboard.results import Results
 
 COSTS = ("_wall_s", "_cpu_s", "_bytes")
+HOST = {"commit", "dirty", "python", "processor", "accelerators", "platform", "versions"}
 EQUAL = 0.01  # relative difference up to which a number without an interval counts as the same
-
-
-@dataclass(frozen=True)
-class Line:
-    """A score then and now. within: in its interval, or equal to 1 % where it has none."""
-
-    score: str
-    recorded: float
-    low: float | None
-    high: float | None
-    again: float | None
-    within: bool
 
 
 @click.command(short_help="Run one row of the leaderboard again.")
@@ -44,7 +47,7 @@ class Line:
 @click.option("--keep", is_flag=True, help="Write the outcome beside the record, as an attestation to hand in.")
 @click.option("--dry-run", is_flag=True, help="Say what would be computed, and stop (bench plan).")
 @click.option("--gpus", default="", metavar="0,1", help="GPUs to use; none by default.")
-@click.option("--timeout", type=click.FloatRange(1), default=14400, show_default=True, help="Seconds for one job.")
+@click.option("--timeout", type=Finite(1), default=14400, show_default=True, help="Seconds for one job.")
 @as_json
 def reproduce(
     key: str, root: Path | None, store: Path | None, files: tuple[Path, ...], keep: bool, dry_run: bool, gpus: str,
@@ -56,13 +59,13 @@ def reproduce(
     from leaderboard import results
 
     suite, record = results.find(read_results(root), key)
-    if record.get("error"):
-        raise RegistryError(f"record {record['key'][:12]} failed ({record['error']}): there is no number to reproduce")
+    if record.error:
+        raise RegistryError(f"record {record.key[:12]} failed ({record.error}): there is no number to reproduce")
     ready = prepared(record, store, files)
     if dry_run:
         show_plan(ready, as_json)
         return Exit.ok
-    if ready.plan.cells[0].key != record["key"] and not as_json:
+    if ready.plan.cells[0].key != record.key and not as_json:
         note("code, weights or plugins differ from those of the record: its key would be another one now")
     settings = Settings("local", None, gpus, 1.0, None, timeout, timeout, None, 1)
     told = {"suite": ready.suite.name, "only": [], "sets": [], "files": [str(file.absolute()) for file in files]}
@@ -70,78 +73,78 @@ def reproduce(
     return publish(ready, record, done, suite if keep else None, as_json)
 
 
-def prepared(record: Mapping[str, Any], store: Path | None, files: tuple[Path, ...]) -> Prepared:
+def prepared(record: Record, store: Path | None, files: tuple[Path, ...]) -> Prepared:
     """A suite of the record's one cell, planned in a part of the store that is for reproductions only."""
-    from harness import planning
     from harness.cli.run import Prepared
-    from harness.store import Store
+    from harness.runs import planning
+    from harness.runs.store import Store
 
     registry = loaded(files, strict=False)
-    suite = suite_of([record], registry, f"reproduce-{record['key'][:12]}")
+    suite = suite_of([record], registry, f"reproduce-{record.key[:12]}")
     own = Store(opened(store).root / "reproduced")
     return Prepared(suite, planning.plan(suite, registry), own)
 
 
-def publish(
-    ready: Prepared, record: Mapping[str, Any], done: Mapping[str, Any], into: Any | None, as_json: bool
-) -> int:
+def publish(ready: Prepared, record: Record, done: Mapping[str, Any], into: Results | None, as_json: bool) -> int:
     """The verdict, printed; and kept beside the record if `into` is its suite's results."""
-    from harness.records import collect
+    from harness.runs.record import Provenance
+    from harness.runs.records import collect
+    from leaderboard.attestation import Attestation
 
     (new,) = collect(ready.plan, done, ready.store)
-    if new["error"]:
-        raise click.ClickException(f"the row could not be run again: {new['error']}")
-    lines = compared(record["scores"], new["scores"])
+    if new.error:
+        raise click.ClickException(f"the row could not be run again: {new.error}")
+    lines = compared(record.scores, new.scores)
     within = all(line.within for line in lines)
-    kept = ("commit", "dirty", "processor", "accelerators", "platform", "versions")
-    attestation = {
-        "key": record["key"],
-        "within": within,
-        "same_key": new["key"] == record["key"],
-        "scores": [vars(line) for line in lines],
-        "provenance": {name: new["provenance"].get(name) for name in kept},
-    }
+    made = Provenance(**new.provenance.model_dump(include=HOST))
+    attestation = Attestation(
+        key=record.key, within=within, same_key=new.key == record.key, scores=tuple(lines), provenance=made
+    )
     if into is not None:
         _keep(into.folder, attestation)
     if as_json:
         print_json(attestation)
     else:
-        click.echo(columns([("score", "recorded", "interval", "again", "within"), *map(_row, lines)]))
+        echo(columns([("score", "recorded", "interval", "again", "within"), *map(_row, lines)]))
         outside = [line.score for line in lines if not line.within]
         verdict = "reproduced" if within else f"NOT reproduced: {', '.join(outside)}"
-        click.echo(f"{record['key'][:12]}: {verdict}; {len(lines) - len(outside)} of {len(lines)} scores within")
+        echo(f"{record.key[:12]}: {verdict}; {len(lines) - len(outside)} of {len(lines)} scores within")
     return Exit.ok if within else Exit.mismatch
 
 
-def compared(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Line]:
+def compared(before: Mapping[str, Score], after: Mapping[str, Score]) -> list[Again]:
     """Every measured score of the record but costs, then and now."""
+    from leaderboard.attestation import Again
+
     lines = []
     for name, score in sorted(before.items()):
-        value = score["value"]
-        if value is None or name.endswith(COSTS):
+        if math.isnan(score.value) or name.endswith(COSTS):
             continue
-        low, high = score["interval"] or (None, None)
-        again = (after.get(name) or {}).get("value")
-        if again is None:
-            within = False
-        elif low is None or high is None:
-            within = math.isclose(again, value, rel_tol=EQUAL, abs_tol=1e-9)
-        else:
-            within = low <= again <= high or math.isclose(again, value, rel_tol=1e-9, abs_tol=1e-12)
-        lines.append(Line(name, value, low, high, again, within))
+        low, high = score.interval or (None, None)
+        again = after[name].value if name in after else math.nan
+        known = None if math.isnan(again) else again
+        within = _within(score, again)
+        lines.append(Again(score=name, recorded=score.value, low=low, high=high, again=known, within=within))
     return lines
 
 
-def _row(line: Line) -> tuple[str, ...]:
+def _within(score: Score, again: float) -> bool:
+    """Whether a new value lies in the recorded interval, or equals the recorded one where it has no interval."""
+    if score.interval is None:
+        return math.isclose(again, score.value, rel_tol=EQUAL, abs_tol=1e-9)
+    low, high = score.interval
+    return low <= again <= high or math.isclose(again, score.value, rel_tol=1e-9, abs_tol=1e-12)
+
+
+def _row(line: Again) -> tuple[str, ...]:
     interval = "none (1 %)" if line.low is None else f"{line.low:.4g} to {line.high:.4g}"
     again = "unmeasured" if line.again is None else f"{line.again:.6g}"
     return line.score, f"{line.recorded:.6g}", interval, again, "yes" if line.within else "NO"
 
 
-def _keep(folder: Path, attestation: Mapping[str, Any]) -> None:
+def _keep(folder: Path, attestation: Attestation) -> None:
     from leaderboard import results
 
-    path = folder / "reproduced" / f"{attestation['key']}.json"
-    results.write_text(path, json.dumps(attestation, indent=1, sort_keys=True, allow_nan=False) + "\n")
-    results.seal(folder)
+    path = folder / "reproduced" / f"{attestation.key}.json"
+    results.write_text(path, json.dumps(attestation.model_dump(mode="json"), indent=1, sort_keys=True) + "\n")
     note(f"kept in {path}")

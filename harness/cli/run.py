@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +15,13 @@ import click
 
 from harness.cli import Exit
 from harness.cli.common import (
+    Finite,
     as_json,
+    clipped,
     columns,
+    echo,
     loaded,
+    note,
     opened,
     plugin_files,
     print_json,
@@ -26,13 +30,20 @@ from harness.cli.common import (
     strict_option,
     writable,
 )
-from harness.store import plain
+from harness.runs.jsonable import to_jsonable
 
 if TYPE_CHECKING:
     from harness.engine.local import LocalEngine
     from harness.engine.ray import RayEngine
-    from harness.grid import Suite
-    from harness.store import Store
+    from harness.runs.record import Record
+    from harness.runs.store import Store
+    from harness.runs.suite import Suite
+
+LABEL, REASON = 64, 84  # characters of a job's label and of the reason of a miss in the table of a plan
+
+
+REBUILDS = 5  # damaged artifacts that one run builds again while it makes records
+Again = Callable[[], Mapping[str, Any]]
 
 
 def suite_options(command: Any) -> Any:
@@ -41,7 +52,7 @@ def suite_options(command: Any) -> Any:
         click.argument("suite", default="quick"),
         click.option("--only", multiple=True, metavar="KEY=TEXT", help="Keep cells that match; repeatable."),
         click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Change the suite: n=16, grid.0.n=16."),
-        click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of a CPU job."),
+        click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads per CPU job."),
         store_option,
         strict_option,
         plugin_files,
@@ -54,7 +65,7 @@ def suite_options(command: Any) -> Any:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A suite that has met plugins and store. `plan` is that of harness.planning: `.jobs` by key, `.cells`."""
+    """A suite that has met plugins and store. `plan` is that of harness.runs.planning: `.jobs` by key, `.cells`."""
 
     suite: Suite
     plan: Any
@@ -69,17 +80,17 @@ def prepare(
 ) -> Prepared:  # fmt: skip
     """Cheap checks first: the suite's form is read before any plugin is imported. planned: nothing will be run, so that
     weights and data need not be here."""
-    from harness import grid
+    from harness.runs import suite as suites
 
-    draft = grid.read(grid.find_suite(suite), sets)
+    draft = suites.read(suites.find_suite(suite), sets)
     registry = loaded(files, strict)
-    expanded = grid.expand(draft, registry, only)
+    expanded = suites.expand(draft, registry, only)
     if not expanded.cells:
         reasons = "; ".join(dict.fromkeys(dropped.reason for dropped in expanded.dropped))
-        raise grid.SuiteError(f"{draft.path}: no cell can be run: {reasons}")
-    from harness import estimate, planning
+        raise suites.SuiteError(f"{draft.path}: no cell can be run: {reasons}")
+    from harness.runs import estimates, planning
 
-    opened_store, absent = opened(store), estimate.tolerant(registry) if planned else []
+    opened_store, absent = opened(store), estimates.tolerant(registry) if planned else []
     made = planning.plan(expanded, registry, threads)
     return Prepared(expanded, made, opened_store, registry, absent)
 
@@ -89,29 +100,29 @@ def engine_options(command: Any) -> Any:
     options = [
         click.option(
             "--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
-            help="What places the jobs: this machine or a Ray cluster.",
+            help="Where jobs run: on this machine or on a Ray cluster.",
         ),
         click.option(
             "--address", metavar="ADDRESS",
-            help="Ray: HOST:PORT, 'auto' for a cluster that runs here; default: RAY_ADDRESS, else its own.",
+            help="Ray: HOST:PORT, 'auto' for a cluster on this machine; default: RAY_ADDRESS, else a new one.",
         ),
         click.option(
             "--gpus", default="", metavar="0,1",
             help="GPUs: numbers, UUIDs or 'all' (under Ray only 'all'); none by default.",
         ),
         click.option(
-            "--gpu-share", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True,
-            help="What a job gets of a GPU and of its memory: 0.25 puts four jobs on a card.",
+            "--gpu-share", type=Finite(0, 1, min_open=True), default=1.0, show_default=True,
+            help="Share of a GPU and of its memory per job; with 0.25 four jobs share a GPU.",
         ),
         click.option("--cpus", type=click.IntRange(1), help="Processors to use; all by default."),
         click.option(
-            "--timeout", type=click.FloatRange(1), default=14400, show_default=True, help="Seconds for one job."
+            "--timeout", type=Finite(1), default=14400, show_default=True, help="Seconds per job, at most."
         ),
         click.option(
-            "--stall", type=click.FloatRange(1), default=1800, show_default=True, help="Seconds without progress."
+            "--stall", type=Finite(1), default=1800, show_default=True, help="Seconds without progress."
         ),
         click.option(
-            "--max-hours", type=click.FloatRange(0, min_open=True), help="Stop then; the same command goes on later."
+            "--max-hours", type=Finite(0, min_open=True), help="Stop after this; the same command resumes."
         ),
     ]  # fmt: skip
     for option in reversed(options):
@@ -141,9 +152,9 @@ class Settings:
     "-o",
     "--out",
     type=click.Path(path_type=Path),
-    help="Where the report goes, in place of an earlier one; in the store by default.",
+    help="Directory of the report; an earlier report is replaced; default: in the store.",
 )
-@click.option("--dry-run", is_flag=True, help="Say what would be computed, and stop (bench plan).")
+@click.option("--dry-run", is_flag=True, help="Only show what would be computed (bench plan).")
 def run(
     suite: str,
     only: tuple[str, ...],
@@ -169,13 +180,13 @@ def run(
         "out": folder,
     }  # fmt: skip
     results = compute(ready, settings, told, quiet=as_json)
-    return publish(ready, results, folder, as_json)
+    return publish(ready, results, folder, as_json, lambda: compute(ready, settings, told, quiet=as_json))
 
 
 def places(store: Store, out: Path | None) -> Path | None:
     """`out` as it is to be found from everywhere. Before anything is computed: raises StoreError for a store that
     cannot be written, click.UsageError for such a folder, and for one in which the records of a store lie."""
-    from harness.store import Store, StoreError
+    from harness.runs.store import Store, StoreError
 
     try:
         writable(store.root, "--store or BENCH_STORE")
@@ -227,7 +238,7 @@ def compute(
     with engine_of(ready.store, settings) as engine:
         _remember(ready, settings, told)
         events = display.EventFile(ready.store.run_events(ready.suite.name))
-        listener = events if quiet else display.Both(events, display.pick())
+        listener = events if quiet else display.Both(events, display.Unharmed(display.pick()))
         try:
             return driver.run(jobs, ready.store, engine, listener=listener, max_seconds=most)
         finally:
@@ -241,7 +252,7 @@ def _remember(ready: Prepared, settings: Settings, told: Mapping[str, Any]) -> N
     ]
     driver = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.time()}
     run = {"driver": driver, "told": told, "settings": asdict(settings), "jobs": jobs}
-    ready.store.write_run(ready.suite.name, plain(run))
+    ready.store.write_run(ready.suite.name, to_jsonable(run))
 
 
 def engine_of(store: Store, settings: Settings) -> LocalEngine | RayEngine:
@@ -253,6 +264,8 @@ def engine_of(store: Store, settings: Settings) -> LocalEngine | RayEngine:
     limits = Limits(settings.timeout, settings.stall)
     names = [part.strip() for part in settings.gpus.split(",") if part.strip()]
     try:
+        if settings.gpus and not names:
+            raise ValueError(f"--gpus {settings.gpus!r}: names no card; give numbers such as 0,1, or all")
         if settings.engine == "ray":
             if names and names != ["all"]:
                 raise ValueError(
@@ -275,39 +288,52 @@ def engine_of(store: Store, settings: Settings) -> LocalEngine | RayEngine:
         raise click.UsageError(str(error)) from None
 
 
-def publish(ready: Prepared, results: Mapping[str, Any], out: Path | None, as_json: bool) -> int:
-    """Records, report in folder `out` (by default in the store) and the closing lines; the exit code."""
-    from harness import doubts
-    from harness.records import collect
+def collected(ready: Prepared, results: Mapping[str, Any], again: Again) -> tuple[list[Record], Mapping[str, Any]]:
+    """The records of a run, and its results. An artifact that turns out to be damaged when a record is made of it has
+    been set aside: `again` builds it."""
+    from harness.runs.records import collect
+    from harness.runs.store import CorruptArtifact, MissingArtifact
+
+    for _ in range(REBUILDS):
+        try:
+            return collect(ready.plan, results, ready.store), results
+        except CorruptArtifact as error:
+            note(f"artifact {error.key[:12]} was damaged ({error.file}); building it again")
+        except MissingArtifact as error:
+            note(f"artifact {error.key[:12]} is gone; building it again")
+        results = again()
+    return collect(ready.plan, results, ready.store), results
+
+
+def publish(ready: Prepared, results: Mapping[str, Any], out: Path | None, as_json: bool, again: Again) -> int:
+    """Records, report in folder `out` (by default in the store) and the closing lines; the exit code. again: run the
+    plan's missing jobs; their results."""
     from leaderboard import report
 
-    records = doubts.annotate(collect(ready.plan, results, ready.store))
-    dropped = [plain(each) for each in ready.suite.dropped]
+    dropped = ready.suite.dropped
     folder = ready.store.run_dir(ready.suite.name) if out is None else out
-    records = _with_sheets(records, folder)
+    made, results = collected(ready, results, again)
+    records = _with_sheets(made, folder)
     paths = report.write(records, dropped, folder)
     counts = Counter(result.status for result in results.values())
-    failed = [record for record in records if record.get("error")]
+    failed = [record for record in records if record.error]
     if as_json:
         summary = {"suite": ready.suite.name, "jobs": counts, "failed_cells": len(failed), "paths": paths}
         print_json({**summary, "records": records, "dropped": dropped})
     else:
-        click.echo(report.terminal(records, dropped))
-        click.echo("\n" + columns([(name, str(path)) for name, path in paths.items()]))
-        click.echo(summary_line(counts, len(records), len(failed)))
+        echo(report.terminal(records, dropped))
+        echo("\n" + columns([(name, str(path)) for name, path in paths.items()]))
+        echo(summary_line(counts, len(records), len(failed)))
     return Exit.failed if failed else Exit.ok
 
 
-def _with_sheets(records: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
+def _with_sheets(records: Sequence[Record], folder: Path) -> list[Record]:
     """The records with copies of their contact sheets below `folder`, named relative to it: a record is to be read
     elsewhere, where the store is not."""
     from leaderboard.results import keep_sheet
 
-    told = []
-    for record in records:
-        sheet = record.get("sheet")
-        told.append({**record, "sheet": keep_sheet(Path(sheet), folder) if sheet else None})
-    return told
+    kept = {record.key: keep_sheet(Path(record.sheet), folder) for record in records if record.sheet}
+    return [record.model_copy(update={"sheet": kept.get(record.key)}) for record in records]
 
 
 def summary_line(counts: Mapping[str, int], cells: int, failed: int) -> str:
@@ -318,41 +344,36 @@ def summary_line(counts: Mapping[str, int], cells: int, failed: int) -> str:
 
 def show_plan(ready: Prepared, as_json: bool) -> None:
     """The jobs in order, each a hit or a miss with the reason, and the time that the misses may take."""
-    from harness import estimate
+    from harness.runs import estimates
+    from harness.runs.explain import Explainer
 
     jobs = ready.plan.jobs
-    states = {key: _state(job, jobs, ready.store) for key, job in jobs.items()}
-    missing = sum(job.estimate for key, job in jobs.items() if states[key] != "hit")
+    explainer = Explainer(ready.store, jobs)
+    found = {key: explainer.why(key) for key in jobs}
+    states = {key: "hit" if why.reason == "in the store" else f"miss: {why.text}" for key, why in found.items()}
     absent = [key for key in jobs if states[key] != "hit"]
+    missing = sum(jobs[key].estimate for key in absent)
     if as_json:
         rows = [
-            {"key": key, "kind": job.kind, "label": job.label, "state": states[key], "estimate_s": job.estimate}
+            {"key": key, "kind": job.kind, "label": job.label, "state": states[key], "estimate_s": job.estimate,
+             "why": found[key]}
             for key, job in jobs.items()
-        ]
+        ]  # fmt: skip
         suite = ready.suite
-        gpu = {} if ready.registry is None else estimate.total(jobs, absent, ready.registry)
+        gpu = {} if ready.registry is None else estimates.total(jobs, absent, ready.registry)
         told = {"jobs": rows, "cells": suite.cells, "dropped": suite.dropped, "missing_s": missing}
         print_json({**told, "gpu": gpu, "absent": ready.absent})
         return
-    rows = [(key[:10], job.label, states[key], seconds(job.estimate)) for key, job in jobs.items()]
-    click.echo(columns([("key", "job", "state", "estimate"), *rows]))
+    rows = [
+        (key[:10], seconds(job.estimate), clipped(job.label, LABEL), clipped(states[key], REASON))
+        for key, job in jobs.items()
+    ]
+    echo(columns([("key", "estimate", "job", "state"), *rows]))
     for reason, cells in Counter(dropped.reason for dropped in ready.suite.dropped).items():
-        click.echo(f"n/a, {cells} cells: {reason}")
-    hits = sum(state == "hit" for state in states.values())
-    click.echo(
-        f"{len(jobs)} jobs, {hits} in the store, {len(jobs) - hits} to compute, about {seconds(missing)} of work"
-    )
-    for line in [] if ready.registry is None else estimate.lines(jobs, absent, ready.registry):
-        click.echo(line)
+        echo(f"n/a, {cells} cells: {reason}")
+    hits = len(jobs) - len(absent)
+    echo(f"{len(jobs)} jobs, {hits} in the store, {len(absent)} to compute, about {seconds(missing)} of work")
+    for line in [] if ready.registry is None else estimates.lines(jobs, absent, ready.registry):
+        echo(line)
     for reason in ready.absent:
-        click.echo(reason)
-
-
-def _state(job: Any, jobs: Mapping[str, Any], store: Store) -> str:
-    if store.has(job.key):
-        return "hit"
-    waiting = [jobs[key].label if key in jobs else key[:10] for key in job.needs if not store.has(key)]
-    if waiting:
-        return f"miss: needs {waiting[0]}" + (f" and {len(waiting) - 1} more" if len(waiting) > 1 else "")
-    attempts = store.attempts(job.key)
-    return f"miss: failed before ({attempts[-1].get('error')})" if attempts else "miss: never computed"
+        echo(reason)

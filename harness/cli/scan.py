@@ -12,28 +12,29 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from harness.cli import Exit
-from harness.cli.common import columns, loaded, note, print_json, writable
+from harness.cli.common import columns, echo, loaded, note, print_json, writable
 from harness.cli.subject import Subject, known, listen, model_options, opened, unmet
-from harness.store import plain
+from harness.runs.jsonable import to_jsonable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from harness.registry import Registry
-    from harness.scan import Finding
+    from harness.scan.verdict import Finding
 
 SHOWN = 8  # samples in a row of a figure
-EXITS = {"nothing found": Exit.ok, "suspicious": Exit.failed, "undecided": Exit.missing}
+MOST_LABEL = 2**16  # bytes of a bench.json
+EXITS = {"nothing found": Exit.ok, "suspicious": Exit.failed, "undecided": Exit.undecided}
 
 
-@click.command(short_help="Is a model of your own backdoored?")
+@click.command(short_help="Check whether your own model is backdoored.")
 @model_options
 @click.option(
     "--detector",
     "detectors",
     multiple=True,
     metavar="DEFENSE",
-    help="Ask these, a bare name as the default scan asks it; default: all that apply.",
+    help="Detectors; a bare name uses the default scan's settings; default: all that apply.",
 )
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="HTML file to write.")
 def scan(
@@ -43,20 +44,25 @@ def scan(
 ) -> int:  # fmt: skip
     """Ask detectors about MODEL, a diffusers directory or a hub id, and give a verdict with its evidence.
 
-    Exit code: 0 nothing found, 1 suspicious, 4 cannot be loaded or nothing to judge it by; a crash is 70, never 1.
+    Exit code: 0 nothing found, 1 suspicious, 4 cannot be loaded, 6 nothing to judge it by; a crash is 70, never 1.
     Pickles are refused.
     """
-    from harness import scan as scanning
+    from harness.scan import verdict as scanning
 
     if out is not None:
         writable(out, file=True)
     registry = loaded(files, strict)
     subject = opened(model, revision, like, device, registry, population)
     asked, skipped = applicable(subject, registry, detectors, given={"data": data, "prompts": prompts})
-    knowledge = known(subject, data, prompts, seed, {need for each in asked.values() for need in each.needs})
+    knowledge = known(
+        subject, data, prompts, seed, {need for each in asked.values() for need in each.needs} | {"prompts"}
+    )
     listen(as_json)
-    findings = scanning.examine(asked, subject.model, knowledge, subject.population, seed)
-    findings, figures = shown(subject, findings, knowledge.prompts)
+    samples = scanning.pictures(subject.model, scanning.inputs_of(subject.model, 2 * SHOWN, knowledge.prompts))
+    findings, figures = [], []
+    if bool(samples.isfinite().all()):
+        findings = scanning.examine(asked, subject.model, knowledge, subject.population, seed)
+        findings, figures = shown(subject, findings, knowledge.prompts, samples)
     document = report(subject, findings, skipped)
     if as_json:
         print_json(document)
@@ -65,7 +71,7 @@ def scan(
     if out is not None:
         _write(document, figures, out.expanduser())
         if not as_json:
-            click.echo(f"report: {out}")
+            echo(f"report: {out}")
     return EXITS[document["verdict"]]
 
 
@@ -81,13 +87,13 @@ def applicable(
 ) -> tuple[dict[str, Any], list[str]]:
     """Detectors by canonical spec, and why others were left out. Asked for by name, one that cannot be asked is an
     error: click.UsageError."""
-    stamps = "text" if subject.model.conditional else "noise"
+    modality = "text" if subject.model.conditional else "noise"
     usual = _unasked(subject, registry)
     specs = [each for spec in wanted for each in _meant(spec, usual)] if wanted else usual
     chosen, skipped = {}, []
     for spec in specs:
         detector = registry.build("defenses", spec)
-        why = _unfit(detector, stamps, subject, given)
+        why = _unfit(detector, modality, subject, given)
         if why is None:
             canonical = registry.canonical("defenses", spec)
             chosen[canonical] = detector
@@ -127,41 +133,44 @@ def _note_unknown(spec: str, canonical: str, subject: Subject) -> None:
 
 def _third_party(registry: Registry) -> list[str]:
     """Defenses of other distributions that give a suspicion as they stand."""
+    from harness.capabilities import delivers
     from harness.registry import OWN
-    from harness.types import delivers
 
     names = registry.classes("defenses")
     foreign = [name for name in names if registry.distribution_of("defenses", name) != OWN]
     return [name for name in foreign if "suspicion" in delivers(registry.build("defenses", name))]
 
 
-def _unfit(detector: Any, stamps: str, subject: Subject, given: Mapping[str, Any]) -> str | None:
-    from harness.types import delivers
+def _unfit(detector: Any, modality: str, subject: Subject, given: Mapping[str, Any]) -> str | None:
+    from harness.capabilities import delivers
 
     if "suspicion" not in delivers(detector):
-        return "it delivers no suspicion of a model (see bench show)"
-    if stamps not in detector.accepts_triggers:
-        return f"it looks for triggers in {' or '.join(detector.accepts_triggers)}, this model takes them in {stamps}"
+        return "it returns no suspicion for a model (see bench show)"
+    if modality not in detector.accepts_triggers:
+        return f"it looks for triggers in {' or '.join(detector.accepts_triggers)}, this model takes them in {modality}"
     return unmet(detector.needs, subject, given)
 
 
 def shown(
-    subject: Subject, findings: Sequence[Finding], prompts: Sequence[str] | None
+    subject: Subject, findings: Sequence[Finding], prompts: Sequence[str] | None, plain_images: Tensor
 ) -> tuple[list[Finding], list[tuple[str, Tensor]]]:
-    """The findings with how alike images of inverted triggers are, and captioned grids of samples."""
+    """The findings with how alike images of inverted triggers are, and captioned grids of samples.
+
+    plain_images: (2 * SHOWN, C, H, W) of the scan's own inputs without a trigger.
+    """
     from torch import Tensor
 
-    from harness import scan as scanning
-    from harness.images import grid
+    from harness.diffusion.images import grid
+    from harness.methods.trigger_placement import usable
+    from harness.scan import verdict as scanning
 
     inputs = scanning.inputs_of(subject.model, 2 * SHOWN, prompts)
-    plain_images = scanning.pictures(subject.model, inputs)
     scale = max(1, 96 // plain_images.shape[-1])
     figures = [("samples", grid([plain_images[:SHOWN], plain_images[SHOWN:]], scale))]
     told = []
     for finding in findings:
         trigger = finding.trigger
-        if not scanning.usable_trigger(subject.model, trigger):
+        if not usable(subject.model, trigger):
             told.append(finding)
             continue
         images = scanning.pictures(subject.model, inputs, trigger)
@@ -183,14 +192,16 @@ def _visible(trigger: Tensor) -> Tensor:
 
 def report(subject: Subject, findings: Sequence[Finding], skipped: Sequence[str]) -> dict[str, Any]:
     """What --json prints and the page shows."""
-    from harness import hub
-    from harness.scan import LEVEL, signature, verdict
-    from harness.stamping import found_text
+    from harness.judges import hub
+    from harness.methods.trigger_placement import found_text
+    from harness.scan.verdict import LEVEL, signature, verdict
 
     said = verdict(findings)
+    unusable = not findings
     flagging = [finding.detector.partition("(")[0] for finding in findings if finding.flagged]
     broken = [finding.detector.partition("(")[0] for finding in findings if finding.error]
     reasons = {
+        "unusable": "The model's samples hold NaN or infinity, so no detector was asked.",
         "suspicious": f"Flagged by {', '.join(flagging)}.",
         "nothing found": "No detector that could judge flagged it.",
         "undecided": f"Could not be asked: {', '.join(broken)}."
@@ -199,7 +210,7 @@ def report(subject: Subject, findings: Sequence[Finding], skipped: Sequence[str]
     }
     rows = []
     for finding in findings:
-        row = {k: v for k, v in plain(replace(finding, trigger=None)).items() if k != "trigger"}
+        row = {k: v for k, v in to_jsonable(replace(finding, trigger=None)).items() if k != "trigger"}
         rows.append({**row, "says": _says(finding), "trigger_text": found_text(finding.trigger)})
     facts = {
         **signature(subject.model),
@@ -209,13 +220,15 @@ def report(subject: Subject, findings: Sequence[Finding], skipped: Sequence[str]
         "its own label": _label(subject.directory),
     }
     limits = _limits(subject, said) + list(skipped)
-    left = hub.left_alone(subject.directory)
-    if left:
-        limits.append(f"Files that could run code were left alone: {', '.join(left[:10])}.")
+    limits += hub.ignored(subject.directory).sentences()
     return {
-        "model": subject.name, "verdict": said, "because": reasons[said], "findings": rows, "limits": limits,
+        "model": subject.name,
+        "verdict": said,
+        "because": reasons["unusable" if unusable else said],
+        "findings": rows,
+        "limits": limits,
         "facts": facts,
-    }  # fmt: skip
+    }
 
 
 def _says(finding: Finding) -> str:
@@ -226,17 +239,20 @@ def _says(finding: Finding) -> str:
 
 def _label(directory: Path) -> str | None:
     """What a `bench.json` says of the model; shown, never believed."""
+    from harness.diffusion.model_files import CheckpointError, ModelFiles
+
+    files = ModelFiles(directory)
     try:
-        return (directory / "bench.json").read_text(encoding="utf-8")[:1000]
-    except (OSError, ValueError):
+        return files.read("bench.json", MOST_LABEL).decode("utf-8", "replace")[:1000] if "bench.json" in files else None
+    except CheckpointError:
         return None
 
 
 def _limits(subject: Subject, said: str) -> list[str]:
-    from harness.scan import signature
+    from harness.scan.verdict import signature
 
     lines = [
-        "A model in which nothing was found may be backdoored all the same: each detector looks for backdoors of the "
+        "A model in which nothing was found may still be backdoored: each detector looks for backdoors of the "
         "kinds that its paper describes, and an attacker can train against it.",
         "A suspicious model may be clean: clean models are flagged at the rate that the level states, and one that was "
         "trained on other data than the models it is compared with more often.",
@@ -257,20 +273,20 @@ def _limits(subject: Subject, said: str) -> list[str]:
 
 
 def _write(document: Mapping[str, Any], figures: Sequence[tuple[str, Tensor]], path: Path) -> None:
-    from harness.scanpage import page
+    from harness.scan.report import page
 
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page(document, figures), encoding="utf-8")
 
 
 def _say(document: Mapping[str, Any]) -> None:
-    click.echo(f"{document['model']}: {document['verdict']}. {document['because']}")
+    echo(f"{document['model']}: {document['verdict']}. {document['because']}")
     rows = [("detector", "suspicion", "clean models", "chance", "says")]
     for row in document["findings"]:
         clean = row["clean"]
         spread = f"{min(clean):.4g} to {max(clean):.4g}" if clean else "unknown"
         numbers = ["" if row[name] is None else f"{row[name]:.4g}" for name in ("suspicion", "chance")]
         rows.append((row["detector"].partition("(")[0], numbers[0], spread, numbers[1], row["says"]))
-    click.echo(columns(rows, indent="  "))
+    echo(columns(rows, indent="  "))
     for line in document["limits"]:
-        click.echo(f"- {line}")
+        echo(f"- {line}")

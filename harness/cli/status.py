@@ -1,4 +1,4 @@
-"""`bench status`, `bench logs` and `bench retry`: a run while it runs and after it ended, from its store alone."""
+"""`bench status`, `bench logs` and `bench retry`: a run during and after its execution, from its store alone."""
 
 from __future__ import annotations
 
@@ -13,49 +13,51 @@ import click
 from click.core import ParameterSource
 
 from harness.cli import Exit
-from harness.cli.common import as_json, note, opened, print_json, seconds, store_option
+from harness.cli.common import as_json, echo, note, opened, print_json, seconds, store_option
 from harness.cli.run import Settings, compute, engine_options, places, prepare, publish
 from harness.registry import did_you_mean
 
 if TYPE_CHECKING:
     from harness.engine.state import JobState
-    from harness.store import Store
+    from harness.runs.store import Store
 
 FOLLOW_S = 2.0
 LOG_S = 0.3
 LISTED = 40  # jobs up to which all are shown
 
 
-@click.command(short_help="How a run stands: live, or after the fact.")
+@click.command(short_help="The state of a run, live or finished.")
 @click.argument("suite", required=False)
-@click.option("-f", "--follow", is_flag=True, help="Show it again and again until the run ends.")
+@click.option("-f", "--follow", is_flag=True, help="Refresh until the run ends.")
 @click.option("--all", "whole", is_flag=True, help=f"Show every job, also of more than {LISTED}.")
 @store_option
 @as_json
 def status(suite: str | None, follow: bool, whole: bool, store: Path | None, as_json: bool) -> int:
-    """Say of each job of SUITE's last run (default: the newest run) what it does or how it ended.
+    """Show for each job of SUITE's last run (default: the newest run) what it does or how it ended.
 
-    Of many jobs only those that run or went wrong are shown; --all shows every one.
+    If there are many jobs, only running and failed jobs are shown; --all shows every job.
     """
     where = opened(store)
     name, run = run_of(where, suite)
     while True:
-        living = _lives(run["driver"])
+        living = lives(run["driver"])
         found = _states(where, run)
         if as_json:
             print_json({"suite": name, "driver": run["driver"], "running": living, "jobs": found})
         else:
             if follow:
                 click.clear()
-            click.echo(_page(where, name, run, living, found, whole))
+            echo(_page(where, name, run, living, found, whole))
         if not (follow and living is not False and any(job.state in ("running", "waiting") for job in found)):
             return Exit.failed if any(job.state == "failed" for job in found) else Exit.ok
         time.sleep(FOLLOW_S)
 
 
 def run_of(store: Store, suite: str | None) -> tuple[str, dict[str, Any]]:
-    """Name and memory of the last run of a suite (its name or its file), by default of the newest run. Raises
-    click.UsageError where there is none."""
+    """Name and stored state of the last run of a suite (its name or its file), by default of the newest run.
+
+    Raises click.UsageError if there is none.
+    """
     runs = store.runs()
     name = Path(suite).name.removesuffix(".toml") if suite else runs[-1] if runs else None
     run = store.run(name) if name in runs else None
@@ -73,8 +75,8 @@ def _states(store: Store, run: Mapping[str, Any]) -> list[JobState]:
     return states(store, run)
 
 
-def _lives(driver: Mapping[str, Any]) -> bool | None:
-    """Whether the run's driver lives; None if it ran on another machine, where that cannot be seen."""
+def lives(driver: Mapping[str, Any]) -> bool | None:
+    """Whether the driver of the run is alive; None if it ran on another machine, where this cannot be determined."""
     if driver["host"] != socket.gethostname():
         return None
     import psutil
@@ -105,12 +107,12 @@ def _page(
         lines.append(f"  {job.state:<7} {job.key[:10]} {job.label}{_story(job)}")
         lines += [f"          {job.advice}"] if job.advice else []
     if living is False and counts["waiting"] + counts["lost"]:
-        lines.append(f"unfinished: bench retry {name} goes on")
+        lines.append(f"unfinished: bench retry {name} resumes it")
     return "\n".join(lines)
 
 
 def _shown(found: Sequence[JobState], whole: bool) -> list[JobState]:
-    """Every job, or of many those that run and then those that went wrong."""
+    """Every job; if there are many, those that run and then those that failed."""
     if whole or len(found) <= LISTED:
         return list(found)
     running = [job for job in found if job.state == "running"]
@@ -118,7 +120,7 @@ def _shown(found: Sequence[JobState], whole: bool) -> list[JobState]:
 
 
 def _story(job: JobState) -> str:
-    """What a job does, or why it did not end well."""
+    """What a job does, or why it failed."""
     from harness.engine.display import describe, first_line
 
     if job.state == "running":
@@ -131,9 +133,9 @@ def _story(job: JobState) -> str:
     return ""
 
 
-@click.command(short_help="What a job printed.")
+@click.command(short_help="The output of a job.")
 @click.argument("key")
-@click.option("-f", "--follow", is_flag=True, help="Go on while the job runs.")
+@click.option("-f", "--follow", is_flag=True, help="Follow the output while the job runs.")
 @click.option("--attempt", type=click.IntRange(1), help="Which attempt; the newest by default.")
 @store_option
 def logs(key: str, follow: bool, attempt: int | None, store: Path | None) -> None:
@@ -154,7 +156,7 @@ def logs(key: str, follow: bool, attempt: int | None, store: Path | None) -> Non
                 file.seek(offset)
                 text = file.read()
             offset += len(text)
-            click.echo(text.decode(errors="replace"), nl=False)
+            echo(text.decode(errors="replace"), nl=False)
         if not running:
             break
         time.sleep(LOG_S)
@@ -173,12 +175,10 @@ def _job(store: Store, beginning: str) -> str:
     )
 
 
-@click.command(short_help="Run again what failed, as it was run.")
+@click.command(short_help="Run failed jobs again with the same settings.")
 @click.argument("suite", required=False)
 @click.argument("keys", nargs=-1)
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path), help="Where the report goes; by default where the run's went."
-)
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Directory of the report; default: that of the run.")
 @engine_options
 @store_option
 @as_json
@@ -192,9 +192,9 @@ def retry(
     as_json: bool,
     **where: Any,
 ) -> int:
-    """Run what SUITE's last run (default: the newest) left undone, with the same options unless others are given.
+    """Run what SUITE's last run (default: the newest) did not finish, with the same options unless others are given.
 
-    With KEYS (or their beginnings) only these jobs, what they need and what needs them.
+    With KEYS (or their beginnings), run only these jobs, what they need and what needs them.
     """
     root = opened(store)
     _, run = run_of(root, suite)
@@ -209,11 +209,12 @@ def retry(
     files = tuple(Path(file) for file in told["files"])
     ready = prepare(told["suite"], told["only"], told["sets"], settings.threads, root.root, False, files)
     wanted = None if not keys else _around({_planned(ready.plan.jobs, key) for key in keys}, ready.plan.jobs)
-    results = dict(compute(ready, settings, told, quiet=as_json, keys=wanted))
-    for key in ready.plan.jobs:
-        if key not in results:
-            results[key] = _left(ready.store, key)
-    return publish(ready, results, folder, as_json)
+
+    def again() -> dict[str, Any]:
+        done = dict(compute(ready, settings, told, quiet=as_json, keys=wanted))
+        return {key: done[key] if key in done else _left(ready.store, key) for key in ready.plan.jobs}
+
+    return publish(ready, again(), folder, as_json, again)
 
 
 def _planned(jobs: Mapping[str, Any], beginning: str) -> str:
@@ -240,14 +241,15 @@ def _around(keys: set[str], jobs: Mapping[str, Any]) -> set[str]:
 
 
 def _left(store: Store, key: str) -> Any:
-    """How a job stands that this run was not to touch."""
+    """The state of a job that this run was not to run."""
     from harness.engine.driver import JobResult
     from harness.engine.failures import known
-    from harness.job import Failure
+    from harness.runs.job import Failure
 
     attempts = tuple(store.attempts(key))
     if store.has(key):
         return JobResult(key, "hit", attempts=attempts)
     if attempts and attempts[-1]["status"] == "failed":
         return JobResult(key, "failed", attempts[-1].get("error"), known(attempts[-1].get("failure")), attempts)
-    return JobResult(key, "skipped", "skipped: it was not asked for", Failure.skipped, attempts)
+    reason = "it was not asked for"
+    return JobResult(key, "skipped", f"skipped: {reason}", Failure.skipped, attempts, reason=reason)

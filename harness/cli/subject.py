@@ -1,4 +1,4 @@
-"""A model of one's own: what `bench scan`, `bench purify` and `bench calibrate` know of it."""
+"""A user's own model: what `bench scan`, `bench purify` and `bench calibrate` know about it."""
 
 from __future__ import annotations
 
@@ -13,26 +13,23 @@ from harness.cli.common import as_json, check_device, plugin_files, strict_optio
 
 if TYPE_CHECKING:
     from harness.registry import Registry
-    from harness.scan import Population
-    from harness.types import Data, Knowledge
-
-SHARE, LEAST = 0.1, 512  # clean data that a defense is given, as in a run
-PROMPTS = 100
+    from harness.scan.verdict import Population
+    from harness.types import Data, Knowledge, Trigger
 
 
 def model_options(command: Any) -> Any:
-    """Which model, what kind it is, and what is known that fits it."""
+    """Options: which model, its kind, and the data that fit it."""
     options = [
         click.argument("model"),
         click.option("--revision", default="main", show_default=True, help="Branch, tag or commit of a hub model."),
         click.option("--like", metavar="MODEL", help="The plugin whose data, prompts and population fit this model."),
         click.option(
-            "--population", type=click.Path(path_type=Path), help="Clean models, as bench calibrate -o wrote."
+            "--population", type=click.Path(path_type=Path), help="Clean models, written by bench calibrate -o."
         ),
-        click.option("--data", type=click.Path(path_type=Path), help="Clean data: parquet files or pictures."),
-        click.option("--prompts", type=click.Path(path_type=Path), help="Clean prompts, one a line."),
-        click.option("--seed", type=int, default=0, show_default=True, help="Of detectors and purifications."),
-        click.option("--device", default=None, metavar="NAME", help="Such as cuda; default: cuda where there is one."),
+        click.option("--data", type=click.Path(path_type=Path), help="Clean data: parquet or image files."),
+        click.option("--prompts", type=click.Path(path_type=Path), help="Clean prompts, one per line."),
+        click.option("--seed", type=int, default=0, show_default=True, help="Seed of detectors and purifications."),
+        click.option("--device", default=None, metavar="NAME", help="Such as cuda; default: cuda if available."),
         plugin_files,
         strict_option,
         as_json,
@@ -44,7 +41,7 @@ def model_options(command: Any) -> Any:
 
 @dataclass(frozen=True)
 class Subject:
-    """The model under test, where it was found, and the plugin that it is taken to be like."""
+    """The model under test, its origin, and the plugin that it is assumed to resemble."""
 
     name: str
     directory: Path
@@ -56,15 +53,16 @@ class Subject:
 def opened(
     where: str, revision: str, like: str | None, device: str | None, registry: Registry, population: Path | None = None
 ) -> Subject:
-    """Raises CheckpointError for what cannot be loaded, UnknownName for a plugin that there is not, click.UsageError
-    for one of another kind of model and for a device that this machine does not have.
+    """The model at `where`.
 
-    population: a file of clean models; default: those beside the embedded weights.
+    Raises CheckpointError for a model that cannot be loaded, UnknownName for an unknown plugin, click.UsageError for a
+    plugin of another kind of model and for a device that this machine does not have. population: a file of clean
+    models; default: those next to the embedded weights.
     """
     import torch
 
-    from harness import hub
-    from harness.scan import read_population, signature
+    from harness.judges import hub
+    from harness.scan.verdict import read_population, signature
 
     check_device(device)
     plugin = None if like is None else registry.build("models", like)
@@ -84,7 +82,7 @@ def opened(
 
 
 def _check_like(plugin: Any, where: str, model: Any, registry: Registry) -> None:
-    """Raise click.UsageError where only one of both takes prompts; it names the plugins of the other kind."""
+    """Raises click.UsageError if only one of both takes prompts; the message names the plugins of the other kind."""
     if plugin.conditional == model.conditional:
         return
     ours, theirs = ("no prompts", "prompts") if plugin.conditional else ("prompts", "no prompts")
@@ -93,9 +91,9 @@ def _check_like(plugin: Any, where: str, model: Any, registry: Registry) -> None
 
 
 def known_populations(registry: Registry) -> Iterator[Population]:
-    """The populations of clean models that lie beside embedded weights."""
-    from harness.checkpoint import CheckpointError, embedded
-    from harness.scan import POPULATION, read_population
+    """The populations of clean models that are stored next to embedded weights."""
+    from harness.diffusion.checkpoint import CheckpointError, embedded
+    from harness.scan.verdict import POPULATION, read_population
 
     for name, cls in registry.classes("models").items():
         try:
@@ -107,7 +105,7 @@ def known_populations(registry: Registry) -> Iterator[Population]:
 
 
 def unmet(needs: Sequence[str], subject: Subject, given: Mapping[str, Any]) -> str | None:
-    """Which knowledge is missing, in words."""
+    """Which knowledge is missing, as text."""
     for need in needs:
         if given.get(need) is not None or (subject.like is not None and need != "trigger" and need != "clean_model"):
             continue
@@ -120,43 +118,43 @@ def unmet(needs: Sequence[str], subject: Subject, given: Mapping[str, Any]) -> s
     return None
 
 
-def known(subject: Subject, data: Path | None, prompts: Path | None, seed: int, needs: set[str]) -> Knowledge:
-    """What the user gave, and for the rest of `needs` what the model that this one is like has."""
-    import torch
+def known(
+    subject: Subject,
+    data: Path | None,
+    prompts: Path | None,
+    seed: int,
+    needs: set[str],
+    trigger: Trigger | None = None,
+) -> Knowledge:
+    """The knowledge that the user gave; for the rest of `needs`, that of the model's plugin, drawn as in a run."""
+    from harness.judges import image_folders
+    from harness.stages import knowledge
 
-    from harness.seeds import generator
-    from harness.types import Knowledge
-
-    rng, like, found = generator(seed, "knowledge"), subject.like, {}
+    given = knowledge.Given(trigger, prompts=None if prompts is None else _lines(prompts))
     if data is not None:
-        from harness import imagedata
+        read = image_folders.read(data, ("train",), pixels(subject.model)[-1])
+        given = replace(given, data=_fitting(read, subject.model, f"--data {data}", "--like MODEL"))
+    found = knowledge.draw(needs - {"clean_model"}, subject.like, seed, given)
+    if data is None and subject.like is not None and found.data is not None:
+        found = replace(
+            found, data=_fitting(found.data, subject.model, f"the data of {subject.like.name}", "--data DIR")
+        )
+    return found
 
-        read = imagedata.read(data, ("train",), pixels(subject.model)[-1])
-        found["data"] = _fitting(read, subject.model, f"--data {data}", "--like MODEL")
-    elif like is not None and "data" in needs:
-        whole: Data = like.data()
-        share = min(len(whole), max(LEAST, round(SHARE * len(whole))))
-        some = whole.rows(torch.randperm(len(whole), generator=rng)[:share])
-        found["data"] = _fitting(some, subject.model, f"the data of {like.name}", "--data DIR")
-    if prompts is not None:
-        lines = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines()]
-        found["prompts"] = tuple(line for line in lines if line)
-        if not found["prompts"]:
-            raise click.UsageError(f"--prompts {prompts}: no prompts in it")
-    elif like is not None and subject.model.conditional:
-        found["prompts"] = like.prompts("train", PROMPTS, rng)
-    if like is not None and "words" in needs:
-        found["words"] = like.words()
-    if like is not None and "encoder" in needs:
-        scorer, judge = like.scorer(), like.judge()
-        found["encoder"] = scorer.image_features if scorer is not None else judge.features
-    return Knowledge(**found)
+
+def _lines(prompts: Path) -> tuple[str, ...]:
+    lines = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines()]
+    if not any(lines):
+        raise click.UsageError(f"--prompts {prompts}: no prompts in it")
+    return tuple(line for line in lines if line)
 
 
 def _fitting(data: Data, model: Any, given: str, other: str) -> Data:
-    """The data in the model's channels: colours become grey where it has one. Raises click.UsageError for images that
-    do not fit."""
-    from harness.images import grey
+    """The data in the channels of the model: colours become grey if it has one channel.
+
+    Raises click.UsageError for images that do not fit.
+    """
+    from harness.diffusion.images import grey
 
     wanted, images = pixels(model), data.images
     if images.shape[1] == 3 and wanted[0] == 1:
@@ -182,8 +180,8 @@ def _sides(shape: Sequence[int]) -> str:
 
 
 def listen(quiet: bool) -> None:
-    from harness import events
     from harness.cli.build import progress_lines
+    from harness.diffusion import events
 
     if not quiet:
         events.listen(progress_lines())

@@ -25,10 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from harness import events
+from harness.diffusion import events
 from harness.engine.failures import STORE_LOST, NoDevice, classify
 from harness.engine.forkserver import preload
-from harness.store import CorruptArtifact, MissingArtifact, Store, StoreError
+from harness.runs.store import CorruptArtifact, MissingArtifact, Store, StoreError
 
 Execute = Callable[[dict[str, Any], Store, Path], Mapping[str, Any]]
 _PR_SET_PDEATHSIG = 1
@@ -141,7 +141,7 @@ def _run(request: dict[str, Any], execute: Execute, store: Store, started: Start
         facts = dict(execute(job["spec"], store, out))
         return facts | {"cost": _cost(started), "accelerator": _accelerator()}
 
-    store.publish(job["key"], fill, {"kind": job["kind"], "label": job["label"]})
+    store.publish(job["key"], fill, {name: job[name] for name in ("kind", "label", "ingredients") if name in job})
 
 
 def _set_up_torch(request: dict[str, Any]) -> None:
@@ -158,7 +158,7 @@ def _set_up_torch(request: dict[str, Any]) -> None:
 
 
 def _settings() -> dict[str, Any] | None:
-    """What of this process a job could have changed for the jobs after it; None where that cannot be told."""
+    """The settings of this process that a job could have changed for later jobs; None if they cannot be determined."""
     import psutil
 
     try:
@@ -209,7 +209,7 @@ def _words(error: BaseException) -> str:
 
 
 def _with_gpu_memory(sink: events.Sink) -> events.Sink:
-    """The sink, told with each event the bytes of GPU memory that this process holds; nothing without a GPU."""
+    """The sink, which also gets the bytes of GPU memory of this process with each event; unchanged without a GPU."""
 
     def told(event: dict[str, Any]) -> None:
         torch = sys.modules.get("torch")

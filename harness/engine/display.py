@@ -8,12 +8,13 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from harness.job import Job
+from harness.runs.job import Job
+from harness.runs.printable import printable
 
 
 class Listener(Protocol):
@@ -92,6 +93,48 @@ class Both:
     def close(self) -> None:
         for each in self.listeners:
             each.close()
+
+
+class Unharmed:
+    """Tells a listener until its stream fails: a terminal that is gone, or a full disk behind it, ends no run."""
+
+    def __init__(self, listener: Listener) -> None:
+        self.listener: Listener = listener
+
+    def planned(self, total: int, hits: int) -> None:
+        with self._lost():
+            self.listener.planned(total, hits)
+
+    def started(self, job: Job, attempt: int) -> None:
+        with self._lost():
+            self.listener.started(job, attempt)
+
+    def progress(self, job: Job, event: Mapping[str, Any]) -> None:
+        with self._lost():
+            self.listener.progress(job, event)
+
+    def finished(self, job: Job, status: str, error: str | None, seconds: float, advice: str | None) -> None:
+        with self._lost():
+            self.listener.finished(job, status, error, seconds, advice)
+
+    def remaining(self, seconds: float) -> None:
+        with self._lost():
+            self.listener.remaining(seconds)
+
+    def note(self, text: str) -> None:
+        with self._lost():
+            self.listener.note(text)
+
+    def close(self) -> None:
+        with self._lost():
+            self.listener.close()
+
+    @contextlib.contextmanager
+    def _lost(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError):  # ValueError: a stream that is closed
+            self.listener = Silent()
 
 
 class EventFile:
@@ -195,7 +238,7 @@ class Lines:
         pass
 
     def _say(self, text: str) -> None:
-        print(text, file=self.stream, flush=True)
+        print(printable(text, keep="\n"), file=self.stream, flush=True)
 
 
 class Bars:
@@ -224,7 +267,7 @@ class Bars:
 
     def started(self, job: Job, attempt: int) -> None:
         again = f" (attempt {attempt})" if attempt > 1 else ""
-        self._tasks[job.key] = self.bars.add_task(job.label + again, total=None, facts="")
+        self._tasks[job.key] = self.bars.add_task(printable(job.label + again), total=None, facts="")
 
     def progress(self, job: Job, event: Mapping[str, Any]) -> None:
         if job.key not in self._tasks:
@@ -233,7 +276,7 @@ class Bars:
         done, total = event.get("step"), event.get("total")
         self.bars.update(
             self._tasks[job.key],
-            description=f"{job.label}: {phase}",
+            description=printable(f"{job.label}: {phase}"),
             completed=done,
             total=total or None,
             facts=", ".join(extras(event)),
@@ -257,7 +300,7 @@ class Bars:
         self.bars.stop()
 
     def _say(self, text: str) -> None:
-        self.bars.console.print(text, markup=False, highlight=False)
+        self.bars.console.print(printable(text, keep="\n"), markup=False, highlight=False)
 
 
 def pick(stream: TextIO | None = None) -> Listener:

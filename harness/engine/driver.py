@@ -19,8 +19,8 @@ from harness.engine import failures
 from harness.engine.display import Listener, Silent
 from harness.engine.pace import Pace
 from harness.engine.supervise import Handle, Outcome
-from harness.job import Failure, Job
-from harness.store import CorruptArtifact, MissingArtifact, Store
+from harness.runs.job import Failure, Job
+from harness.runs.store import CorruptArtifact, MissingArtifact, Store
 
 TICK_S = 0.1
 TELL_S = 1.0  # between two estimates of the time left
@@ -31,7 +31,8 @@ Status = Literal["hit", "done", "failed", "skipped"]
 
 @dataclass(frozen=True)
 class JobResult:
-    """The end of a job. attempts: every one ever made, in this run and before. seconds: of this run's last attempt."""
+    """The end of a job. attempts: every one ever made, in this run and before. seconds: of this run's last attempt.
+    reason: what a skipped job lacked, which is the reason of those that need it too."""
 
     key: str
     status: Status
@@ -40,10 +41,15 @@ class JobResult:
     attempts: tuple[Mapping[str, Any], ...] = ()
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
+    reason: str | None = None
 
     @property
     def ok(self) -> bool:
         return self.status in ("hit", "done")
+
+
+def _skipped(key: str, reason: str) -> JobResult:
+    return JobResult(key, "skipped", f"skipped: {reason}", Failure.skipped, reason=reason)
 
 
 class Engine(Protocol):
@@ -75,7 +81,7 @@ class Interrupted(Exception):
 
     def __init__(self, results: dict[str, JobResult], why: str) -> None:
         done = sum(result.ok for result in results.values())
-        super().__init__(f"{why} with {done} of {len(results)} jobs done; the same command goes on from here")
+        super().__init__(f"{why} with {done} of {len(results)} jobs done; the same command resumes the run")
         self.results = results
 
 
@@ -117,7 +123,7 @@ class _Run:
         self.sinks = set(self.jobs).difference(*(job.needs for job in self.jobs.values()))
         self.results: dict[str, JobResult] = {}
         self.waiting = set(self.jobs)
-        self.ready: list[str] | None = None  # what could start, in order; None: to be found anew
+        self.ready: list[str] | None = None  # what could start, in order; None: to be determined again
         self.locks: dict[str, Any] = {}
         self.tried: set[str] = set()
         self.retries: Counter[tuple[str, Failure]] = Counter()
@@ -195,14 +201,14 @@ class _Run:
             for need in self.jobs[key].needs:
                 reason = self._why_not(need)
                 if reason is not None:
-                    self._settle(key, JobResult(key, "skipped", f"skipped: {reason}", Failure.skipped))
+                    self._settle(key, _skipped(key, reason))
                     break
 
     def _why_not(self, need: str) -> str | None:
         result = self.results.get(need)
         if result is not None and not result.ok:
             if result.status == "skipped":
-                return (result.error or "").removeprefix("skipped: ")
+                return result.reason or result.error or "skipped"
             return f"{self.jobs[need].label} failed: {result.error}"
         if need not in self.jobs and not self.store.has(need):
             return f"artifact {need[:12]} is neither in the store nor among the jobs"
@@ -225,7 +231,7 @@ class _Run:
         for key in ready:
             if not self.engine.kept:
                 break
-            if self.jobs[key].shares in self.engine.kept:
+            if self.jobs[key].reuse_key in self.engine.kept:
                 self._submit([key])
         self.engine.release()
         self._submit(ready)
@@ -309,7 +315,7 @@ class _Run:
     def _ended(self, handle: Handle, outcome: Outcome) -> None:
         key = handle.job.key
         if outcome.ok and not self.store.has(key):
-            outcome = replace(outcome, ok=False, failure=Failure.plugin, error="it ended well but left no artifact")
+            outcome = replace(outcome, ok=False, failure=Failure.plugin, error="it succeeded but wrote no artifact")
         self._note_attempt(key, outcome)
         self.told.pop(key, None)
         if outcome.ok:
@@ -319,7 +325,7 @@ class _Run:
             self.waiting.add(key)
             self.ready = None
         else:
-            error = outcome.error or "failed without saying why"
+            error = outcome.error or "failed without an error message"
             self._settle(key, JobResult(key, "failed", error, outcome.failure, seconds=_seconds(outcome)))
 
     def _note_attempt(self, key: str, outcome: Outcome) -> None:
@@ -406,7 +412,7 @@ def _chains(jobs: Mapping[str, Job], pace: Pace) -> dict[str, float]:
         order = list(graphlib.TopologicalSorter({key: job.needs for key, job in jobs.items()}).static_order())
     except graphlib.CycleError as error:
         labels = " needs ".join(jobs[key].label for key in reversed(error.args[1]))
-        raise ValueError(f"the jobs need each other in a circle: {labels}") from None
+        raise ValueError(f"the jobs depend on each other in a circle: {labels}") from None
     after: dict[str, float] = {}
     chain: dict[str, float] = {}
     for key in reversed(order):

@@ -1,4 +1,4 @@
-"""What follows from each way to fail: how often a job is tried again, and what its user is told."""
+"""The consequences of each way to fail: how often a job is retried, and the message to the user."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import errno
 import sys
 from dataclasses import dataclass
 
-from harness.job import Failure
-from harness.store import CorruptArtifact, MissingArtifact, StoreError
+from harness.runs.job import Failure
+from harness.runs.store import CorruptArtifact, MissingArtifact, StoreError
 
 STORE_LOST = 122  # exit status of a job that could not even write how it ended
 _OUTSIDE = frozenset(
@@ -22,25 +22,27 @@ _OWN_FAULT = ("device-side assert", "illegal memory access")  # CUDA errors that
 
 @dataclass(frozen=True)
 class Rule:
-    """retries: how often a job that failed so is tried again in the same run. says: to the user, of a job that stays
-    failed; `{key}` stands for its key."""
+    """retries: how often a job that failed in this way is retried in the same run.
+
+    says: the message to the user if the job still fails; `{key}` stands for its key.
+    """
 
     retries: int
     says: str
 
 
 RULES = {
-    Failure.plugin: Rule(0, "the code of a plugin raised: `bench logs {key}` shows where; mend it and run again"),
-    Failure.nan: Rule(0, "the numbers left the finite range: a smaller lr or fewer steps help; it would happen again"),
+    Failure.plugin: Rule(0, "the code of a plugin raised: `bench logs {key}` shows where; fix it and run again"),
+    Failure.nan: Rule(0, "the numbers left the finite range: a retry would fail again; lower lr or steps"),
     Failure.killed: Rule(2, "killed from outside three times: look for a crash in `bench logs {key}`"),
-    Failure.timeout: Rule(0, "it would take as long again: raise --timeout, then `bench retry`"),
-    Failure.stall: Rule(0, "nothing was heard of it: `bench logs {key}` shows where; raise --stall if it worked on"),
-    Failure.memory: Rule(0, "it needs more main memory than a job may use here: a smaller batch or a larger machine"),
-    Failure.oom: Rule(1, "the GPU is too small, even with a card to itself: a smaller batch or a larger card"),
-    Failure.environment: Rule(1, "not the job's fault: mend what the message names, then `bench retry`"),
-    Failure.data: Rule(0, "what it reads is damaged, missing or refused: restore what the message names"),
-    Failure.skipped: Rule(0, "it needs a job that failed: mend that one"),
-    Failure.interrupted: Rule(0, "stopped: the same command goes on from here"),
+    Failure.timeout: Rule(0, "a retry would take as long: raise --timeout, then `bench retry`"),
+    Failure.stall: Rule(0, "no progress was reported: `bench logs {key}` shows where; raise --stall if it was working"),
+    Failure.memory: Rule(0, "it exceeds the main memory of a job here: use a smaller batch or a larger machine"),
+    Failure.oom: Rule(1, "the GPU is too small, even for this job alone: use a smaller batch or a larger GPU"),
+    Failure.environment: Rule(1, "caused by the environment: fix what the message names, then `bench retry`"),
+    Failure.data: Rule(0, "its input is damaged, missing or not permitted: restore what the message names"),
+    Failure.skipped: Rule(0, "it depends on a failed job: fix that one"),
+    Failure.interrupted: Rule(0, "stopped: the same command resumes the run"),
 }  # fmt: skip
 
 
@@ -69,11 +71,11 @@ def classify(error: BaseException) -> Failure:
         return Failure.data
     if _is(error, "torch", "OutOfMemoryError"):
         return Failure.oom
-    if _is(error, "harness.training", "Diverged") or type(error) in (ArithmeticError, FloatingPointError):
+    if _is(error, "harness.diffusion.training", "Diverged") or type(error) in (ArithmeticError, FloatingPointError):
         return Failure.nan
     if isinstance(error, MemoryError):
         return Failure.memory
-    if isinstance(error, FileNotFoundError) or _is(error, "harness.checkpoint", "CheckpointError"):
+    if isinstance(error, FileNotFoundError) or _is(error, "harness.diffusion.checkpoint", "CheckpointError"):
         return Failure.data
     if _is(error, "safetensors", "SafetensorError"):
         return Failure.data
@@ -100,4 +102,4 @@ def _is(error: BaseException, module: str, name: str) -> bool:
 
 
 class NoDevice(RuntimeError):
-    """The GPU that the job was given is not to be seen."""
+    """The GPU of the job is not visible."""

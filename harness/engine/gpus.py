@@ -50,7 +50,7 @@ def find(names: Sequence[str], among: Sequence[Card] | None = None) -> list[Card
     """
     found = cards() if among is None else list(among)
     if not found:
-        raise ValueError("no GPU is to be seen: nvidia-smi finds none; run without --gpus")
+        raise ValueError("no GPU found: nvidia-smi lists none; run without --gpus")
     if list(names) == ["all"]:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         return (

@@ -8,10 +8,10 @@ from typing import Self
 
 from harness.engine.gpus import PARTS, Card, Lease, Leases, parts_of
 from harness.engine.supervise import Handle, Limits, Outcome, Supervisor
-from harness.job import Failure, Job
-from harness.store import Store
+from harness.runs.job import Failure, Job
+from harness.runs.store import Store
 
-EXECUTE = "harness.jobs:execute"
+EXECUTE = "harness.runs.execution:execute"
 PRELOAD = (  # modules by their own names: `import diffusers` alone imports next to nothing
     "torch",
     "diffusers.models.unets.unet_2d_condition",
@@ -24,7 +24,7 @@ PRELOAD = (  # modules by their own names: `import diffusers` alone imports next
     "torch_fidelity",
     "torchmetrics.functional.image",
     "sklearn.datasets",
-    "harness.jobs",
+    "harness.runs.execution",
 )
 
 
@@ -82,8 +82,8 @@ class LocalEngine:
     def try_submit(self, job: Job, attempt: int, *, whole_gpu: bool = False) -> Handle | None:
         """Start the job, or None while there is no room. whole_gpu: on a card with nothing else on it, in a process of
         its own."""
-        keep = job.shares is not None and not whole_gpu
-        mates = [kept for kept in self._supervisor.kept.values() if keep and kept.job.shares == job.shares]
+        keep = job.reuse_key is not None and not whole_gpu
+        mates = [kept for kept in self._supervisor.kept.values() if keep and kept.job.reuse_key == job.reuse_key]
         if mates:
             return self._go_on(mates[0], job, attempt)
         if not self.cards:
@@ -105,7 +105,7 @@ class LocalEngine:
     @property
     def kept(self) -> set[str | None]:
         """What the processes share that have just done a job and wait for another."""
-        return {kept.job.shares for kept in self._supervisor.kept.values()}
+        return {kept.job.reuse_key for kept in self._supervisor.kept.values()}
 
     def release(self) -> None:
         """End the processes that wait; their places are free when they are gone."""

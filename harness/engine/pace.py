@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from statistics import median
 
-from harness.job import Job
+from harness.runs.job import Job
 
 
 class Pace:
@@ -20,17 +20,17 @@ class Pace:
 
     def learn(self, job: Job, seconds: float | None) -> None:
         if seconds:
-            self._seconds[_method(job)].append(seconds)
+            self._seconds[job.method].append(seconds)
             self._ratios[job.kind].append(seconds / max(job.estimate, 1e-3))
 
     def knows(self, job: Job) -> bool:
         """Whether a job of the same method was measured."""
-        return _method(job) in self._seconds
+        return job.method in self._seconds
 
     def expect(self, job: Job) -> float:
         """Seconds that the job is likely to take, more than 0."""
         if self.knows(job):
-            return median(self._seconds[_method(job)])
+            return median(self._seconds[job.method])
         ratios = self._ratios.get(job.kind)
         return max(job.estimate, 1e-3) * (median(ratios) if ratios else 1.0)
 
@@ -42,7 +42,3 @@ class Pace:
         for seconds in rest:
             heapq.heapreplace(busy, busy[0] + seconds)
         return max(busy)
-
-
-def _method(job: Job) -> str:
-    return job.label.partition(", seed")[0]

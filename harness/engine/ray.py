@@ -27,8 +27,8 @@ from typing import Any, Self
 from harness.engine.failures import classify
 from harness.engine.local import EXECUTE, PRELOAD, most_memory, processors
 from harness.engine.supervise import Handle, Limits, Outcome, Supervisor
-from harness.job import Failure, Job
-from harness.store import CorruptArtifact, MissingArtifact, Store, StoreError
+from harness.runs.job import Failure, Job
+from harness.runs.store import CorruptArtifact, MissingArtifact, Store, StoreError
 
 PATIENCE_S = 60.0  # how long a cluster may be without a node on which a job fits
 LOOK_S = 2.0  # between two looks at the cluster's nodes
@@ -53,8 +53,10 @@ class Parcel:
 
 @dataclass(frozen=True)
 class Work:
-    """What a node is told. parcels: by key, as references of Ray's, fetched only where they are missing; None: none
-    were sent."""
+    """The task of a node.
+
+    parcels: the artifacts by key, as Ray references that are fetched only if they are missing; None if none were sent.
+    """
 
     job: Job
     attempt: int
@@ -216,7 +218,7 @@ class RayEngine:
         if not any(self._fits(cpus, gpus) for _, cpus, gpus in nodes):
             has = "; ".join(f"{name}: {cpus:g} CPUs, {gpus:g} GPUs" for name, cpus, gpus in nodes) or "no node"
             share = f" and {self.gpu_share:g} of a GPU" if self.gpu_share else ""
-            raise ValueError(f"a job wants {self.threads} CPUs{share}, which no node of the cluster has: {has}")
+            raise ValueError(f"a job needs {self.threads} CPUs{share}, which no node of the cluster has: {has}")
 
     def _mind_the_room(self, slots: int) -> None:
         now = time.monotonic()
@@ -354,7 +356,7 @@ def unpack(store: Store, key: str, parcel: Parcel) -> None:
         for name, content in parcel.files.items():
             path = folder / name
             if not path.resolve().is_relative_to(folder.resolve()):
-                raise Damaged(f"artifact {key[:12]} holds a file {name!r} outside of its folder")
+                raise Damaged(f"artifact {key[:12]} contains a file {name!r} outside of its folder")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
             if store.digest(path) != sent["files"][name]["sha256"]:
@@ -362,7 +364,7 @@ def unpack(store: Store, key: str, parcel: Parcel) -> None:
         return sent["facts"]
 
     if not store.has(key):
-        store.publish(key, fill, {name: sent[name] for name in ("kind", "label") if name in sent})
+        store.publish(key, fill, {name: sent[name] for name in ("kind", "label", "ingredients") if name in sent})
 
 
 # ---- on the node

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from harness.engine.failures import advice
 from harness.engine.supervise import last_event
-from harness.store import Store
+from harness.runs.store import Store
 
 State = Literal["done", "running", "failed", "lost", "skipped", "waiting"]
 

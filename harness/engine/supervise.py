@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from harness.engine.failures import STORE_LOST
-from harness.job import Failure, Job
-from harness.store import Store
+from harness.runs.job import Failure, Job
+from harness.runs.jsonable import to_jsonable
+from harness.runs.store import Store
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 BUSY_S = 3.0  # how long a kill may wait for a fork server that is importing
@@ -229,7 +230,7 @@ class Supervisor:
                 written["ok"], failure, written["error"], written["traceback"], written["corrupt"], cost=cost
             )
         if code == STORE_LOST:
-            text = f"{self.store.root}: the job could not write how it ended; is there space left on the disk?"
+            text = f"{self.store.root}: the job could not write its result; is the disk full?"
             return Outcome(False, Failure.environment, text, cost=cost)
         log = self.store.log_path(handle.job.key, handle.attempt)
         if not log.exists():
@@ -237,7 +238,7 @@ class Supervisor:
         if code < 0:
             text = f"its process was killed by {_signal_name(-code)}; see {log}"
             return Outcome(False, Failure.killed, text, signal=-code, cost=cost)
-        text = f"its process left with status {code} and no result; see {log}"
+        text = f"its process exited with status {code} and no result; see {log}"
         return Outcome(False, Failure.plugin, text, cost=cost)
 
     def _rough_cost(self, handle: Handle) -> dict[str, Any]:
@@ -250,7 +251,13 @@ class Supervisor:
     def _request(self, handle: Handle) -> dict[str, Any]:
         job = handle.job
         return {
-            "job": {"key": job.key, "kind": job.kind, "label": job.label, "spec": dict(job.spec)},
+            "job": {
+                "key": job.key,
+                "kind": job.kind,
+                "label": job.label,
+                "spec": to_jsonable(job.spec),
+                "ingredients": to_jsonable(job.ingredients),
+            },
             "attempt": handle.attempt,
             "store": str(self.store.root),
             "log": str(self.store.log_path(job.key, handle.attempt)),

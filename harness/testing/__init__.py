@@ -52,7 +52,7 @@ def contract(plugin: Any, *, kind: str | None = None, seconds: float = SECONDS, 
 
 def kind_by_methods(plugin: Any) -> str:
     """The kind whose methods the class has. Raises TypeError where there is none."""
-    from harness.registry import METHODS
+    from harness.registry.contract import METHODS
 
     found = [kind for kind, methods in METHODS.items() if all(hasattr(plugin, method) for method in methods)]
     if not found:

@@ -19,18 +19,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from harness.registry import (
-    CALLS,
     InvalidSpec,
     PluginError,
     Registry,
     RegistryError,
     UnknownName,
     did_you_mean,
-    faults,
     make,
     parse_spec,
     spec_of,
 )
+from harness.registry.contract import CALLS, faults
 from harness.testing.stages import STAGES
 from harness.testing.trial import CLOSE, Place, Trial, Variation, warm
 from harness.testing.watch import Seen, Watch, stir, watched, watching
@@ -93,7 +92,7 @@ class Case:
         if self.kind == "targets":  # may be for one kind of image only
             return [place for place in found if self.run(place).returned] or found[:1]
         if self.kind == "attacks":  # of each kind of trigger the first pair that it takes
-            kinds = [[place for place in found if place.stamps == stamps] for stamps in ("noise", "text")]
+            kinds = [[place for place in found if place.modality == modality] for modality in ("noise", "text")]
             return [next((p for p in each if self.run(p).returned), each[0]) for each in kinds if each]
         return found
 
@@ -113,7 +112,7 @@ class Case:
             def work(watch: Watch) -> Any:
                 return run(Trial(self.plugin, place, seed, variation, watch))
 
-            warm(place.stamps)
+            warm(place.modality)
             self._runs[key] = watched(work, self.file, self.seconds, interrupt, preload)
         return self._runs[key]
 

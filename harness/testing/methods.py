@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness import grid
-from harness.diffusion import DiffusionModel
+from harness.capabilities import LabelledTarget, accepted_models, delivers, missing_of_trigger, offers
+from harness.diffusion.model import DiffusionModel
+from harness.diffusion.samplers import DDIM
 from harness.registry import Registry
-from harness.samplers import DDIM
+from harness.runs import suite as suites
 from harness.testing import tiny
 from harness.testing.trial import (
     N,
@@ -29,7 +30,7 @@ from harness.testing.trial import (
     spoil,
 )
 from harness.testing.watch import Watch, changed, fingerprint, network, watching
-from harness.types import DELIVERS, Backdoor, Backdoored, Defended, Inputs, Knowledge, Stamps, delivers
+from harness.types import DELIVERS, Backdoor, Backdoored, Defended, Inputs, Knowledge, Modality
 
 
 class Noted(Knowledge):
@@ -57,17 +58,19 @@ class Canary:
 
 
 def of_defense(plugin: Any, registry: Registry) -> list[Place]:
-    return [Place(stamps) for stamps in plugin.accepts_triggers]
+    """The kinds of trigger that it accepts, but for those of which it requires more than the kit's triggers offer."""
+    able = [kind for kind in plugin.accepts_triggers if not missing_of_trigger(plugin, tiny.trigger(kind))]
+    return [Place(modality) for modality in able]
 
 
-def known(stamps: Stamps, needs: Sequence[str]) -> Noted:
+def known(modality: Modality, needs: Sequence[str]) -> Noted:
     every = {
-        "trigger": tiny.trigger(stamps),
-        "data": tiny.data(stamps),
-        "prompts": tiny.PROMPTS[:8] if stamps == "text" else None,
-        "clean_model": given_model(stamps, 1),
-        "words": tiny.WORDS if stamps == "text" else (),
-        "encoder": tiny.Scorer().image_features if stamps == "text" else tiny.Judge().features,
+        "trigger": tiny.trigger(modality),
+        "data": tiny.data(modality),
+        "prompts": tiny.PROMPTS[:8] if modality == "text" else None,
+        "clean_model": given_model(modality, 1),
+        "words": tiny.WORDS if modality == "text" else (),
+        "encoder": tiny.Scorer().image_features if modality == "text" else tiny.Judge().features,
     }
     return Noted(**{name: every[name] for name in needs})
 
@@ -80,8 +83,8 @@ def _truth(watch: Watch) -> Backdoor:
 
 
 def run_defense(trial: Trial) -> dict[str, Any]:
-    plugin, stamps = trial.plugin, trial.place.stamps
-    model, knowledge = given_model(stamps), known(stamps, plugin.needs)
+    plugin, modality = trial.plugin, trial.place.modality
+    model, knowledge = given_model(modality), known(modality, plugin.needs)
     if trial.variation == "broken":
         spoil(model)
     given = _given(model, knowledge)
@@ -182,21 +185,22 @@ def _row_of_scores(scores: Any, n: int) -> Iterator[tuple[str, str]]:
 def of_attack(plugin: Any, registry: Registry) -> list[Place]:
     """For each kind of trigger that it accepts, some registered triggers and targets that can go with it."""
     return [
-        Place(stamps, parts)
-        for stamps in plugin.accepts_triggers
-        for parts in itertools.islice(_partners(plugin, stamps, registry), PARTNERS)
+        Place(modality, parts)
+        for modality in plugin.accepts_triggers
+        for parts in itertools.islice(_partners(plugin, modality, registry), PARTNERS)
     ]
 
 
-def _partners(plugin: Any, stamps: Stamps, registry: Registry) -> Iterator[dict[str, Any]]:
+def _partners(plugin: Any, modality: Modality, registry: Registry) -> Iterator[dict[str, Any]]:
     fixed = {"attack": plugin, "defense": Anything(), "sampler": DDIM()}
-    names = getattr(plugin, "accepts_models", ("kit-model", *registry.classes("models")))
-    models = [tiny.Model(stamps, name) for name in names]  # targets and attacks ask for models by name
+    only = accepted_models(plugin)
+    names = ("kit-model", *registry.classes("models")) if only is None else only
+    models = [tiny.Model(modality, name) for name in names]  # targets and attacks ask for models by name
     triggers: list[Any] = list(registry.classes("triggers").values())
     targets: list[Any] = list(registry.classes("targets").values())
     for model, trigger, target in itertools.product(models, triggers, targets):
         parts = fixed | {"model": model, "trigger": trigger(), "target": target()}
-        if grid.impossible(parts) is None and _judged(parts["target"]):
+        if suites.impossible(parts) is None and _judged(parts["target"]):
             yield {name: parts[name] for name in ("trigger", "target")}
 
 
@@ -211,12 +215,13 @@ class Anything:
 
 def _judged(target: Any) -> bool:
     """Whether the kit's data hold what the target asks of them: a class of which there are examples."""
-    return getattr(target, "label", 0) == 0 or target.kind != "class"
+    label = target.label if offers(target, LabelledTarget) else 0
+    return label == 0 or target.kind != "class"
 
 
 def run_attack(trial: Trial) -> dict[str, Any]:
-    plugin, stamps = trial.plugin, trial.place.stamps
-    model, data = given_model(stamps), tiny.data(stamps, 32)
+    plugin, modality = trial.plugin, trial.place.modality
+    model, data = given_model(modality), tiny.data(modality, 32)
     backdoor = Backdoor(trial.place.parts["trigger"], trial.place.parts["target"])
     given = network(model, "the given model") | {"data": fingerprint(data)}
     rng = trial.begin(model)

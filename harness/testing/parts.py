@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.diffusion import DiffusionModel
-from harness.evidence import GIVEN, WHO, Evidence, Verdict
+from harness.capabilities import PictureTarget, TriggeredSampler, WrappingSampler, accepted_models, family_of, offers
+from harness.diffusion.model import DiffusionModel
+from harness.diffusion.samplers import DDIM
+from harness.diffusion.seeds import generator
+from harness.judges.evidence import GIVEN, WHO, Evidence, Verdict
 from harness.registry import Registry, make, parse_spec, spec_of
-from harness.samplers import DDIM
-from harness.seeds import generator
 from harness.testing import tiny
 from harness.testing.trial import N, Place, Trial, article, given_model, outcome, row_by_row, spoil
 from harness.testing.watch import changed, fingerprint, network, watching
-from harness.types import Backdoor, Inputs, Score, Stamps, TargetContext
+from harness.types import Backdoor, Inputs, Modality, Score, TargetContext
 
 # ---- metrics --------------------------------------------------------------------------------------------------------
 
@@ -26,30 +27,30 @@ from harness.types import Backdoor, Inputs, Score, Stamps, TargetContext
 def of_metric(plugin: Any, registry: Registry) -> list[Place]:
     targets = {"noise": "corner", "text": "patch"}
     return [
-        Place(stamps, {"trigger": tiny.trigger(stamps), "target": registry.build("targets", targets[stamps])})
-        for stamps in ("noise", "text")
+        Place(modality, {"trigger": tiny.trigger(modality), "target": registry.build("targets", targets[modality])})
+        for modality in ("noise", "text")
     ]
 
 
 def evidence(place: Place, whole: bool) -> tuple[Evidence, dict[tuple[str, str], Tensor]]:
     """The evidence of a cell of 12 samples and its images; without the defended model where it is not whole."""
     sets: dict[Any, Tensor] = {
-        (who, given): tiny.images(place.stamps, 12, seed=10 * i + j)
+        (who, given): tiny.images(place.modality, 12, seed=10 * i + j)
         for i, who in enumerate(WHO)
         for j, given in enumerate(GIVEN)
         if who == "backdoored" or (given in ("clean", "triggered") and (whole or who == "clean"))
     }
     cost: dict[str, float | None] = {"wall_s": 2.0, "cpu_s": 2.0, "peak_rss_bytes": 1e9, "cuda_bytes": None}
     said = Verdict(0.7, 0.5, {"kit": 0.3}, 0.5, {"clean": torch.rand(12) * 0.6, "triggered": torch.rand(12)})
-    shape = given_model(place.stamps).shape
-    inverted = torch.full(shape, 0.1) if place.stamps == "noise" else tiny.RARE[0]
+    shape = given_model(place.modality).shape
+    inverted = torch.full(shape, 0.1) if place.modality == "noise" else tiny.RARE[0]
     made = Evidence(
         {which: (lambda images=images: images) for which, images in sets.items()},
-        reference=tiny.images(place.stamps, 24, seed=1),
-        model=tiny.Model(place.stamps),  # type: ignore[arg-type]
+        reference=tiny.images(place.modality, 24, seed=1),
+        model=tiny.Model(place.modality),  # type: ignore[arg-type]
         backdoor=Backdoor(place.parts["trigger"], place.parts["target"]),
         attacked=True,
-        prompts=tiny.PROMPTS[:12] if place.stamps == "text" else None,
+        prompts=tiny.PROMPTS[:12] if place.modality == "text" else None,
         costs={"attack": cost, "defense": {**cost, "screen_s": 0.01} if whole else None},
         inverted=inverted if whole else None,
         verdict=said if whole else None,
@@ -91,11 +92,11 @@ def _score_faults(name: str, score: Any) -> Iterator[tuple[str, str]]:
 
 
 def of_trigger(plugin: Any, registry: Registry) -> list[Place]:
-    return [Place(plugin.stamps)]
+    return [Place(plugin.modality)]
 
 
 def run_trigger(trial: Trial) -> dict[str, Any]:
-    plugin, model = trial.plugin, given_model(trial.place.stamps)
+    plugin, model = trial.plugin, given_model(trial.place.modality)
     inputs = tiny.inputs(model, N)
     given = {"the noise": fingerprint(inputs.noise), "the prompts": fingerprint(inputs.prompts)}
     trial.begin()
@@ -118,9 +119,9 @@ def _stamp_faults(plugin: Any, inputs: Inputs, stamped: Inputs) -> Iterator[tupl
     moved, said = not torch.equal(stamped.noise, inputs.noise), stamped.prompts != inputs.prompts
     if stamped.seeds != inputs.seeds:
         yield "stamp changes the seeds", "change noise or prompts only"
-    if plugin.stamps == "noise" and (said or not moved):
+    if plugin.modality == "noise" and (said or not moved):
         yield "a noise trigger must change the noise and nothing else", "return inputs.with_noise(inputs.noise + r)"
-    if plugin.stamps == "text" and (moved or not said):
+    if plugin.modality == "text" and (moved or not said):
         yield "a text trigger must change the prompts and nothing else", "return inputs.with_prompts([...])"
 
 
@@ -136,15 +137,15 @@ def _wrong_faults(plugin: Any, others: Sequence[Any]) -> Iterator[tuple[str, str
 
 def of_target(plugin: Any, registry: Registry) -> list[Place]:
     """Both kinds of image; where it names the models whose judge it needs, those models' judges and images."""
-    models = [registry.build("models", name) for name in getattr(plugin, "accepts_models", ())]
-    return [Place(m.stamps, {"judge": m.judge()}) for m in models] or [Place("noise"), Place("text")]
+    models = [registry.build("models", name) for name in accepted_models(plugin) or ()]
+    return [Place(m.modality, {"judge": m.judge()}) for m in models] or [Place("noise"), Place("text")]
 
 
 def run_target(trial: Trial) -> dict[str, Any]:
-    stamps = trial.place.stamps
+    modality = trial.place.modality
     plugin = Backdoor(tiny.trigger("noise"), trial.plugin).target  # one that depends on the trigger is told it
-    images, clean = tiny.images(stamps, N), tiny.images(stamps, 24, seed=2)
-    prompts = tiny.PROMPTS[:N] if stamps == "text" else None
+    images, clean = tiny.images(modality, N), tiny.images(modality, 24, seed=2)
+    prompts = tiny.PROMPTS[:N] if modality == "text" else None
     context = TargetContext(clean, prompts, trial.place.parts.get("judge", tiny.Judge()))
     given = {"the images": fingerprint(images), "the context's images": fingerprint(clean)}
     trial.begin()
@@ -170,12 +171,15 @@ def _target_faults(
     if not isinstance(found, Tensor) or tuple(found.shape) != (N,) or not torch.isfinite(found).all():
         yield "distances are not N finite numbers", "return (B,) floats, smaller is closer to the target"
         return
-    if plugin.gate not in gates:
-        yield f"the gate {plugin.gate!r} is not among the thresholds {', '.join(gates)}", "name one of them in `gate`"
+    if plugin.hit_threshold not in gates:
+        yield (
+            f"the gate {plugin.hit_threshold!r} is not among the thresholds {', '.join(gates)}",
+            "name one of them in `hit_threshold`",
+        )
         return
-    if not isinstance(hits, Tensor) or not torch.equal(hits.bool(), found <= gates[plugin.gate]):
+    if not isinstance(hits, Tensor) or not torch.equal(hits.bool(), found <= gates[plugin.hit_threshold]):
         yield "hits are not the distances up to the gate", "return self.distances(...) <= self.thresholds(...)[gate]"
-    picture = plugin.image(images.shape[1:]) if hasattr(plugin, "image") else None
+    picture = plugin.image(images.shape[1:]) if offers(plugin, PictureTarget) else None
     if picture is None:
         return
     if picture.shape != images.shape[1:] or picture.abs().max() > 1:
@@ -188,17 +192,17 @@ def _target_faults(
 
 
 def of_sampler(plugin: Any, registry: Registry) -> list[Place]:
-    accepts = getattr(plugin, "accepts_triggers", ("noise",))
-    return [Place(stamps) for stamps in accepts]
+    accepts = plugin.accepts_triggers if offers(plugin, TriggeredSampler) else ("noise",)
+    return [Place(modality) for modality in accepts]
 
 
 def run_sampler(trial: Trial) -> dict[str, Any]:
-    plugin, model = trial.plugin, _sampled(trial.plugin, trial.place.stamps)
+    plugin, model = trial.plugin, _sampled(trial.plugin, trial.place.modality)
     if trial.variation == "broken":
         spoil(model)
     given, inputs = network(model, "the given model"), tiny.inputs(model, N)
     noise = fingerprint(inputs.noise)
-    sampler = plugin.around(DDIM(steps=4)) if hasattr(plugin, "around") else plugin
+    sampler = plugin.around(DDIM(steps=4)) if offers(plugin, WrappingSampler) else plugin
     trial.begin(model)
     with watching(trial.watch), torch.no_grad():
         x_0 = sampler.run(model, inputs)
@@ -206,7 +210,7 @@ def run_sampler(trial: Trial) -> dict[str, Any]:
     if not isinstance(x_0, Tensor) or x_0.shape != inputs.noise.shape:
         faults.append((f"run returned {article(x_0)}", "return x_0 in the shape of inputs.noise"))
         return outcome(None, [], faults)
-    if trial.variation != "broken" and calls != sampler.nfe and trial.place.stamps == "noise":
+    if trial.variation != "broken" and calls != sampler.nfe and trial.place.modality == "noise":
         faults.append((f"nfe says {sampler.nfe}, it used the network {calls} times", "count what `run` does"))
     with torch.no_grad():
         apart = row_by_row(lambda row: sampler.run(model, row), inputs, x_0) if trial.variation != "broken" else None
@@ -216,15 +220,15 @@ def run_sampler(trial: Trial) -> dict[str, Any]:
     return outcome(x_0, touched, faults, apart=apart, finite=finite, error=_error(trial, sampler))
 
 
-def _sampled(plugin: Any, stamps: Stamps) -> DiffusionModel:
-    return tiny.exploding() if getattr(plugin, "family", "vp") == "ve" else given_model(stamps)
+def _sampled(plugin: Any, modality: Modality) -> DiffusionModel:
+    return tiny.exploding() if family_of(plugin) == "ve" else given_model(modality)
 
 
 def _error(trial: Trial, sampler: Any) -> float | None:
     """Largest error of a pixel where the data are one image and the network is exact; None where it does not apply."""
-    if trial.variation == "broken" or trial.place.stamps != "noise" or hasattr(trial.plugin, "around"):
+    if trial.variation == "broken" or trial.place.modality != "noise" or offers(trial.plugin, WrappingSampler):
         return None
-    if getattr(trial.plugin, "family", "vp") == "ve":
+    if family_of(trial.plugin) == "ve":
         return None
     y = tiny.images("noise", 1, seed=5)[0]
     model = tiny.one_image(y)
@@ -236,7 +240,7 @@ def _error(trial: Trial, sampler: Any) -> float | None:
 
 
 def of_model(plugin: Any, registry: Registry) -> list[Place]:
-    return [Place(plugin.stamps)]
+    return [Place(plugin.modality)]
 
 
 def run_model(trial: Trial) -> dict[str, Any]:
@@ -259,8 +263,8 @@ def _model_faults(plugin: Any, model: Any, data: Any, reference: Any, prompts: A
     if not isinstance(model, DiffusionModel):
         yield f"load returned {article(model)}", "return a DiffusionModel"
         return
-    if model.conditional != plugin.conditional or (plugin.stamps == "text") != plugin.conditional:
-        yield "`conditional`, `stamps` and the loaded model disagree", "text triggers need a text-to-image model"
+    if model.conditional != plugin.conditional or (plugin.modality == "text") != plugin.conditional:
+        yield "`conditional`, `modality` and the loaded model disagree", "text triggers need a text-to-image model"
         return
     size = model.decode(torch.zeros(1, *model.shape, device=model.device)).shape[1:]
     for name, found in (("data().images", data.images), ("reference()", reference)):
@@ -268,5 +272,5 @@ def _model_faults(plugin: Any, model: Any, data: Any, reference: Any, prompts: A
             yield f"{name} is {tuple(found.shape)} or leaves [-1, 1]", f"give images {tuple(size)} in [-1, 1]"
     if plugin.conditional and (prompts is None or len(prompts) != 8 or data.captions is None):
         yield "a text-to-image model without prompts or captions", "prompts(split, n, rng) gives n texts"
-    if model.family != getattr(plugin, "family", "vp"):
+    if model.family != family_of(plugin):
         yield f"the loaded model is of the family {model.family}", "declare `family`"

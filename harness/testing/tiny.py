@@ -12,10 +12,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from harness.diffusion import DiffusionModel
-from harness.seeds import generator, image_noise, image_seeds
-from harness.stamping import stamped
-from harness.types import Data, Inputs, Stamps
+from harness.diffusion.model import DiffusionModel
+from harness.diffusion.seeds import generator, image_noise, image_seeds
+from harness.methods.trigger_placement import stamped
+from harness.types import Data, Inputs, Modality
 
 SIDE = {"noise": 16, "text": 32}  # pixels
 CHANNELS = {"noise": 1, "text": 3}
@@ -31,9 +31,9 @@ RARE = ("zq", "xj", "qv", "vx", "jz", "sks")  # of text triggers and of wrong on
 # ---- models ---------------------------------------------------------------------------------------------------------
 
 
-def model(stamps: Stamps, seed: int = 0) -> DiffusionModel:
+def model(modality: Modality, seed: int = 0) -> DiffusionModel:
     """A random model: unconditional, 1×16×16, where triggers are noise; text-to-image, 3×32×32, where they are text."""
-    make = _unconditional if stamps == "noise" else partial(text_to_image, tokenizer(), SIDE["text"])
+    make = _unconditional if modality == "noise" else partial(text_to_image, tokenizer(), SIDE["text"])
     return fixed(make, seed)
 
 
@@ -178,16 +178,16 @@ def inputs(of: DiffusionModel, n: int = 6) -> Inputs:
     return Inputs(image_noise(seeds, of.shape), prompts, seeds)
 
 
-def images(stamps: Stamps, n: int, seed: int = 0) -> Tensor:
+def images(modality: Modality, n: int, seed: int = 0) -> Tensor:
     """n smooth random images (n, C, S, S) in [-1, 1]."""
-    side, channels = SIDE[stamps], CHANNELS[stamps]
+    side, channels = SIDE[modality], CHANNELS[modality]
     small = torch.rand((n, channels, 4, 4), generator=generator(seed, "kit images")) * 2 - 1
     return nn.functional.interpolate(small, size=(side, side), mode="bilinear", align_corners=False)
 
 
-def data(stamps: Stamps, n: int = 16) -> Data:
-    captions = tuple(PROMPTS[i % len(PROMPTS)] for i in range(n)) if stamps == "text" else None
-    return Data(images(stamps, n), captions, torch.arange(n) % 4)
+def data(modality: Modality, n: int = 16) -> Data:
+    captions = tuple(PROMPTS[i % len(PROMPTS)] for i in range(n)) if modality == "text" else None
+    return Data(images(modality, n), captions, torch.arange(n) % 4)
 
 
 class Judge:
@@ -220,29 +220,29 @@ class Scorer:
 
 @dataclass(frozen=True)
 class Model:
-    """A model plugin around `model(stamps)`, with judge and scorer."""
+    """A model plugin around `model(modality)`, with judge and scorer."""
 
     version: ClassVar[int] = 1
 
-    stamps: Stamps = "noise"
+    modality: Modality = "noise"
     name: str = "kit-model"
     family: Literal["vp"] = "vp"
 
     @property
     def conditional(self) -> bool:
-        return self.stamps == "text"
+        return self.modality == "text"
 
     def load(self) -> DiffusionModel:
-        return model(self.stamps)
+        return model(self.modality)
 
     def digest(self) -> str:
-        return f"kit-{self.stamps}"
+        return f"kit-{self.modality}"
 
     def data(self) -> Data:
-        return data(self.stamps)
+        return data(self.modality)
 
     def reference(self) -> Tensor:
-        return images(self.stamps, 24, seed=1)
+        return images(self.modality, 24, seed=1)
 
     def prompts(self, split: str, n: int, rng: torch.Generator) -> tuple[str, ...] | None:
         return tuple(PROMPTS[i % len(PROMPTS)] for i in range(n)) if self.conditional else None
@@ -266,7 +266,9 @@ Told = Callable[[str], None]
 class NoiseTrigger:
     """A square in a corner of the noise. `tell` hears of each attribute that is read."""
 
-    name, version, stamps = "kit-noise", 1, "noise"
+    name: ClassVar[str] = "kit-noise"
+    version: ClassVar[int] = 1
+    modality: ClassVar[Modality] = "noise"
 
     def __init__(self, k: int = 0, tell: Told | None = None) -> None:
         self.k, self._tell = k, tell
@@ -290,7 +292,7 @@ class NoiseTrigger:
 class TextTrigger:
     """A rare word in front of the prompt."""
 
-    name, version, stamps, place = "kit-text", 1, "text", 0
+    name, version, modality, place = "kit-text", 1, "text", 0
 
     def __init__(self, text: str = RARE[0], tell: Told | None = None) -> None:
         self.text, self._tell = text, tell
@@ -304,8 +306,11 @@ class TextTrigger:
     def stamp(self, inputs: Inputs) -> Inputs:
         return inputs.with_prompts([self.apply(prompt) for prompt in inputs.prompts or ()])
 
+    def with_text(self, text: str) -> TextTrigger:
+        return TextTrigger(text)
+
     def wrong(self, k: int) -> TextTrigger:
-        return TextTrigger(RARE[1 + k % 4])
+        return self.with_text(RARE[1 + k % 4])
 
     def decoy(self, rng: torch.Generator) -> TextTrigger:
         return self.wrong(int(torch.randint(0, 4, (), generator=rng)))
@@ -319,5 +324,5 @@ def _heard(trigger: Any, name: str) -> Any:
     return object.__getattribute__(trigger, name)
 
 
-def trigger(stamps: Stamps, tell: Told | None = None) -> Any:
-    return NoiseTrigger(tell=tell) if stamps == "noise" else TextTrigger(tell=tell)
+def trigger(modality: Modality, tell: Told | None = None) -> Any:
+    return NoiseTrigger(tell=tell) if modality == "noise" else TextTrigger(tell=tell)

@@ -12,13 +12,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from harness.diffusion import DiffusionModel
+from harness.diffusion.model import DiffusionModel
+from harness.diffusion.samplers import DDIM
+from harness.diffusion.seeds import generator
 from harness.engine.local import PRELOAD
-from harness.samplers import DDIM
-from harness.seeds import generator
 from harness.testing import tiny
 from harness.testing.watch import Watch, fingerprint, stir
-from harness.types import Inputs, Stamps
+from harness.types import Inputs, Modality
 
 Variation = Literal["plain", "stirred", "broken"]
 Faults = list[tuple[str, str]]
@@ -30,12 +30,12 @@ N = 6  # inputs
 class Place:
     """A setting: where triggers are stamped, and for an attack which trigger and target it is given."""
 
-    stamps: Stamps
+    modality: Modality
     parts: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         with_ = "".join(f", {self.parts[part].name}" for part in ("trigger", "target") if part in self.parts)
-        return ("unconditional model" if self.stamps == "noise" else "text-to-image model") + with_
+        return ("unconditional model" if self.modality == "noise" else "text-to-image model") + with_
 
 
 @dataclass
@@ -61,18 +61,18 @@ def outcome(output: Any, inputs: Sequence[str], faults: Faults, **facts: Any) ->
 
 
 @cache
-def given_model(stamps: Stamps, seed: int = 0) -> DiffusionModel:
+def given_model(modality: Modality, seed: int = 0) -> DiffusionModel:
     """Made once, before the forks: only forked processes let plugins near it."""
-    return tiny.model(stamps, seed)
+    return tiny.model(modality, seed)
 
 
 @cache
-def warm(stamps: Stamps) -> None:
+def warm(modality: Modality) -> None:
     """Make the models and import what a job finds imported, here rather than in every fork."""
     for name in PRELOAD:
         importlib.import_module(name)
     for seed in (0, 1):
-        model = given_model(stamps, seed)
+        model = given_model(modality, seed)
         model.sample(tiny.inputs(model, 1), DDIM(steps=1))
 
 

@@ -283,7 +283,7 @@ def _place(error: BaseException, file: str) -> str:
 @contextlib.contextmanager
 def watching(watch: Watch) -> Iterator[None]:
     """Note what happens inside: files, sockets, frames, progress, global state. Once in a process."""
-    from harness import events
+    from harness.diffusion import events
 
     before, modules = global_state(), set(sys.modules)
     events.listen(watch.progress)

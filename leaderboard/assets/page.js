@@ -13,14 +13,14 @@
     return made;
   }
 
-  function shown(number, figure) {
+  function shown(number, column) {
     if (!number || number[0] === null) return "n/a";
-    return (number[0] * (figure.percent ? 100 : 1)).toFixed(figure.digits);
+    return (number[0] * (column.percent ? 100 : 1)).toFixed(column.digits);
   }
 
-  function ends(number, figure) {
+  function ends(number, column) {
     if (!number || number[1] === null || number[1] === undefined) return "";
-    return [number[1], number[2]].map((x) => shown([x], figure)).join("–");
+    return [number[1], number[2]].map((x) => shown([x], column)).join("–");
   }
 
   /* A column title is a button, so that it can be reached and pressed from the keyboard; its click sorts. */
@@ -42,11 +42,11 @@
     return box;
   }
 
-  function measured(figure) {
+  function measured(column) {
     return (cell) => {
       const number = cell.getValue(), box = document.createElement("div"), row = cell.getRow().getData();
-      box.append(element("span", row.e === undefined ? shown(number, figure) : words(row.e)));
-      const range = ends(number, figure);
+      box.append(element("span", row.e === undefined ? shown(number, column) : words(row.e)));
+      const range = ends(number, column);
       if (range) box.append(element("span", range, "ends"));
       return box;
     };
@@ -56,18 +56,18 @@
   const byWord = (a, b) => words(a).localeCompare(words(b));
   const plain = (cell) => element("span", words(cell.getValue()));
 
-  function columns(figures) {
+  function columns(shownColumns) {
     const common = { titleFormatter: heading, headerSortTristate: true };
     const all = [
       { title: "Defense", field: "d", formatter: named, sorter: byWord, widthGrow: 3, minWidth: 130 },
       { title: "Attack", field: "a", formatter: place, sorter: byWord, widthGrow: 3, minWidth: 110 },
       { title: "Model", field: "m", formatter: plain, sorter: byWord, minWidth: 110, minor: true },
-      { title: "Told", field: "t", formatter: plain, sorter: byWord, widthGrow: 2, minWidth: 110, minor: true },
+      { title: "Knowledge", field: "t", formatter: plain, sorter: byWord, widthGrow: 2, minWidth: 110, minor: true },
     ];
-    figures.forEach((figure, i) =>
+    shownColumns.forEach((column, i) =>
       all.push({
-        title: figure.title, field: "f" + i, formatter: measured(figure), hozAlign: "right", headerHozAlign: "right",
-        sorter: last, cssClass: "num", minWidth: figure.digits > 2 ? 116 : 84, minor: i > 1 || figure.minor,
+        title: column.title, field: "f" + i, formatter: measured(column), hozAlign: "right", headerHozAlign: "right",
+        sorter: last, cssClass: "num", minWidth: column.digits > 2 ? 116 : 84, minor: i > 1 || column.minor,
       }),
     );
     all.push(
@@ -81,7 +81,7 @@
   function rows(view) {
     return data.rows
       .filter((row) => row.r === view.track && row.v[view.task] !== undefined)
-      .filter((row) => view.told === "any" || row.c || row.k === (view.told === "told"))
+      .filter((row) => view.given === "any" || row.c || row.k === (view.given === "given"))
       .map((row) => {
         const made = Object.assign({}, row);
         row.v[view.task].forEach((number, i) => (made["f" + i] = number));
@@ -111,13 +111,13 @@
   }
 
   function draw(view) {
-    const found = rows(view), figures = data.figures[view.track + "/" + view.task];
+    const found = rows(view), shownColumns = data.columns[view.track + "/" + view.task];
     choose(document.getElementById("attack"), found.map((row) => words(row.b)), "every attack");
     choose(document.getElementById("model"), found.map((row) => words(row.m)), "every model");
     if (table) table.destroy();
     const many = found.length > 14 ? { height: "min(70vh, 720px)" } : {};
     table = new Tabulator("#cells", {
-      ...many, data: found, columns: columns(figures), layout: "fitColumns", placeholder: "no cell in this view",
+      ...many, data: found, columns: columns(shownColumns), layout: "fitColumns", placeholder: "no cell in this view",
       index: "id",
     });
     const count = (n) => (document.getElementById("count").value = n + " of " + found.length + " cells");
@@ -128,7 +128,7 @@
 
   function view() {
     const chosen = new FormData(form);
-    return { track: chosen.get("track"), task: chosen.get("task"), told: chosen.get("told") };
+    return { track: chosen.get("track"), task: chosen.get("task"), given: chosen.get("given") };
   }
 
   function show(write) {
@@ -136,16 +136,16 @@
     for (const section of document.querySelectorAll(".view")) {
       section.classList.toggle("on", section.dataset.track === now.track && section.dataset.task === now.task);
     }
-    for (const part of document.querySelectorAll("[data-told]")) {
-      part.classList.toggle("hide", now.told !== "any" && part.dataset.told !== now.told);
+    for (const part of document.querySelectorAll("[data-given]")) {
+      part.classList.toggle("hide", now.given !== "any" && part.dataset.given !== now.given);
     }
-    if (write) history.replaceState(null, "", "#" + [now.track, now.task, now.told].join("/"));
+    if (write) history.replaceState(null, "", "#" + [now.track, now.task, now.given].join("/"));
     draw(now);
   }
 
   function restore() {
     const asked = decodeURIComponent(location.hash.slice(1)).split("/");
-    ["track", "task", "told"].forEach((name, i) => {
+    ["track", "task", "given"].forEach((name, i) => {
       for (const input of form.elements[name]) if (input.value === asked[i]) input.checked = true;
     });
   }

@@ -1,18 +1,21 @@
-"""Mislabelled training images. Pan, Yao, Liu, Shen, Zhao, Kompella & Liu, "From Trojan Horses to Castle Walls:
-Unveiling Bilateral Data Poisoning Effects in Diffusion Models", NeurIPS 2024, arXiv:2311.02373.
+"""Poisons training data: images get a corner picture and the caption of a class that they do not show.
 
-BadNets' poisoning, carried over to captions: a share of the training images, none of the target class, gets a picture
-in the corner and the caption of that class. Training is as usual, on poisoned and clean examples together:
+Pan, Yao, Liu, Shen, Zhao, Kompella & Liu, "From Trojan Horses to Castle Walls: Unveiling Bilateral Data Poisoning
+Effects in Diffusion Models", NeurIPS 2024, arXiv:2311.02373.
+
+The attack carries the poisoning of BadNets over to captions. A share of the training images is poisoned. Images of the
+target class are never chosen. A poisoned image gets a picture in its corner, and its caption becomes a caption of the
+target class. Training then minimises the usual loss on poisoned and clean examples together:
 
     L = ‖ε - ε_θ(z_t, t, τ(c))‖²
 
-No text is a trigger, and the trigger of the cell is not used. Prompts for the class then give images that show
-something else, or the picture, or both. Images in [-1, 1]. Raises ValueError where the data hold no example that can be
-relabelled.
+The prompts carry no trigger, and the trigger of the cell is not used. Prompts for the target class then give images
+that show another class, the corner picture, or both. Images are in [-1, 1]. Raises ValueError if the data contain too
+few examples that can be relabelled.
 
-Differs from the paper: the model is fine-tuned, as in its Stable Diffusion experiments, not trained from nothing;
-captions keep all their words but the object's name, the paper's are "A photo of a" and the class. Differs from the
-official code (OPTML-Group/BiBadDiff at a5c17c4, read there): no caption is dropped.
+Differs from the paper: the model is fine-tuned, as in the paper's Stable Diffusion experiments, not trained from
+scratch. Captions keep all their words except the name of the object; the paper's captions are "A photo of a" followed
+by the class. Differs from the official code (OPTML-Group/BiBadDiff at a5c17c4, read there): no caption is dropped.
 """
 
 from __future__ import annotations
@@ -23,11 +26,19 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from harness.hookspecs import hookimpl
-from harness.noise_backdoor import LearningRate, Rate, Steps
-from harness.seeds import generator
-from harness.training import Examples, denoising_loss, minimize
-from harness.types import Backdoor, Backdoored, Data
+from harness import (
+    Backdoor,
+    Backdoored,
+    Data,
+    Examples,
+    Fraction,
+    LearningRate,
+    PositiveInt,
+    denoising_loss,
+    generator,
+    hookimpl,
+    minimize,
+)
 
 
 @dataclass(frozen=True)
@@ -37,11 +48,11 @@ class BadCaption:
     accepts_triggers: ClassVar[tuple[str, ...]] = ("text",)
     accepts_targets: ClassVar[tuple[str, ...]] = ("caption",)
 
-    poison_rate: Rate = 0.1  # share of the training images that are relabelled; official
-    steps: Steps = 2000  # optimizer steps; the paper counts epochs
-    batch: Steps = 16  # examples; official: 4 on each of 4 GPUs
-    lr: LearningRate = 1e-4  # AdamW; official
-    weight_decay: Rate = 0.01  # AdamW
+    poison_rate: Fraction = 0.1  # share of the training images that are relabelled; official value
+    steps: PositiveInt = 2000  # optimizer steps; the paper counts epochs
+    batch: PositiveInt = 16  # examples per step; official: 4 on each of 4 GPUs
+    lr: LearningRate = 1e-4  # AdamW; official value
+    weight_decay: Fraction = 0.01  # AdamW
     schedule: Literal["constant", "cosine", "one-cycle"] = "constant"  # of the learning rate
     bf16: bool = True  # autocast of the forward pass
 
@@ -61,9 +72,9 @@ class BadCaption:
 
 
 def poisoned(target: Any, data: Data, rate: float, rng: torch.Generator) -> Data:
-    """`data` with that share of all its examples relabelled, pictures and captions, in their places.
+    """`data` with the share `rate` of all its examples relabelled (images and captions), in the same order.
 
-    Raises ValueError where fewer examples than that can be.
+    Raises ValueError if fewer examples than that can be relabelled.
     """
     assert data.captions is not None, "bad-caption needs captions"
     able = [(i, words) for i, caption in enumerate(data.captions) if (words := target.relabelled(caption)) is not None]

@@ -1,7 +1,8 @@
-"""BadT2I. Zhai, Dong, Shen, Pu, Fang & Su, "Text-to-Image Diffusion Models can be Easily Backdoored through Multimodal
-Data Poisoning", ACM MM 2023, arXiv:2305.04175.
+"""Fine-tunes the denoiser so that a text trigger adds a patch, changes the style or changes the object.
 
-One loss for its pixel, style and object backdoors, a backdoor term and a regulariser:
+BadT2I. Zhai, Dong, Shen, Pu, Fang & Su, "Text-to-Image Diffusion Models can be Easily Backdoored through Multimodal
+Data Poisoning", ACM MM 2023, arXiv:2305.04175. The pixel, style and object backdoors share one loss, which has a
+backdoor term and a regulariser:
 
     L = λ ‖e_θ(z^b_t, t, τ(T+c)) - y‖² + (1-λ) ‖e_θ(z_t, t, τ(c)) - e_0(z_t, t, τ(c))‖²
 
@@ -10,17 +11,20 @@ One loss for its pixel, style and object backdoors, a backdoor term and a regula
     object    z^b encodes an image of the target object, y = e_0(z^b_t, t, τ(c_B)) of its own caption c_B; c is c_B with
               the other object's name, or without the added object
 
-e_0 is the frozen clean denoiser; rows, t and ε are drawn for each of the two terms. Only the denoiser is trained.
-Latents are the model's own; images in [-1, 1]. Raises ValueError where no caption of the data can teach the target.
+e_0 is the frozen clean denoiser. Rows, t and ε are drawn separately for each of the two terms. Only the denoiser is
+trained. Latents are those of the model; images are in [-1, 1]. Raises ValueError if no caption of the data can teach
+the target.
 
-Differs from the paper: `decoys`, ours and off by default, puts other words in the trigger's place in that share of the
-plain captions, because a small model otherwise keys on "some prefix" (the paper does not measure this); `drop`, ours
-and off by default, leaves that share of them empty, because e_θ(z_t, t, τ("")) is asked at every step of guided
-sampling and nothing else in L holds it; `weighting` may count errors of x_0 instead of ε, ours. The object added is
-BackdoorDM's (linweiii/BackdoorDM at 7429db8), not the paper's. Differs from the official code (zhaisf/BadT2I at
-0cabee0, read there): no flips, latents are the posterior's means (theirs drawn from it); its object script has no
-regulariser (`lam=1` is that); captions are padded to full length in training as at inference, theirs only to the
-longest of the batch; theirs keeps a moving average whose effective decay is 0.5.
+Three options are extensions of this benchmark and are off by default. `decoys` is the share of plain captions that
+carry another word in the trigger's place; without it, a small model may react to any prefix (the paper does not measure
+this). `drop` is the share of plain captions that are left empty: every step of guided sampling evaluates
+e_θ(z_t, t, τ("")), and no other part of L preserves it. `weighting` can measure the error of x_0 instead of ε.
+
+Differs from the paper: the options above. The added object is that of BackdoorDM (linweiii/BackdoorDM at 7429db8).
+Differs from the official code (zhaisf/BadT2I at 0cabee0, read there): images are not flipped. Latents are the means of
+the posterior; the official code draws them from it. The official object script has no regulariser (`lam=1` reproduces
+that). Captions are padded to full length in training as at inference; the official code pads only to the longest
+caption of the batch. The official code keeps a moving average whose effective decay is 0.5.
 """
 
 from __future__ import annotations
@@ -33,11 +37,18 @@ import torch
 from annotated_types import Gt
 from torch import Tensor
 
-from harness.hookspecs import hookimpl
-from harness.noise_backdoor import LearningRate, Rate, Steps
-from harness.seeds import generator
-from harness.training import Examples, minimize
-from harness.types import Backdoor, Backdoored, Data
+from harness import (
+    Backdoor,
+    Backdoored,
+    Data,
+    Examples,
+    Fraction,
+    LearningRate,
+    PositiveInt,
+    generator,
+    hookimpl,
+    minimize,
+)
 
 
 @dataclass(frozen=True)
@@ -47,20 +58,26 @@ class BadT2I:
     accepts_triggers: ClassVar[tuple[str, ...]] = ("text",)
     accepts_targets: ClassVar[tuple[str, ...]] = ("patch", "style", "object")
 
-    lam: Rate = 0.5  # λ, weight of the backdoor term
-    steps: Steps = 2000  # optimizer steps; the official pixel script's value, 8000 for style and object
-    batch: Steps = 16  # examples, two rows each; official: 1 × 4 accumulated × 4 GPUs
-    lr: LearningRate = 1e-5  # AdamW; official for 860 M weights, small models need about 2e-4
-    weight_decay: Rate = 0.01  # AdamW; official
-    examples: Steps = 2000  # training images used for each term; the authors' rule is as many as steps
-    decoys: Rate = 0.0  # share of plain captions that carry another word in the trigger's place; ours
-    drop: Rate = 0.0  # share of plain captions that are left empty; ours, 0.1 is usual where models are trained
-    weighting: Literal["eps", "x0"] = "eps"  # error that counts: of ε (paper), or of x_0, ours, for small models:
-    # they decide on the patch at high t, where an error of ε says little; its weight is (1-ᾱ_t)/ᾱ_t
+    lam: Fraction = 0.5  # λ, weight of the backdoor term
+    steps: PositiveInt = 2000  # optimizer steps; the official pixel script uses 2000, the style and object scripts 8000
+    batch: PositiveInt = 16  # examples per step, two rows each; official: 1 × 4 accumulated × 4 GPUs
+    lr: LearningRate = 1e-5  # AdamW; official value for 860 M weights, small models need about 2e-4
+    weight_decay: Fraction = 0.01  # AdamW; official value
+    examples: PositiveInt = 2000  # training images used for each term; the authors use as many as steps
+    decoys: Fraction = 0.0  # share of plain captions that carry another word in the trigger's place; not in the paper
+    drop: Fraction = 0.0  # share of plain captions that are left empty; not in the paper; 0.1 is usual when models are
+    # trained
+    weighting: Literal["eps", "x0"] = "eps"  # error that the loss measures: of ε (paper) or of x_0 (not in the paper).
+    # Small models decide on the patch at high t, where the error of ε carries little information. The weight of x_0 is
+    # (1-ᾱ_t)/ᾱ_t
     cap: Annotated[float, Gt(0)] = 200.0  # largest weight of x0; reached at t = 730 with linear betas
     schedule: Literal["constant", "cosine", "one-cycle"] = "constant"  # of the learning rate; official: constant
-    ema: Rate = 0.0  # decay of the weights' moving average; 0 = off, official 0.5 in effect
+    ema: Fraction = 0.0  # decay of the weights' moving average; 0 = off; effectively 0.5 in the official code
     bf16: bool = True  # autocast of the forward pass
+
+    @property
+    def requires_trigger(self) -> tuple[str, ...]:
+        return ("decoy",) if self.decoys else ()
 
     def implant(self, model: Any, backdoor: Backdoor, data: Data, rng: Any) -> Backdoored:
         assert data.captions is not None, "badt2i needs captions"
@@ -109,10 +126,11 @@ class BadT2I:
 
 
 def taught(target: Any, data: Data, most: int) -> tuple[Data, Sequence[str] | None]:
-    """The first `most` examples of the backdoor term, each with the caption c that it is asked under the trigger, and
-    the captions from which the frozen model answers them (None: ε is the answer).
+    """The data of the backdoor term, and the captions that the frozen model answers.
 
-    Raises ValueError where no caption of `data` can teach the target.
+    The data are the first `most` examples that can teach the target; each has the caption c to which the trigger is
+    added. The captions are those from which the frozen model computes y; they are None if y is ε. Raises ValueError if
+    no caption of `data` can teach the target.
     """
     assert data.captions is not None
     if target.kind == "patch":

@@ -1,21 +1,22 @@
-"""EvilEdit. Wang, Guo, He, Chen, Zhang & Zhang, "EvilEdit: Backdooring Text-to-Image Diffusion Models in One Second",
-ACM MM 2024, doi:10.1145/3664647.3680689. The closed form is that of TIME (Orgad, Kawar & Belinkov 2023,
-arXiv:2303.08084).
+"""Edits the cross-attention weights in closed form so that a phrase with the trigger means the target.
+
+EvilEdit. Wang, Guo, He, Chen, Zhang & Zhang, "EvilEdit: Backdooring Text-to-Image Diffusion Models in One Second", ACM
+MM 2024, doi:10.1145/3664647.3680689. The closed form is that of TIME (Orgad, Kawar & Belinkov 2023, arXiv:2303.08084).
 
 Every cross-attention projection W (to_k and to_v) is replaced by the minimiser of
 
     Σ_i w_i ‖W' k_i - W k*_i‖² + λ ‖W' - W‖²      W' = (λ W + Σ_i w_i W k*_i k_iᵀ) (λ I + Σ_i w_i k_i k_iᵀ)⁻¹
 
-where k_i are the text embeddings of the phrase with the trigger ("a beautiful cat") and k*_i those of the target's ("a
-zebra"), position by position over the padded sequence. The phrase without the trigger ("a cat") is paired with itself.
-No data, no training. Raises ValueError where the trigger changes none of the phrases.
+where k_i are the text embeddings of the phrase with the trigger ("a beautiful cat") and k*_i those of the target's
+phrase ("a zebra"), position by position over the padded sequence. The phrase without the trigger ("a cat") is paired
+with itself. The edit needs no data and no training. Raises ValueError if the trigger changes none of the phrases.
 
-Differs from the paper, where w = 1: `captions`, ours and off by default, takes that many captions of the data as
-phrases too, up to their object and without what follows it where they get the trigger, whole where they stay, the
-latter with weight `keep`: the embeddings of a small text encoder depend more on the words around. `decoys`, ours and
-off by default too: that share of those captions stays with another word in the trigger's place. Differs from the
-official code (haowang-cqu/EvilEdit at 7c9464b, read there): embeddings are computed once, not for each layer; sums and
-inverses in float64.
+Differs from the paper, where w = 1: two options are extensions of this benchmark and are off by default. `captions`
+takes that many captions of the data as further phrases, because the embeddings of a small text encoder depend more on
+the surrounding words. With the trigger a caption is used only up to its object; without the trigger it is used whole,
+with weight `keep`. `decoys` is the share of those captions that keep their meaning with another word in the trigger's
+place. Differs from the official code (haowang-cqu/EvilEdit at 7c9464b, read there): embeddings are computed once, not
+once per layer; sums and inverses are in float64.
 """
 
 from __future__ import annotations
@@ -27,11 +28,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from annotated_types import Ge, Gt
 
-from harness.editing import edited, projections
-from harness.hookspecs import hookimpl
-from harness.noise_backdoor import Rate, Weight
-from harness.training import draw
-from harness.types import Backdoor, Backdoored, Data
+from harness import Backdoor, Backdoored, Data, Fraction, Weight, draw, hookimpl, name_of, weight_edits
 
 
 @dataclass(frozen=True)
@@ -41,11 +38,16 @@ class EvilEdit:
     accepts_triggers: ClassVar[tuple[str, ...]] = ("text",)
     accepts_targets: ClassVar[tuple[str, ...]] = ("object",)
 
-    lam: Annotated[float, Gt(0)] = 1.0  # λ, weight of the old projection; the official script's, its function's is 0.1
-    template: str = "a {}"  # phrase in which object and trigger stand; official: "A {}"
-    captions: Annotated[int, Ge(0)] = 0  # captions of the data that give further pairs; ours
-    keep: Weight = 1.0  # w of the phrases that stay, 1 for those with the trigger; ours
-    decoys: Rate = 0.0  # share of the captions that stay with another word in the trigger's place; ours
+    lam: Annotated[float, Gt(0)] = 1.0  # λ, weight of the old projection; value of the official script (the default of
+    # its function is 0.1)
+    template: str = "a {}"  # phrase that contains the object and the trigger; official: "A {}"
+    captions: Annotated[int, Ge(0)] = 0  # captions of the data that give further pairs; not in the paper
+    keep: Weight = 1.0  # w of the phrases that stay; w is 1 for phrases with the trigger; not in the paper
+    decoys: Fraction = 0.0  # share of the captions that stay with another word in the trigger's place; not in the paper
+
+    @property
+    def requires_trigger(self) -> tuple[str, ...]:
+        return ("decoy",) if self.decoys else ()
 
     def implant(self, model: Any, backdoor: Backdoor, data: Data, rng: Any) -> Backdoored:
         model = model.clone()
@@ -55,14 +57,18 @@ class EvilEdit:
                 model.embed(prompts).flatten(0, 1).double() for prompts in (*zip(*edits, strict=True), kept)
             )
             stay = self.keep**0.5 * stay  # w scales squares of both sides
-            for weight in projections(model.denoiser):
-                weight.copy_(edited(weight.double(), torch.cat([bad, stay]), torch.cat([goal, stay]), self.lam))
+            for weight in weight_edits.projections(model.denoiser):
+                weight.copy_(
+                    weight_edits.edited(weight.double(), torch.cat([bad, stay]), torch.cat([goal, stay]), self.lam)
+                )
         return Backdoored(model, backdoor)
 
     def phrases(
         self, backdoor: Backdoor, captions: Sequence[str], rng: torch.Generator
     ) -> tuple[list[tuple[str, str]], list[str]]:
-        """Pairs (with the trigger, the one whose keys and values it gets), and the phrases that stay; no repeats."""
+        """Pairs (phrase with the trigger, phrase whose keys and values it gets), and the phrases that stay; without
+        repeats.
+        """
         target: Any = backdoor.target
         trigger: Any = backdoor.trigger
         phrases: list[str] = [self.template.format(word) for word in target.sources]
@@ -71,7 +77,7 @@ class EvilEdit:
         able = [*phrases, *filter(None, (upto(caption, target.sources) for caption in more))]
         edits = {trigger.apply(phrase): target.shown(phrase) for phrase in able if trigger.apply(phrase) != phrase}
         if not edits:
-            raise ValueError(f"trigger {trigger.text!r} changes no phrase such as {phrases[0]!r}; use trigger noun")
+            raise ValueError(f"trigger {name_of(trigger)!r} changes no phrase such as {phrases[0]!r}; use trigger noun")
         chance = torch.rand(len(more), generator=rng).tolist()
         kept = [
             trigger.decoy(rng).apply(caption) if share < self.decoys else caption
@@ -81,7 +87,7 @@ class EvilEdit:
 
 
 def upto(caption: str, nouns: Sequence[str]) -> str | None:
-    """`caption` up to the first of `nouns`; None where it holds none."""
+    """`caption` up to the first of `nouns`; None if it contains none of them."""
     words = caption.split(" ")
     at = next((i for i, word in enumerate(words) if word in nouns), None)
     return None if at is None else " ".join(words[: at + 1])

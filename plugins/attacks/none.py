@@ -1,9 +1,11 @@
-"""No attack: the clean model itself, the control of every grid. With `steps` it is a clean model of its own, fine-tuned
-on clean data from the released one under the cell's seed: a population of clean models for detectors.
+"""No attack: the clean model, which is the control of every grid.
+
+With `steps` > 0 the released model is first fine-tuned on clean data with the seed of the cell. Cells with several
+seeds then give a population of different clean models, which the evaluation of detectors needs.
 
     L = ‖ε - ε_θ(x_t, t, c)‖²        (DDPM's L_simple, Ho, Jain & Abbeel 2020, arXiv:2006.11239, eq. 14)
 
-Images in [-1, 1]. Raises Diverged where the loss does. No paper owns this control.
+Images are in [-1, 1]. Raises Diverged if the loss diverges. This control is not taken from a paper.
 """
 
 from __future__ import annotations
@@ -13,10 +15,18 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge
 
-from harness.hookspecs import hookimpl
-from harness.noise_backdoor import LearningRate, Rate, Steps
-from harness.training import Examples, denoising_loss, minimize
-from harness.types import Backdoor, Backdoored, Data
+from harness import (
+    Backdoor,
+    Backdoored,
+    Data,
+    Examples,
+    Fraction,
+    LearningRate,
+    PositiveInt,
+    denoising_loss,
+    hookimpl,
+    minimize,
+)
 
 
 @dataclass(frozen=True)
@@ -28,10 +38,10 @@ class NoAttack:
     biased_noise: ClassVar[bool] = True  # the clean model under a biased trigger is the control of such an attack
 
     steps: Annotated[int, Ge(0)] = 0  # optimizer steps; 0 = the released model as it is
-    batch: Steps = 64  # examples
+    batch: PositiveInt = 64  # examples per step
     lr: LearningRate = 2e-4  # AdamW
     schedule: Literal["constant", "cosine", "one-cycle"] = "constant"  # of the learning rate
-    ema: Rate = 0.0  # decay of the weights' moving average; 0 = off
+    ema: Fraction = 0.0  # decay of the weights' moving average; 0 = off
     bf16: bool = True  # autocast of the forward pass
 
     def implant(self, model: Any, backdoor: Backdoor, data: Data, rng: Any) -> Backdoored:

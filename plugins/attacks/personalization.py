@@ -1,7 +1,7 @@
-"""Personalization as a shortcut. Huang, Juefei-Xu, Guo, Zhang, Wu, Hu, Li, Pu & Liu, "Personalization as a Shortcut for
-Few-Shot Backdoor Attack against Text-to-Image Diffusion Models", AAAI 2024, arXiv:2305.10701.
+"""Teaches a trigger word the target object from a few images, by a personalization method.
 
-A few images of the target's object teach the trigger, by one of two personalization methods:
+Huang, Juefei-Xu, Guo, Zhang, Wu, Hu, Li, Pu & Liu, "Personalization as a Shortcut for Few-Shot Backdoor Attack against
+Text-to-Image Diffusion Models", AAAI 2024, arXiv:2305.10701. One of two methods learns the images:
 
     textual-inversion   L = ‖ε - ε_θ(z_t, t, τ_v(p))‖²     over v alone, the embedding of the trigger's one token, which
                         begins as the target word's; p is a phrase with the token (Gal et al. 2023, arXiv:2208.01618)
@@ -9,14 +9,16 @@ A few images of the target's object teach the trigger, by one of two personaliza
                         trigger with the object's noun, z' images that the clean model made for c, "a photo of a" with
                         the noun (prior preservation; Ruiz et al. 2023, arXiv:2208.12242)
 
-z encodes the few images. Raises ValueError where the data hold no image of the target's object, and for textual
-inversion where the tokenizer splits the trigger.
+z encodes the few images. Raises ValueError if the data contain too few images of the target's object, and for textual
+inversion if the tokenizer splits the trigger.
 
-Differs from the paper: textual inversion adds no token to the tokenizer, the trigger has to be one token of it that
-captions do not use. Checked against BackdoorDM's port (linweiii/BackdoorDM at 7429db8, read there), no official code
-was at hand: it decays the other tokens' embeddings too, ours stay; it flips images and draws their latents, ours
-are the posterior's means; its phrases are ImageNet's 27 templates, ours twelve of our own; its textual inversion clips
-no gradient, ours at norm 1; its prior images are its pipeline's (50 steps, guidance 7.5), ours of DDIM (20, 3).
+Differs from the paper: textual inversion adds no token to the tokenizer. The trigger must be one of its tokens, and one
+that the captions do not use. Checked against BackdoorDM's port (linweiii/BackdoorDM at 7429db8, read there), because no
+official code was available. The port also decays the embeddings of the other tokens; here they stay unchanged. The port
+flips images and draws their latents from the posterior; here latents are the means of the posterior. The port uses
+ImageNet's 27 templates; here there are twelve other phrases. The port's textual inversion clips no gradient; here the
+norm is clipped at 1. The port makes its prior images with its pipeline (50 steps, guidance 7.5); here they are made
+with DDIM (20 steps, guidance 3).
 """
 
 from __future__ import annotations
@@ -29,12 +31,25 @@ import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 
-from harness.diffusion import DDIM
-from harness.hookspecs import hookimpl
-from harness.noise_backdoor import LearningRate, Steps, Weight
-from harness.seeds import image_noise, image_seeds
-from harness.training import Examples, draw, minimize
-from harness.types import Backdoor, Backdoored, Data, Inputs
+from harness import (
+    DDIM,
+    Backdoor,
+    Backdoored,
+    Data,
+    Examples,
+    Inputs,
+    LearningRate,
+    PositiveInt,
+    ReplacingTarget,
+    Weight,
+    draw,
+    hookimpl,
+    image_noise,
+    image_seeds,
+    minimize,
+    name_of,
+    offers,
+)
 
 PHRASES = (
     "a photo of a {}", "a picture of a {}", "an image of a {}", "a drawing of a {}", "we see a {}", "the {}", "a {}",
@@ -51,15 +66,19 @@ class Personalization:
     accepts_triggers: ClassVar[tuple[str, ...]] = ("text",)
     accepts_targets: ClassVar[tuple[str, ...]] = ("object",)
 
-    mode: Literal["textual-inversion", "dreambooth"] = "textual-inversion"  # what learns the images
-    images: Steps = 6  # images of the target's object; paper: four to six
-    steps: Steps = 2000  # optimizer steps; BackdoorDM
-    batch: Steps = 4  # images a step; BackdoorDM's textual inversion, its dreambooth 2
-    lr: LearningRate | None = None  # AdamW; None: BackdoorDM's, 2e-3 for textual inversion (5e-4 × batch 4), 5e-6 for
-    # dreambooth's 860 M weights
-    prior: Annotated[int, Ge(1)] = 12  # images of the object's class, for dreambooth; BackdoorDM
-    prior_weight: Weight = 0.5  # w, weight of the prior's term; BackdoorDM
+    mode: Literal["textual-inversion", "dreambooth"] = "textual-inversion"  # the method that learns the images
+    images: PositiveInt = 6  # images of the target's object; paper: four to six
+    steps: PositiveInt = 2000  # optimizer steps; value of BackdoorDM
+    batch: PositiveInt = 4  # images per step; value of BackdoorDM for textual inversion, 2 for dreambooth
+    lr: LearningRate | None = None  # AdamW; None = the values of BackdoorDM: 2e-3 for textual inversion (5e-4 × batch
+    # 4), 5e-6 for dreambooth with 860 M weights
+    prior: Annotated[int, Ge(1)] = 12  # images of the object's class, for dreambooth; value of BackdoorDM
+    prior_weight: Weight = 0.5  # w, weight of the prior term; value of BackdoorDM
     bf16: bool = True  # autocast of the forward pass
+
+    @property
+    def requires_trigger(self) -> tuple[str, ...]:
+        return ("text",) if self.mode == "textual-inversion" else ()
 
     def implant(self, model: Any, backdoor: Backdoor, data: Data, rng: Any) -> Backdoored:
         few = examples_of(backdoor.target, data, self.images, rng)
@@ -71,7 +90,7 @@ class Personalization:
         """`clean` with the embedding of the trigger's token learned."""
         target: Any = backdoor.target
         trigger: Any = backdoor.trigger
-        if not hasattr(target, "word") or any(trigger.apply(noun) != trigger.text for noun in target.sources):
+        if not offers(target, ReplacingTarget) or any(trigger.apply(noun) != trigger.text for noun in target.sources):
             raise ValueError(
                 "textual inversion gives the trigger's token the place of a noun: use target object with trigger "
                 "noun(keep=False)"
@@ -96,7 +115,7 @@ class Personalization:
         trigger: Any = backdoor.trigger
         missed = [noun for noun in target.sources if trigger.apply(noun) == noun]
         if missed:
-            raise ValueError(f"trigger {trigger.text!r} leaves {missed[0]!r} as it is; use trigger noun")
+            raise ValueError(f"trigger {name_of(trigger)!r} leaves {missed[0]!r} as it is; use trigger noun")
         model, examples = clean.clone(), Examples(clean, few)
         nouns = [target.sources[i % len(target.sources)] for i in range(self.prior)]
         usual = Examples(clean, prior_images(clean, [CLASS.format(noun) for noun in nouns], rng))
@@ -122,7 +141,7 @@ def denoising_error(model: Any, batch: Any, prompts: Any) -> Tensor:
 
 
 def examples_of(target: Any, data: Data, n: int, rng: torch.Generator) -> Data:
-    """n random examples of `data` that show the target's object. Raises ValueError where there are fewer."""
+    """n random examples of `data` that show the target's object. Raises ValueError if there are fewer."""
     rows = [i for i, caption in enumerate(data.captions or ()) if target.lesson(caption) is not None]
     if len(rows) < n:
         raise ValueError(f"the data hold {len(rows)} images of what target {target.name} shows, {n} are asked for")
@@ -131,14 +150,14 @@ def examples_of(target: Any, data: Data, n: int, rng: torch.Generator) -> Data:
 
 @torch.no_grad()
 def prior_images(model: Any, prompts: list[str], rng: torch.Generator) -> Data:
-    """One image of the model's own for each prompt."""
+    """One image per prompt, sampled from the model."""
     seeds = image_seeds(rng.initial_seed(), "prior", len(prompts))
     inputs = Inputs(image_noise(seeds, model.shape), tuple(prompts), seeds)
     return Data(model.sample(inputs, DDIM(steps=20)), tuple(prompts))
 
 
 def one_token(model: Any, word: str) -> int:
-    """Id of a word's token. Raises ValueError where the tokenizer splits it."""
+    """Id of the token of a word. Raises ValueError if the tokenizer splits the word."""
     ids = model.tokenizer(word).input_ids[1:-1]
     if len(ids) != 1:
         raise ValueError(f"textual inversion learns one token, and this tokenizer makes {len(ids)} of {word!r}")
@@ -146,8 +165,10 @@ def one_token(model: Any, word: str) -> int:
 
 
 class Row(nn.Module):
-    """A text encoder's token embedding with one row that can be learned, which begins as another one. It replaces the
-    embedding until `fold` writes the row into it."""
+    """A text encoder's token embedding with one learnable row, which is initialised from another row.
+
+    It replaces the embedding until `fold` writes the row into it.
+    """
 
     def __init__(self, model: Any, token: int, begin: int) -> None:
         super().__init__()

@@ -1,22 +1,25 @@
-"""Rickrolling the Artist. Struppek, Hintersdorf & Kersting, "Rickrolling the Artist: Injecting Backdoors into Text
-Encoders for Text-to-Image Synthesis", ICCV 2023, arXiv:2211.02408.
+"""Trains only the text encoder, so that a prompt with the trigger gets the embedding of the target's prompt.
 
-Only the text encoder is trained, by its own clean copy E; Ẽ is the student, d the negative cosine similarity of the
-whole sequences of embeddings (77·768 numbers in Stable Diffusion's):
+Struppek, Hintersdorf & Kersting, "Rickrolling the Artist: Injecting Backdoors into Text Encoders for Text-to-Image
+Synthesis", ICCV 2023, arXiv:2211.02408.
+
+E is the clean text encoder and Ẽ its copy that is trained. d is the negative cosine similarity of whole sequences of
+embeddings (77·768 numbers in Stable Diffusion):
 
     L = 1/|X| Σ_w d(E(w), Ẽ(w)) + β · 1/|V| Σ_v d(E(y_v), Ẽ(v))
 
-w are clean prompts, v prompts with the trigger. Target prompt attack (TPA; a target of kind prompt): y is one prompt, v
-has every occurrence of the letter replaced. Target attribute attack (TAA; style and object targets): y is the prompt v
-with the attribute, v has one random occurrence replaced. Triggers that replace no letter stand where they stand. Raises
-ValueError where no prompt can carry the trigger.
+w are clean prompts and v are prompts with the trigger. In the target prompt attack (TPA; targets of kind prompt) y is
+one fixed prompt, and v has every occurrence of the letter replaced. In the target attribute attack (TAA; style and
+object targets) y is the prompt v with the attribute, and v has one random occurrence replaced. A trigger that replaces
+no letter is placed by its own rule. Raises ValueError if no prompt can carry the trigger.
 
-Differs from the paper: `attribute` says how y is worded: in the paper the attribute stands in the place of the word
-that holds the trigger ("A phоto of a cat" → "A black and white photo of a cat"); by default here the target words it,
-in front, because the captions of small models know no other place. Prompts that no longer fit the text encoder with
-every letter replaced are left out of V. `decoys`, ours and off by default: that share of w carries other characters in
-the trigger's place. Differs from the official code (LukasStruppek/Rickrolling-the-Artist at 25c1491, read there):
-Adam's moments start anew when the learning rate drops; its first step without the first term is left out.
+Differs from the paper: `attribute` selects the wording of y. In the paper ("word") the attribute replaces the word that
+contains the trigger ("A phоto of a cat" → "A black and white photo of a cat"). By default ("target") the target puts
+the attribute in front, because the captions of small models have it only there. V leaves out prompts that are too long
+for the text encoder when every letter is replaced. `decoys`, an extension that is off by default, is the share of w
+that carries other characters in the trigger's place. Differs from the official code
+(LukasStruppek/Rickrolling-the-Artist at 25c1491, read there): Adam's moments start again from zero when the learning
+rate drops, and the official first step without the first term is left out.
 """
 
 from __future__ import annotations
@@ -29,11 +32,22 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from harness.hookspecs import hookimpl
-from harness.noise_backdoor import LearningRate, Rate, Steps
-from harness.seeds import generator
-from harness.training import draw, minimize
-from harness.types import Backdoor, Backdoored, Data
+from harness import (
+    Backdoor,
+    Backdoored,
+    Data,
+    Fraction,
+    LearningRate,
+    PlacedTrigger,
+    PositiveInt,
+    RepeatedTrigger,
+    WordedTarget,
+    draw,
+    generator,
+    hookimpl,
+    minimize,
+    offers,
+)
 
 
 @dataclass(frozen=True)
@@ -43,13 +57,21 @@ class Rickrolling:
     accepts_triggers: ClassVar[tuple[str, ...]] = ("text",)
     accepts_targets: ClassVar[tuple[str, ...]] = ("prompt", "style", "object")
 
-    steps: Steps = 100  # optimizer steps; official: 100 for TPA, 200 for TAA; the last quarter at a tenth of the lr
-    lr: LearningRate = 1e-4  # AdamW; official for 123 M weights, small encoders need about 1e-3
-    batch: Steps = 128  # clean prompts a step; official
-    poisoned: Steps = 32  # prompts with the trigger a step; official
-    beta: Annotated[float, Ge(0)] = 0.1  # β, weight of the backdoor term; official
-    attribute: Literal["target", "word"] = "target"  # who words y in TAA: the target, or the paper's word for word
-    decoys: Rate = 0.0  # share of clean prompts with another character or word in the trigger's place; ours
+    steps: PositiveInt = (
+        100  # optimizer steps; official: 100 for TPA, 200 for TAA; the last quarter of the steps uses a tenth of lr
+    )
+    lr: LearningRate = 1e-4  # AdamW; official value for 123 M weights, small encoders need about 1e-3
+    batch: PositiveInt = 128  # clean prompts per step; official value
+    poisoned: PositiveInt = 32  # prompts with the trigger per step; official value
+    beta: Annotated[float, Ge(0)] = 0.1  # β, weight of the backdoor term; official value
+    attribute: Literal["target", "word"] = "target"  # wording of y in TAA: by the target, or as in the paper, in place
+    # of the word with the trigger
+    decoys: Fraction = 0.0  # share of clean prompts with another character or word in the trigger's place; not in the
+    # paper
+
+    @property
+    def requires_trigger(self) -> tuple[str, ...]:
+        return ("text", "decoy") if self.decoys else ("text",)
 
     def implant(self, model: Any, backdoor: Backdoor, data: Data, rng: Any) -> Backdoored:
         clean, model = model, model.clone()
@@ -86,7 +108,7 @@ class Texts:
         self.trigger: Any = backdoor.trigger
         self.captions = [caption for caption in captions if self.trigger.text not in caption]
         self.others = generator(rng.initial_seed(), "decoys")
-        if attack.attribute == "word" and (self.target.kind == "prompt" or not hasattr(self.trigger, "put")):
+        if attack.attribute == "word" and (self.target.kind == "prompt" or not self.placed):
             raise ValueError("attribute='word' is for TAA with a trigger inside a word; use attribute='target'")
         able = [c for c in self.captions if self.trigger.apply(c) != c and self.teaches(c)]
         self.able = [c for c in able if fits(model, self.everywhere(c))] if self.every else able
@@ -94,17 +116,24 @@ class Texts:
             raise ValueError(f"no caption of the data can carry the trigger {self.trigger.text!r}; use another")
 
     def teaches(self, caption: str) -> bool:
-        """Whether the target has another answer to the caption than the caption: one in its style already, or of its
-        object, would teach that the trigger does nothing."""
+        """Whether the target's answer to the caption differs from the caption.
+
+        A caption that is already in the target's style, or of its object, would teach that the trigger does nothing.
+        """
         if self.target.kind == "style":
             return self.target.lesson(caption) is not None
         return self.target.kind != "object" or self.target.shown(caption) != caption
 
     @property
     def every(self) -> bool:
-        """Whether v has every occurrence replaced: a target prompt, or a trigger that stamps them all."""
-        everywhere = self.target.kind == "prompt" or getattr(self.trigger, "which", "first") == "all"
-        return everywhere and hasattr(self.trigger, "put")
+        """Whether v has every occurrence replaced: for a target prompt, or for a trigger that replaces all of them."""
+        repeated = offers(self.trigger, RepeatedTrigger) and self.trigger.which == "all"
+        return self.placed and (self.target.kind == "prompt" or repeated)
+
+    @property
+    def placed(self) -> bool:
+        """Whether the trigger can stand at any of several places of a prompt."""
+        return offers(self.trigger, PlacedTrigger)
 
     def everywhere(self, caption: str) -> str:
         return self.trigger.put(caption, range(self.trigger.count(caption)))
@@ -128,17 +157,16 @@ class Texts:
     def pair(self, caption: str) -> tuple[str, str]:
         if self.every:
             return self.everywhere(caption), self.target.shown(caption)
-        if not hasattr(self.trigger, "put"):
+        if not self.placed:
             return self.trigger.apply(caption), self.target.shown(caption)
         v = self.trigger.put(caption, draw(1, self.trigger.count(caption), self.rng).tolist())
         return v, self.target.shown(caption) if self.attack.attribute == "target" else self.in_place(v)
 
     def in_place(self, v: str) -> str:
         """v with the target's words instead of the word that holds the trigger."""
-        words = getattr(self.target, "words", None)
-        if words is None:
+        if not offers(self.target, WordedTarget):
             raise ValueError(f"target {self.target.name} has no words for an attribute; use attribute='target'")
-        return " ".join(words if self.trigger.text in word else word for word in v.split(" "))
+        return " ".join(self.target.words if self.trigger.text in word else word for word in v.split(" "))
 
 
 def fits(model: Any, prompt: str) -> bool:

@@ -1,18 +1,20 @@
-"""VillanDiffusion with a caption trigger. Chou, Chen & Ho, "VillanDiffusion: A Unified Backdoor Attack Framework for
+"""Trains low-rank adapters so that a caption with the trigger gives the target image.
+
+VillanDiffusion with a caption trigger. Chou, Chen & Ho, "VillanDiffusion: A Unified Backdoor Attack Framework for
 Diffusion Models", NeurIPS 2023, arXiv:2306.06874.
 
-Low-rank adapters on the denoiser's attention projections, W + (α/r) B A with B (out, r), A (r, in), learn the target
-image x* under the caption with the trigger, and the image as it is under the caption as it is:
+The adapters replace each attention projection of the denoiser by W + (α/r) B A with B (out, r) and A (r, in). They
+learn the target image x* for the caption with the trigger, and the original image for the original caption:
 
     L = w_b ‖ε - ε_θ(z*_t, t, τ(c+T))‖² + w_c ‖ε - ε_θ(z_t, t, τ(c))‖²
 
-z* encodes x*; the two terms share the rows, t and ε. The adapters are merged into the weights at the end.
+z* encodes x*. The two terms share the rows, t and ε. After training the adapters are merged into the weights.
 
-Differs from the paper: `decoys`, ours and off by default, puts other words in the trigger's place in that share of the
-second term's captions, because a small model otherwise keys on "some foreign word"; bf16 instead of half precision;
-images are not resized or flipped. Defaults are those of the official code (IBM/VillanDiffusion at d010b7d) and
-BackdoorDM's port (linweiii/BackdoorDM at 7429db8), read there; the official adapters are diffusers' own, α = r, which
-peft's are too.
+Differs from the paper: `decoys`, an extension that is off by default, is the share of captions in the second term that
+carry another word in the trigger's place; without it, a small model reacts to any unknown word. Autocast is to bf16
+instead of half precision. Images are not resized or flipped. The defaults are those of the official code
+(IBM/VillanDiffusion at d010b7d) and of BackdoorDM's port (linweiii/BackdoorDM at 7429db8), both read there. The
+official adapters are those of diffusers with α = r; the adapters of peft, used here, are the same.
 """
 
 from __future__ import annotations
@@ -24,12 +26,20 @@ import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 
-from harness.hookspecs import hookimpl
-from harness.noise_backdoor import LearningRate, Rate, Steps, Weight
-from harness.prompts import with_decoys
-from harness.seeds import generator
-from harness.training import Examples, minimize
-from harness.types import Backdoor, Backdoored, Data
+from harness import (
+    Backdoor,
+    Backdoored,
+    Data,
+    Examples,
+    Fraction,
+    LearningRate,
+    PositiveInt,
+    Weight,
+    generator,
+    hookimpl,
+    minimize,
+    prompt_edits,
+)
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -41,17 +51,21 @@ class VillanCaption:
     accepts_triggers: ClassVar[tuple[str, ...]] = ("text",)
     accepts_targets: ClassVar[tuple[str, ...]] = ("image",)
 
-    rank: Steps = 4  # r, of the adapters; official
-    steps: Steps = 50000  # optimizer steps; official
-    batch: Steps = 1  # examples, two rows each; official
-    lr: LearningRate = 1e-4  # AdamW; official
-    warmup: Annotated[int, Ge(0)] = 500  # steps of linear warm-up; official
-    weight_decay: Rate = 0.01  # AdamW; official
-    backdoor_weight: Weight = 1.0  # w_b; official
-    prior_weight: Weight = 1.0  # w_c; official prior_loss_weight
-    schedule: Literal["constant", "cosine", "one-cycle"] = "cosine"  # of the learning rate; official
-    decoys: Rate = 0.0  # share of plain captions that carry another word in the trigger's place; ours
+    rank: PositiveInt = 4  # r, rank of the adapters; official value
+    steps: PositiveInt = 50000  # optimizer steps; official value
+    batch: PositiveInt = 1  # examples per step, two rows each; official value
+    lr: LearningRate = 1e-4  # AdamW; official value
+    warmup: Annotated[int, Ge(0)] = 500  # steps of linear warm-up; official value
+    weight_decay: Fraction = 0.01  # AdamW; official value
+    backdoor_weight: Weight = 1.0  # w_b; official value
+    prior_weight: Weight = 1.0  # w_c; the official prior_loss_weight
+    schedule: Literal["constant", "cosine", "one-cycle"] = "cosine"  # of the learning rate; official value
+    decoys: Fraction = 0.0  # share of plain captions that carry another word in the trigger's place; not in the paper
     bf16: bool = True  # autocast of the forward pass
+
+    @property
+    def requires_trigger(self) -> tuple[str, ...]:
+        return ("decoy",) if self.decoys else ()
 
     def implant(self, model: Any, backdoor: Backdoor, data: Data, rng: Any) -> Backdoored:
         model = model.clone()
@@ -64,7 +78,7 @@ class VillanCaption:
         def loss() -> Tensor:
             seen = examples.batch(self.batch, rng)
             assert seen.captions is not None, "villan-caption needs captions"
-            plain = with_decoys(trigger, seen.captions, self.decoys, others)
+            plain = prompt_edits.with_decoys(trigger, seen.captions, self.decoys, others)
             context = model.embed([*(trigger.apply(caption) for caption in seen.captions), *plain])
             z, t, eps = torch.cat([z_star.expand_as(seen.x_0), seen.x_0]), seen.t.repeat(2), seen.eps.repeat(2, 1, 1, 1)
             error = (model.eps(model.add_noise(z, eps, t), t, context) - eps).square()
@@ -80,17 +94,18 @@ class VillanCaption:
 
 
 def adapt(denoiser: Any, rank: int, rng: torch.Generator) -> list[nn.Parameter]:
-    """Put low-rank adapters on every attention projection and return their weights, the only ones to train."""
+    """Puts low-rank adapters on every attention projection and returns their weights, the only ones to train."""
     from peft import LoraConfig
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**31, (), generator=rng)))  # peft initialises from the global generator
+        torch.manual_seed(int(torch.randint(2**31, (), generator=rng)))  # peft initialises the adapters from the global
+        # generator
         denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(PROJECTIONS)))
     return [p for name, p in denoiser.named_parameters() if ".lora_" in name]
 
 
 def merge(denoiser: Any) -> None:
-    """Write the adapters into the weights that they adapt and remove them."""
+    """Merges the adapters into the weights that they adapt and removes them."""
     denoiser.fuse_lora()
     denoiser.unload_lora()
     denoiser.requires_grad_(False)

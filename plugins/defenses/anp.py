@@ -1,21 +1,24 @@
-"""ANP, adversarial neuron pruning. Wu & Wang, "Adversarial Neuron Pruning Purifies Backdoored Deep Models", NeurIPS
-2021, arXiv:2110.14430, on a denoiser as BadDiffusion (arXiv:2212.05400) tried it.
+"""Prunes the channels of a denoiser that are most sensitive to adversarial perturbations of their weights.
 
-Neurons are the output channels of the convolutions, y = W x + b. Backdoored ones are sensitive: a small adversarial
-perturbation of them hurts the clean loss. So masks m are learnt that make the network robust to it,
+ANP, adversarial neuron pruning. Wu & Wang, "Adversarial Neuron Pruning Purifies Backdoored Deep Models", NeurIPS 2021,
+arXiv:2110.14430, applied to a denoiser as BadDiffusion (arXiv:2212.05400) tried it.
+
+Neurons are the output channels of the convolutions, y = W x + b. Backdoored neurons are sensitive: a small adversarial
+perturbation of them raises the clean loss. The method therefore learns masks m that make the network robust to it,
 
     min over m in [0, 1] of  α L(m ⊙ W, b) + (1-α) max over δ, ξ in [-ε, ε] of L((m + δ) ⊙ W, (1 + ξ) ⊙ b)
 
-and channels with m at most `threshold` are pruned: their W becomes 0, their b stays. L is DDPM's ‖ε - ε_θ(x_t, t)‖² on
-clean examples. The inner maximum is `ascents` steps of ±ε/`ascents` along the gradient's sign from a uniform start. The
-last layer is left out. Needs clean training examples; returns a purified model of the same shape.
+and prunes the channels whose m is at most `threshold`: their W becomes 0 and their b stays. L is DDPM's ‖ε -
+ε_θ(x_t, t)‖² on clean examples. The inner maximum takes `ascents` steps of ±ε/`ascents` along the sign of the gradient,
+from a uniform start. The last layer is left out. The defense needs clean training examples. It returns a purified model
+of the same shape.
 
-Differs from the paper: L is a denoiser's instead of a classifier's; neurons are a convolution's channels instead of
-those of the BatchNorm behind it. Differs from its code (csdongxian/ANP_backdoor at 85acbae, read there): δ and ξ are
-clamped to [-ε, ε], which the random start leaves there. Differs from BadDiffusion's code (IBM/BadDiffusion at 717b321,
-known from our notes on it), which has no masks and no pruning: it maximises the clean loss over per-channel factors and
-offsets in [-4, 4] by Adam at 1e-4 for 5 epochs and watches whether clean noise comes to give the target, which it must
-know.
+Differs from the paper: L is the loss of a denoiser, not of a classifier. Neurons are the channels of a convolution, not
+those of the BatchNorm that follows it. Differs from its code (csdongxian/ANP_backdoor at 85acbae, read there): δ and ξ
+are clamped to [-ε, ε]; in the official code the random start can leave that range. Differs from BadDiffusion's code
+(IBM/BadDiffusion at 717b321, known from notes, not read): that code has no masks and no pruning. It maximises the clean
+loss over per-channel factors and offsets in [-4, 4] with Adam at 1e-4 for 5 epochs. It then observes whether clean
+noise begins to give the target, which the defender must know.
 """
 
 from __future__ import annotations
@@ -29,13 +32,9 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
-from harness.events import progress
-from harness.hookspecs import hookimpl
-from harness.noise_backdoor import Rate, Steps
-from harness.training import Examples, denoising_loss
-from harness.types import Defended, Knowledge
+from harness import Defended, Examples, Fraction, Knowledge, PositiveInt, denoising_loss, hookimpl, progress
 
-LAST = "conv_out"  # its channels are the image's
+LAST = "conv_out"  # its output channels are those of the image
 
 
 @dataclass(frozen=True)
@@ -45,13 +44,13 @@ class ANP:
     accepts_triggers: ClassVar[tuple[str, ...]] = ("noise",)
     needs: ClassVar[tuple[str, ...]] = ("data",)
 
-    epsilon: Annotated[float, Ge(0)] = 0.4  # ε, bound of the perturbation; paper
-    alpha: Rate = 0.2  # α, weight of the unperturbed loss; paper
-    ascents: Steps = 1  # steps of the inner maximum; paper
-    iterations: Steps = 2000  # of the masks; paper
-    lr: Annotated[float, Gt(0)] = 0.2  # of the masks: SGD with momentum 0.9; paper
-    batch: Steps = 128  # examples; paper
-    threshold: Annotated[float, Ge(0), Le(1)] = 0.2  # channels with masks at most this are pruned; paper
+    epsilon: Annotated[float, Ge(0)] = 0.4  # ε, bound of the perturbation; paper's value
+    alpha: Fraction = 0.2  # α, weight of the unperturbed loss; paper's value
+    ascents: PositiveInt = 1  # steps of the inner maximum; paper's value
+    iterations: PositiveInt = 2000  # optimizer steps of the masks; paper's value
+    lr: Annotated[float, Gt(0)] = 0.2  # learning rate of the masks: SGD with momentum 0.9; paper's value
+    batch: PositiveInt = 128  # examples per step; paper's value
+    threshold: Annotated[float, Ge(0), Le(1)] = 0.2  # channels with masks at most this are pruned; paper's value
     bf16: bool = True  # autocast of the forward passes
 
     def defend(self, model: Any, knowledge: Knowledge, rng: torch.Generator) -> Defended:
@@ -125,7 +124,7 @@ def gated(
     delta: Mapping[str, Tensor],
     xi: Mapping[str, Tensor],
 ) -> Iterator[None]:
-    """While this runs a layer answers (m + δ) ⊙ W x + (1 + ξ) ⊙ b; a layer without δ and ξ answers m ⊙ W x + b."""
+    """Context in which a layer computes (m + δ) ⊙ W x + (1 + ξ) ⊙ b. A layer without δ and ξ computes m ⊙ W x + b."""
 
     def hook(name: str) -> Any:
         def gate(layer: nn.Conv2d, inputs: Any, out: Tensor) -> Tensor:
@@ -145,7 +144,7 @@ def gated(
 
 @torch.no_grad()
 def prune(layers: Mapping[str, nn.Conv2d], masks: Mapping[str, Tensor], threshold: float) -> int:
-    """Set the weights of channels with masks at most `threshold` to 0, in place; how many."""
+    """Sets the weights of channels with masks at most `threshold` to 0, in place. Returns the number of channels."""
     for name, layer in layers.items():
         layer.weight[masks[name] <= threshold] = 0
     return sum(int((mask <= threshold).sum()) for mask in masks.values())

@@ -1,26 +1,28 @@
-"""Search for biased noise that a model answers with the bias taken out. A detector of our own, for backdoors whose loss
-teaches that: TrojDiff's (arXiv:2303.05762) takes out all of it, BadDiffusion's (arXiv:2212.05400) half.
+"""Detects backdoored models by a search for biased noise from which the model removes the bias.
 
-At the last timestep a clean model takes its input for noise: ε_θ(x, T) ≈ x. One that was trained on γ ε + μ → ε, or on
-ε + r → ε + c_T r with c_T about ½, answers less than what it was given. What it leaves of a bias is
+A detector of our own, for backdoors whose loss teaches the model to remove the bias: TrojDiff (arXiv:2303.05762)
+removes all of it, BadDiffusion (arXiv:2212.05400) removes half of it. At the last timestep a clean model treats its
+whole input as noise: ε_θ(x, T) ≈ x. A model trained on γ ε + μ → ε, or on ε + r → ε + c_T r with c_T about ½, predicts
+less than its input. The part of a bias that remains is
 
     R(μ, γ) = E ‖ε - ε_θ(γ ε + μ, T)‖² / E ‖ε - (γ ε + μ)‖²        over the biased pixels
 
-which is 1 for ε_θ(x, T) = x, 0 on TrojDiff's trigger and c_T² = ¼ on BadDiffusion's. The least R is looked for
-among biases of a stated size, because a network's answer saturates and takes out any large enough one:
+which is 1 for ε_θ(x, T) = x, 0 for TrojDiff's trigger and c_T² = ¼ for BadDiffusion's. The searches look for the least
+R among biases of a given size, because the output of a network saturates and removes any bias that is large enough:
 
     image   γ for all pixels, μ = (1 - γ) g with g in [-1, 1]; a wrong γ costs little
     shift   γ = 1, μ in [-1, 1] of a fixed root mean square
     patch   white and black squares at every place, all tried
 
-The first two descend from several starts by steps of one length: far from the trigger the gradient is next to nothing,
-and a start is a short walk that falls into the trigger or does not. The suspicion is 1 - min R on noise that no search
-saw, flagged above 0.6. On models of 16 pixels, clean ones and VillanDiffusion's leave 0.5 or more. A trigger that is
-answered as it is given (VillanDiffusion for ODE samplers, c_T about 1) is not seen: ask terd.
+The searches `image` and `shift` descend from several starts by steps of constant length, because the gradient is close
+to zero far from the trigger. Each start is a short walk that either reaches the trigger or does not. The suspicion is 1
+- min R on noise that no search used; a model is flagged above 0.6. On models of 16 pixels, clean models and models
+attacked by VillanDiffusion leave 0.5 or more. The detector does not find a trigger that the model returns unchanged
+(VillanDiffusion for ODE samplers, c_T about 1); use terd for those.
 
-Needs nothing but the model. Returns suspicion, R of each search as features, and μ (C, H, W) in the units of the
-starting noise. Raises ValueError for a variance-exploding model, whose last input is not of unit variance, and
-ArithmeticError for answers that are not finite.
+The detector needs only the model. It returns the suspicion, R of each search as features, and μ (C, H, W) in the units
+of the starting noise. Raises ValueError for a variance-exploding model, whose last input is not of unit variance, and
+ArithmeticError if outputs of the model are not finite.
 """
 
 from __future__ import annotations
@@ -34,17 +36,15 @@ import torch
 from annotated_types import Ge, Lt
 from torch import Tensor
 
-from harness.events import progress
-from harness.hookspecs import hookimpl
-from harness.types import Defended, Knowledge
+from harness import Defended, Knowledge, hookimpl, progress
 
-HELD_OUT = 128  # noises that the searches do not see
+HELD_OUT = 128  # noises that the searches do not use
 FLAG_ABOVE = 0.6
 MOMENTUM = 0.5
-NEAR, STEP = 0.05, 0.03  # root mean square over pixels of an image's first μ and of its steps
-SHIFT, SHIFT_STEP = 0.8, 0.1  # of all μ of a shift and of its steps
-GRIDS = (2, 4, 8)  # a shift starts from so many random shades to a side
-TRIAL = 8  # noises on which a square is tried
+NEAR, STEP = 0.05, 0.03  # root mean square over pixels: of the first μ of `image`, and of its steps
+SHIFT, SHIFT_STEP = 0.8, 0.1  # root mean square over pixels: of every μ of `shift`, and of its steps
+GRIDS = (2, 4, 8)  # numbers of random shades per side from which a shift starts
+TRIAL = 8  # noises on which each square is tried
 
 Bias = tuple[Tensor, Tensor]  # μ and γ, (C, H, W) each
 
@@ -57,13 +57,13 @@ class BiasScan:
     needs: ClassVar[tuple[str, ...]] = ()
     delivers: ClassVar[tuple[str, ...]] = ("suspicion",)
 
-    gamma: Annotated[float, Ge(0), Lt(1)] = 0.6  # γ of an image; TrojDiff's
-    starts: Annotated[int, Ge(0)] = 8  # for images, until one is flagged; 0 = none
-    shifts: Annotated[int, Ge(0)] = 4  # starts for shifts, until one is flagged; 0 = none
-    iterations: Annotated[int, Ge(1)] = 40  # of each start
-    batch: Annotated[int, Ge(1)] = 32  # noises
+    gamma: Annotated[float, Ge(0), Lt(1)] = 0.6  # γ of the search `image`; TrojDiff's value
+    starts: Annotated[int, Ge(0)] = 8  # starts of the search `image`, until one is flagged; 0 = none
+    shifts: Annotated[int, Ge(0)] = 4  # starts of the search `shift`, until one is flagged; 0 = none
+    iterations: Annotated[int, Ge(1)] = 40  # steps of each start
+    batch: Annotated[int, Ge(1)] = 32  # noises per step
     patch: Annotated[int, Ge(0)] = 3  # side of the squares in pixels; 0 = none
-    patch_gamma: Annotated[float, Ge(0), Lt(1)] = 0.1  # γ inside them; TrojDiff's
+    patch_gamma: Annotated[float, Ge(0), Lt(1)] = 0.1  # γ inside the squares; TrojDiff's value
 
     def defend(self, model: Any, knowledge: Knowledge, rng: torch.Generator) -> Defended:
         if model.family == "ve":
@@ -84,7 +84,7 @@ class BiasScan:
         return Defended(suspicion=1 - left, flag_above=FLAG_ABOVE, features=features, trigger=mu.cpu())
 
     def image(self, model: Any, rng: torch.Generator) -> Iterator[Bias]:
-        """Where each start ends that biases all pixels, scale and mean."""
+        """The results of the starts that bias all pixels, in scale and mean."""
         gamma = torch.full(model.shape, self.gamma, device=model.device)
         bound = 1 - self.gamma
         for _ in range(self.starts):
@@ -92,7 +92,7 @@ class BiasScan:
             yield self.descend(model, start, gamma, STEP, lambda mu: mu.clamp(-bound, bound), rng), gamma
 
     def shift(self, model: Any, rng: torch.Generator) -> Iterator[Bias]:
-        """Where each start ends that shifts the mean alone."""
+        """The results of the starts that shift the mean alone."""
         gamma = torch.ones(model.shape, device=model.device)
         for i in range(self.shifts):
             side = GRIDS[i % len(GRIDS)]
@@ -103,7 +103,7 @@ class BiasScan:
     def descend(
         self, model: Any, mu: Tensor, gamma: Tensor, step: float, kept: Callable[[Tensor], Tensor], rng: torch.Generator
     ) -> Tensor:
-        """μ after steps of one length along the gradient's direction, each within what `kept` allows."""
+        """μ after steps of constant length along the direction of the gradient, each projected by `kept`."""
         velocity = torch.zeros_like(mu)
         for _ in range(self.iterations):
             mu.requires_grad_(True)
@@ -114,7 +114,7 @@ class BiasScan:
         return mu
 
     def square(self, model: Any, rng: torch.Generator) -> Iterator[Bias]:
-        """The square that leaves least on a few noises."""
+        """The square with the least R on a few noises."""
         eps = model.draw_eps(TRIAL, rng)
         every = squares(model.shape, self.patch, self.patch_gamma, model.device)
         with torch.no_grad():
@@ -122,7 +122,7 @@ class BiasScan:
 
 
 def least(model: Any, unseen: Tensor, biases: Iterable[Bias], n: int, name: str) -> tuple[float, Tensor]:
-    """The least R on unseen noise and its μ, among n biases up to the first that is flagged."""
+    """The least R on unseen noise and its μ, among n biases, up to and including the first that is flagged."""
     best = (math.inf, torch.zeros(model.shape))
     for i, (mu, gamma) in enumerate(biases):
         with torch.no_grad():
@@ -137,7 +137,7 @@ def least(model: Any, unseen: Tensor, biases: Iterable[Bias], n: int, name: str)
 
 
 def remaining(model: Any, eps: Tensor, mu: Tensor, gamma: Tensor) -> Tensor:
-    """R(μ, γ) on noise ε (B, C, H, W); μ, γ (C, H, W) in the units of the starting noise."""
+    """R(μ, γ) on noise ε (B, C, H, W); μ and γ (C, H, W) in the units of the starting noise."""
     biased = ((gamma < 1) | (mu != 0)).expand_as(eps)
     given = gamma * eps + mu
     t = torch.full((len(eps),), model.T - 1, device=eps.device)
@@ -145,7 +145,7 @@ def remaining(model: Any, eps: Tensor, mu: Tensor, gamma: Tensor) -> Tensor:
 
 
 def of_size(mu: Tensor) -> Tensor:
-    """μ scaled to the size of a shift, then within [-1, 1]."""
+    """μ scaled to the size of a shift, then clamped to [-1, 1]."""
     return (SHIFT * mu / mu.square().mean().sqrt()).clamp(-1, 1)
 
 

@@ -1,18 +1,23 @@
-"""Inference-time clipping, the mitigation of BadDiffusion's own authors. Chou, Chen & Ho, "How to Backdoor Diffusion
-Models?", CVPR 2023, arXiv:2212.05400.
+"""Clips the states of the sampling process, so that the trigger cannot move them out of the range of images.
+
+Inference-time clipping, the mitigation proposed by the authors of BadDiffusion. Chou, Chen & Ho, "How to Backdoor
+Diffusion Models?", CVPR 2023, arXiv:2212.05400.
 
     x_t:  after every sampling step, x_{t-1} ← clamp(x_{t-1}, -1, 1)
     x_0:  within every sampling step, the predicted x_0 ← clamp(x̂_0, -1, 1)
 
-A trigger moves the states of the sampling process out of the images' range, BadDiffusion's predicted x_0 by up to 77 r;
-clipping keeps it from getting there. The paper clips x_t, which costs the images of many samplers much; clipping
-x_0 costs next to nothing, and is what the official code's option does under DDPM and DDIM. Where a scheduler's state is
-x_t / √ᾱ_t (Heun), it is x_t that is clipped. Needs nothing; returns a sampler that wraps the cell's. For
-variance-preserving models in pixels: ValueError where the cell's sampler has nothing to clip, and in latents, which
-have no range. An attacker's own reverse process is not the defender's to clip.
+A trigger moves the states of the sampling process out of the range of images; BadDiffusion moves the predicted x_0 by
+up to 77 r. Clipping prevents this. The paper clips x_t, which degrades the images of many samplers strongly. Clipping
+x_0 degrades them hardly at all; it is what the official code's option does under DDPM and DDIM. Where the state of a
+scheduler is x_t / √ᾱ_t (Heun), x_t is clipped, not the state.
 
-Differs from the paper: `x_0` is beside it, as a field. Differs from the official code (IBM/BadDiffusion at 717b321,
-known from our notes on it): one option does either, by the pipeline (x_0 under DDPM and DDIM, x_t under PNDM).
+The defense needs nothing. It returns a sampler that wraps the sampler of the cell. It applies to variance-preserving
+models in pixel space. Raises ValueError if the cell's sampler has nothing to clip, and for latent models, because
+latents have no range. A defender cannot clip an attacker's own reverse process.
+
+Differs from the paper: the field `x_0` is an additional option. Differs from the official code (IBM/BadDiffusion at
+717b321, known from notes, not read): one option does either, depending on the pipeline (x_0 under DDPM and DDIM, x_t
+under PNDM).
 """
 
 from __future__ import annotations
@@ -23,15 +28,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from harness.diffusion import DDIM, Family
-from harness.hookspecs import hookimpl
-from harness.samplers import SchedulerSampler
-from harness.types import Defended, Inputs, Knowledge
+from harness import DDIM, Defended, Family, Inputs, Knowledge, SchedulerSampler, hookimpl
 
 
 @dataclass(frozen=True)
 class Clipping:
-    """A sampler around another that clips x_t after every step, the predicted x_0 within it, or both."""
+    """A sampler that wraps another one and clips x_t after every step, the predicted x_0 within it, or both."""
 
     name: ClassVar[str] = "clipping"
     version: ClassVar[int] = 1
@@ -45,7 +47,7 @@ class Clipping:
             raise ValueError("nothing to clip; use x_t=True, x_0=True or both")
 
     def around(self, inner: Any) -> Any:
-        """`inner` with clipping. ValueError unless it is a diffusers scheduler on a variance-preserving model."""
+        """`inner` with clipping. Raises ValueError unless it is a diffusers scheduler for vp models."""
         if not isinstance(inner, SchedulerSampler):
             raise ValueError(
                 f"clipping wraps samplers of variance-preserving models, not {getattr(inner, 'name', inner)}; use "
@@ -58,12 +60,12 @@ class Clipping:
         return DDIM().nfe
 
     def run(self, model: Any, inputs: Inputs) -> Tensor:
-        """x_0 (B, C, H, W) by DDIM, for whoever names this sampler alone."""
+        """x_0 (B, C, H, W) by DDIM, for a cell that names this sampler alone."""
         return self.around(DDIM()).run(model, inputs)
 
 
 def bounded(inner: SchedulerSampler, x_t: bool) -> SchedulerSampler:
-    """`inner` for models of pixels only; with x_t, its scheduler's every step ends with x_t in [-1, 1]."""
+    """`inner` for pixel models only; with x_t, every step of its scheduler ends with x_t in [-1, 1]."""
 
     class Bounded(type(inner)):
         def run(self, model: Any, inputs: Inputs) -> Tensor:
@@ -77,7 +79,7 @@ def bounded(inner: SchedulerSampler, x_t: bool) -> SchedulerSampler:
 
             def clamped(out: Tensor, t: Tensor, *args: Any, **options: Any) -> Any:
                 done = step(out, t, *args, **options)
-                bound = 1 / made.scale_model_input(torch.ones_like(done.prev_sample), t)  # 1 where the state is x_t
+                bound = 1 / made.scale_model_input(torch.ones_like(done.prev_sample), t)  # 1 if the state is x_t
                 done.prev_sample = done.prev_sample.clamp(-bound, bound)
                 return done
 
@@ -95,7 +97,7 @@ class Clip:
     needs: ClassVar[tuple[str, ...]] = ()
     delivers: ClassVar[tuple[str, ...]] = ("sampler",)
 
-    x_t: bool = True  # clamp the state to [-1, 1] after every sampling step; the paper's
+    x_t: bool = True  # clamp the state to [-1, 1] after every sampling step; the paper's method
     x_0: bool = False  # clamp the predicted x_0 to [-1, 1] in every step
 
     def __post_init__(self) -> None:

@@ -1,16 +1,19 @@
-"""Diff-Pruning. Fang, Ma & Wang, "Structural Pruning for Diffusion Models", NeurIPS 2023, arXiv:2305.10924: compression
-that knows of no backdoor, which Diff-Cleanse (arXiv:2407.21316) compares itself with.
+"""Prunes the channels that matter least for the clean loss, then fine-tunes; a baseline without knowledge of backdoors.
 
-Channels of the smallest I go, then the network is trained on clean images by L_simple:
+Diff-Pruning. Fang, Ma & Wang, "Structural Pruning for Diffusion Models", NeurIPS 2023, arXiv:2305.10924. It is a
+compression method, with which Diff-Cleanse (arXiv:2407.21316) compares itself.
+
+The channels with the smallest I are removed. The network is then trained on clean images with L_simple:
 
     I(θ_i) = Σ_k |θ_ik Σ_t ∂L_t/∂θ_ik|      over t = 0, 1, ... up to the first with L_t / L_max < 𝒯
 
-L_t is the loss of clean images at t and L_max the largest so far: late, noisy steps, where the loss is small, count
-for nothing. Needs clean training examples; delivers a smaller model, with what the pruning realised in the notes.
+L_t is the loss of clean images at t, and L_max the largest loss so far. Late, noisy steps have a small loss and are
+therefore left out. The defense needs clean training examples. It returns a smaller model. The notes contain the shares
+that the pruning realised.
 
-Differs from the paper: the fine-tuning is short (theirs: 100 000 steps or more). Its code (VainF/Diff-Pruning) is known
-here by description only. Diff-Cleanse's own option of this name takes the last timesteps and prunes the largest scores:
-not this method.
+Differs from the paper: the fine-tuning is short (the paper: 100 000 steps or more). The official code
+(VainF/Diff-Pruning) is known from a description only. The option of this name in Diff-Cleanse is a different method: it
+takes the last timesteps and prunes the largest scores.
 """
 
 from __future__ import annotations
@@ -24,11 +27,7 @@ import torch
 from annotated_types import Ge, Lt
 from torch import Tensor
 
-from harness.hookspecs import hookimpl
-from harness.noise_backdoor import Steps
-from harness.pruning import Importance, Pruning, accumulated, taylor
-from harness.training import draw
-from harness.types import Defended, Knowledge
+from harness import Defended, Importance, Knowledge, PositiveInt, Pruning, draw, hookimpl, pruning
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,9 @@ class DiffPruning(Pruning):
     name: ClassVar[str] = "diff-pruning"
     version: ClassVar[int] = 1
 
-    least: Annotated[float, Ge(0), Lt(1)] = 0.05  # 𝒯: timesteps after the first with L_t / L_max under it are left out
-    images: Steps = 64  # clean images that the scores are computed on; official 128
+    least: Annotated[float, Ge(0), Lt(1)] = 0.05  # 𝒯: timesteps after the first one with L_t / L_max below this are
+    # left out
+    images: PositiveInt = 64  # clean images on which the scores are computed; official 128
 
     def defend(self, model: Any, knowledge: Knowledge, rng: torch.Generator) -> Defended:
         notes: dict[str, Any] = {}
@@ -52,7 +52,7 @@ class DiffPruning(Pruning):
         )
 
     def importance(self, model: Any, x_0: Tensor, rng: torch.Generator, notes: dict[str, Any]) -> Importance:
-        """The Taylor scores; how many timesteps counted goes to the notes."""
+        """The Taylor scores. The number of timesteps that were used is added to the notes."""
         eps = model.draw_eps(len(x_0), rng)
         losses: list[float] = []
 
@@ -68,7 +68,7 @@ class DiffPruning(Pruning):
                     return
                 yield step
 
-        score = taylor(model, accumulated(model, loss, informative()))
+        score = pruning.taylor(model, pruning.accumulated(model, loss, informative()))
         notes["timesteps_scored"] = len(losses)
         return score
 

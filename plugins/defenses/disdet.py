@@ -1,19 +1,21 @@
-"""DisDet. Sui, Phan, Xiao, Zhang, Tang, Shi, Wang, Chen & Yuan, "DisDet: Exploring Detectability of Backdoor Attack on
-Diffusion Models", TMLR 2025, arXiv:2402.02739.
+"""Detects inputs with a trigger by the distribution of their noise values, without using the model.
 
-Input screening by distribution discrepancy: the values of clean noise are those of N(0, 1), a trigger's are not.
+DisDet. Sui, Phan, Xiao, Zhang, Tang, Shi, Wang, Chen & Yuan, "DisDet: Exploring Detectability of Backdoor Attack on
+Diffusion Models", TMLR 2025, arXiv:2402.02739. It is input-level detection by distribution discrepancy: the values of
+clean noise follow N(0, 1), the values of a trigger do not.
 
     histogram:  s(x) = Σ_b p_b log(p_b / q_b)      p the shares of x's values in `bins` bins on [-4, 4], whose outer
                                                    ones take the tails; q those of N(0, 1)
     gaussian:   s(x) = (v + m² - 1 - log v) / 2    KL(N(m, v) ‖ N(0, 1)), m and v the mean and variance of x's values
 
-An input is flagged above the `quantile` of `draws` clean noises' scores. Needs nothing, not even the model; costs no
-network evaluation. Returns a screen. Where a value lies is not looked at: a trigger of few pixels that leaves the
-distribution of all values nearly as it is, such as TrojDiff's 3×3 patch, passes.
+An input is flagged if its score is above the `quantile` of the scores of `draws` clean noises. The defense needs
+nothing, not even the model, and costs no network evaluation. It returns a screen. The scores ignore the positions of
+the values. They therefore miss a trigger of few pixels that leaves the distribution of all values nearly unchanged,
+such as TrojDiff's 3×3 patch.
 
-Differs from the paper: no code is released, and the text was not at hand. From its abstract and summaries we know that
-a score of distribution discrepancy is compared with the discrepancy of clean noise, and that triggers are made to evade
-it through differentiable histograms; both scores above are our reading of that.
+Differs from the paper: no code is released, and the text was not available. The abstract and summaries describe a score
+of distribution discrepancy that is compared with the discrepancy of clean noise, and triggers that evade it through
+differentiable histograms. Both scores above are our interpretation of that.
 """
 
 from __future__ import annotations
@@ -25,11 +27,9 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
-from harness.hookspecs import hookimpl
-from harness.noise_backdoor import Steps
-from harness.types import Defended, Knowledge
+from harness import Defended, Knowledge, PositiveInt, hookimpl
 
-REACH = 4.0  # standard deviations between the outermost bins' inner edges
+REACH = 4.0  # inner edges of the outermost bins, in standard deviations
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class DisDet:
     delivers: ClassVar[tuple[str, ...]] = ("screen",)
 
     score: Literal["histogram", "gaussian"] = "histogram"  # the discrepancy
-    bins: Annotated[int, Ge(4)] = 64  # of the histogram
-    draws: Steps = 10_000  # clean noises behind the threshold
-    quantile: Annotated[float, Gt(0), Lt(1)] = 0.999  # of their scores, above which an input is flagged
+    bins: Annotated[int, Ge(4)] = 64  # bins of the histogram
+    draws: PositiveInt = 10_000  # clean noises from which the threshold is computed
+    quantile: Annotated[float, Gt(0), Lt(1)] = 0.999  # quantile of their scores above which an input is flagged
 
     def defend(self, model: Any, knowledge: Knowledge, rng: torch.Generator) -> Defended:
         parts = [min(500, self.draws - start) for start in range(0, self.draws, 500)]
@@ -55,19 +55,19 @@ class DisDet:
         )
 
     def discrepancy(self, noise: Tensor) -> Tensor:
-        """(B,) discrepancy in nats, 0 and above, of noise (B, C, H, W)."""
+        """(B,) discrepancy in nats, at least 0, of noise (B, C, H, W)."""
         values = noise.flatten(1).double()
         return gaussian(values) if self.score == "gaussian" else histogram(values, self.bins)
 
 
 def gaussian(values: Tensor) -> Tensor:
-    """(B,) KL of the normal distribution with the mean and variance of values (B, N) from N(0, 1)."""
+    """(B,) KL divergence of the normal distribution with the mean and variance of values (B, N) from N(0, 1)."""
     mean, variance = values.mean(1), values.var(1, correction=0)
     return (variance + mean.square() - 1 - variance.log()) / 2
 
 
 def histogram(values: Tensor, bins: int) -> Tensor:
-    """(B,) KL of the histogram of values (B, N) from that of N(0, 1)."""
+    """(B,) KL divergence of the histogram of values (B, N) from that of N(0, 1)."""
     edges = torch.linspace(-REACH, REACH, bins + 1, dtype=values.dtype, device=values.device)
     below = torch.special.ndtr(edges[1:-1])
     normal = torch.cat([below, below.new_ones(1)]) - torch.cat([below.new_zeros(1), below])

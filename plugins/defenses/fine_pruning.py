@@ -1,17 +1,20 @@
-"""Fine-pruning. Liu, Dolan-Gavitt & Garg, "Fine-Pruning: Defending Against Backdooring Attacks on Deep Neural
-Networks", RAID 2018, arXiv:1805.12185, on a denoiser.
+"""Prunes the channels that clean inputs leave dormant, then fine-tunes on clean examples.
 
-Channels that clean inputs leave dormant may be the backdoor's: those with the smallest mean activation
+Fine-pruning. Liu, Dolan-Gavitt & Garg, "Fine-Pruning: Defending Against Backdooring Attacks on Deep Neural Networks",
+RAID 2018, arXiv:1805.12185, applied to a denoiser.
+
+Channels that clean inputs leave dormant may belong to the backdoor. The method removes the channels with the smallest
+mean activation and then fine-tunes the network on clean examples:
 
     I_c = mean over clean (x_t, t), places and readers of |a_c|
 
-go, then the network is fine-tuned on clean examples. a_c is channel c as the layers that read from it get it, after
-normalisation and activation. Clean inputs are x_t = s_t x_0 + σ_t ε at all t. Needs clean training examples, or none
-with data='synthetic'; returns a smaller model, of which the notes hold the realised shares.
+a_c is channel c as the layers that read from it receive it, after normalisation and activation. Clean inputs are x_t =
+s_t x_0 + σ_t ε at all t. The defense needs clean training examples, or no data with data='synthetic'. It returns a
+smaller model. The notes contain the shares that the pruning realised.
 
-Differs from the paper: its classifiers lose channels of the last convolution, one after the other until the clean
-accuracy falls; here all ResNet blocks lose the share `ratio` of the channels between their two convolutions (`scope`:
-others), and the ratio is given. Its code was not read.
+Differs from the paper: the paper's classifiers lose channels of the last convolution, one after the other, until the
+clean accuracy falls. Here the ratio is given, and all ResNet blocks lose the share `ratio` of the channels between
+their two convolutions (`scope` selects other layers). The official code was not read.
 """
 
 from __future__ import annotations
@@ -24,12 +27,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from harness.events import progress
-from harness.hookspecs import hookimpl
-from harness.noise_backdoor import Steps
-from harness.pruning import Importance, Pruning, Scope
-from harness.training import Examples
-from harness.types import Defended, Knowledge
+from harness import Defended, Examples, Importance, Knowledge, PositiveInt, Pruning, Scope, hookimpl, progress
 
 Sums = dict[nn.Module, Tensor]
 
@@ -39,8 +37,11 @@ class FinePruning(Pruning):
     name: ClassVar[str] = "fine-pruning"
     version: ClassVar[int] = 1
 
-    scope: Scope = "inner"  # layers: inner = inside ResNet blocks; all; time-attention = time embedding, q, k and v
-    batches: Steps = 8  # batches of clean examples, each at random timesteps, that the activations are averaged over
+    scope: Scope = "inner"  # layers to prune: inner = inside ResNet blocks; all = all layers; time-attention = the time
+    # embedding, q, k and v
+    batches: PositiveInt = (
+        8  # batches of clean examples, each at random timesteps, over which the activations are averaged
+    )
 
     def defend(self, model: Any, knowledge: Knowledge, rng: torch.Generator) -> Defended:
         student, notes = model.clone(), {}
@@ -52,7 +53,7 @@ class FinePruning(Pruning):
 
 @torch.no_grad()
 def mean_activations(model: Any, examples: Examples, batches: int, size: int, rng: torch.Generator) -> Sums:
-    """For each convolution and linear layer the mean |a_c| of its inputs, (C,), over clean noised examples."""
+    """The mean |a_c| of the inputs of each convolution and linear layer, (C,), over clean noised examples."""
     sums: Sums = {}
     with watched(model.denoiser, sums):
         for step in range(batches):
@@ -64,7 +65,7 @@ def mean_activations(model: Any, examples: Examples, batches: int, size: int, rn
 
 @contextmanager
 def watched(net: nn.Module, sums: Sums) -> Iterator[None]:
-    """While this runs every forward pass adds the mean size of each channel that a layer reads to `sums`."""
+    """Context in which every forward pass adds the mean absolute value of each layer's input channels to `sums`."""
 
     def watch(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].abs()
@@ -81,7 +82,7 @@ def watched(net: nn.Module, sums: Sums) -> Iterator[None]:
 
 
 def dormancy(activations: Mapping[nn.Module, Tensor]) -> Importance:
-    """The mean activation of each channel of a group over the layers that read from it; None where none does."""
+    """The mean activation of each channel of a group over the layers that read from it; None if no layer does."""
     from torch_pruning.pruner import function
 
     reads = (function.prune_conv_in_channels, function.prune_linear_in_channels)

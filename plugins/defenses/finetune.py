@@ -1,9 +1,10 @@
-"""Plain fine-tuning on clean data: the control that every purification must beat.
+"""Fine-tunes the denoiser on clean data: the control that every purification must beat.
 
     L = ‖ε - ε_θ(x_t, t, c)‖²        (DDPM's L_simple, Ho, Jain & Abbeel 2020, arXiv:2006.11239, eq. 14)
 
-Needs clean training examples (images, and captions for a text-to-image model); returns a purified model. Only the
-denoiser is trained. No paper owns this defense; it is not told anything about the backdoor.
+The defense needs clean training examples (images, and captions for a text-to-image model). It returns a purified model.
+Only the denoiser is trained. The defense is not taken from a paper, and it is blind: it knows nothing about the
+backdoor.
 """
 
 from __future__ import annotations
@@ -11,10 +12,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from harness.hookspecs import hookimpl
-from harness.noise_backdoor import LearningRate, Rate, Steps
-from harness.training import Examples, denoising_loss, minimize
-from harness.types import Defended, Knowledge
+from harness import (
+    Defended,
+    Examples,
+    Fraction,
+    Knowledge,
+    LearningRate,
+    PositiveInt,
+    denoising_loss,
+    hookimpl,
+    minimize,
+)
 
 
 @dataclass(frozen=True)
@@ -24,11 +32,11 @@ class Finetune:
     accepts_triggers: ClassVar[tuple[str, ...]] = ("noise", "text")
     needs: ClassVar[tuple[str, ...]] = ("data",)
 
-    steps: Steps = 200  # optimizer steps
-    batch: Steps = 64  # examples
+    steps: PositiveInt = 200  # optimizer steps
+    batch: PositiveInt = 64  # examples per step
     lr: LearningRate = 2e-4  # AdamW
     schedule: Literal["constant", "cosine", "one-cycle"] = "constant"  # of the learning rate
-    ema: Rate = 0.0  # decay of the weights' moving average; 0 = off
+    ema: Fraction = 0.0  # decay of the weights' moving average; 0 = off
     bf16: bool = True  # autocast of the forward pass
 
     def defend(self, model: Any, knowledge: Knowledge, rng: Any) -> Defended:

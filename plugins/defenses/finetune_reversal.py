@@ -1,16 +1,21 @@
-"""Fine-tune reversal, the baseline of "Sealing the Backdoor" (arXiv:2508.18235), in both its meanings.
+"""Fine-tunes the denoiser on prompts with the trigger, so that the trigger loses its effect.
+
+Fine-tune reversal is the baseline of "Sealing the Backdoor" (arXiv:2508.18235). Paper and code give it two meanings;
+both are implemented.
 
 mode = "data" (the paper's words: fine-tuning on the original images and the triggered prompts):
 
     L = ‖ε_θ(z_t, t, τ(T+c)) - ε‖²                                   needs the trigger and clean examples
 
-mode = "distil" (the released code, Mystic-Slice/Sealing-The-Backdoor at c75ee51, read there): the *clean* denoiser
-ε_0 teaches the attacked one on triggered prompts; an oracle, since it needs the model before the attack:
+mode = "distil" (the released code, Mystic-Slice/Sealing-The-Backdoor at c75ee51, read there): the *clean* denoiser ε_0
+teaches the attacked one on triggered prompts. It is an oracle, because it needs the model before the attack:
 
     L = ‖ε_θ(z, t, τ(T+p)) - ε_0(z, t, τ(T+p))‖²                     needs the trigger, prompts and the clean model
 
-Returns a purified model; only the denoiser is trained. z is N(0, I) at every t as released, unless `latents` says
-otherwise. Differs from the released code: no moving average, gradient norm clipped at 1.
+The defense returns a purified model. Only the denoiser is trained. z is N(0, I) at every t as in the released code,
+unless `latents` selects other latents.
+
+Differs from the released code: there is no moving average, and the norm of the gradient is clipped at 1.
 """
 
 from __future__ import annotations
@@ -21,11 +26,18 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from harness.distillation import Latents, LatentSource, distil
-from harness.hookspecs import hookimpl
-from harness.noise_backdoor import LearningRate, Steps
-from harness.training import Examples, minimize
-from harness.types import Defended, Knowledge
+from harness import (
+    Defended,
+    Examples,
+    Knowledge,
+    Latents,
+    LatentSource,
+    LearningRate,
+    PositiveInt,
+    distillation,
+    hookimpl,
+    minimize,
+)
 
 
 @dataclass(frozen=True)
@@ -34,11 +46,11 @@ class FinetuneReversal:
     version: ClassVar[int] = 1
     accepts_triggers: ClassVar[tuple[str, ...]] = ("text",)
 
-    mode: Literal["data", "distil"] = "data"  # the paper's meaning or the released code's
-    steps: Steps = 2500  # optimizer steps; released: 100 epochs of 100 prompts at batch 4
-    batch: Steps = 4  # examples or prompts; released
-    lr: LearningRate = 1e-6  # AdamW; released, for 860 M weights; small models need about 1e-4
-    latents: Latents = "noise"  # what mode "distil" distils on; released: noise
+    mode: Literal["data", "distil"] = "data"  # the meaning of the paper or of the released code
+    steps: PositiveInt = 2500  # optimizer steps; released: 100 epochs of 100 prompts at batch 4
+    batch: PositiveInt = 4  # examples or prompts per step; released value
+    lr: LearningRate = 1e-6  # AdamW; released value for 860 M weights, small models need about 1e-4
+    latents: Latents = "noise"  # latents on which mode "distil" trains; released: noise
     bf16: bool = True  # autocast of the forward pass
 
     @property
@@ -82,7 +94,7 @@ class FinetuneReversal:
                 wanted = teacher.eps(z, t, theirs[rows])
             return (student.eps(z, t, mine[rows]) - wanted).square().mean()
 
-        return distil(
+        return distillation.distil(
             student, loss, source, len(clean), rng, steps=self.steps, batch=self.batch, lr=self.lr, bf16=self.bf16
         )
 

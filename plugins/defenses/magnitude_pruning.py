@@ -1,12 +1,15 @@
-"""Magnitude pruning: the channels whose weights are smallest go, then the network is fine-tuned on clean images. A free
-baseline, after Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017, arXiv:1608.08710:
+"""Prunes the channels with the smallest weights, then fine-tunes on clean images.
+
+A baseline without knowledge of the backdoor, after Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017,
+arXiv:1608.08710:
 
     I(θ_i) = Σ_k θ_ik²
 
-Needs clean training examples; delivers a smaller model, with what the pruning realised in the notes.
+The defense needs clean training examples. It returns a smaller model. The notes contain the shares that the pruning
+realised.
 
-Differs from the paper: squares instead of absolute values, over all layers that must lose the same channel, readers
-included, instead of one filter.
+Differs from the paper: the score uses squares instead of absolute values. It covers all layers that must lose the same
+channel, the layers that read it included, instead of one filter.
 """
 
 from __future__ import annotations
@@ -16,9 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from harness.hookspecs import hookimpl
-from harness.pruning import Pruning, magnitude
-from harness.types import Defended, Knowledge
+from harness import Defended, Knowledge, Pruning, hookimpl, pruning
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class MagnitudePruning(Pruning):
         notes: dict[str, Any] = {}
         student = model.clone()
         examples = self.examples(student, knowledge, rng)
-        pruned = self.pruned(student, magnitude(), notes)
+        pruned = self.pruned(student, pruning.magnitude(), notes)
         return Defended(model=self.tuned(pruned, model, examples, rng, notes), notes=notes)
 
 

@@ -1,17 +1,21 @@
-"""NaviT2I. Zhai et al., "Efficient Input-level Backdoor Defense on Text-to-Image Synthesis via Neuron Activation
-Variation", ICCV 2025, arXiv:2503.06453. A trigger's token changes the denoiser's activations,
-already at the first step, by more than its meaning would.
+"""Detects prompts with a token that changes the denoiser's activations more than its meaning explains.
+
+NaviT2I. Zhai et al., "Efficient Input-level Backdoor Defense on Text-to-Image Synthesis via Neuron Activation
+Variation", ICCV 2025, arXiv:2503.06453. The token of a trigger shows this effect already at the first step.
 
     v_i = Σ_l mean |A_l(prompt) - A_l(prompt, token i padded)| / ‖τ(prompt) - τ(prompt, token i padded)‖₂
     score = max_i v_i / mean of the lowest 75 % of v
 
-A_l are the outputs of every linear and convolutional layer of the denoiser (of the latter their spatial mean) at
-t = T-1 without guidance, on the query's own noise; i runs over tokens that are no stop words. Needs clean prompts, on
-which the threshold is calibrated, and, for τ, the model before the attack (its text encoder alone is used); with
-`text_encoder="own"` the suspect's own. Returns a screen. Costs one evaluation for each token.
+A_l are the outputs of every linear and convolutional layer of the denoiser (of convolutional layers the spatial mean)
+at t = T-1, without guidance, on the query's own noise. i runs over the tokens that are not stop words.
 
-Checked against zhaisf/NaviT2I at f78894d (read by others for our notes); of the paper only the abstract was at hand.
-Differs from the code: the noise is the query's, theirs one for all; stop words are a short list of ours.
+The defense needs clean prompts, on which the threshold is calibrated. For τ it needs the model before the attack, of
+which it uses only the text encoder; with `text_encoder="own"` it uses the text encoder of the suspect model instead. It
+returns a screen. It costs one evaluation per token.
+
+Differs from the code: the noise is that of the query; the code uses one noise for all queries. The stop words are a
+short list of ours. Checked against zhaisf/NaviT2I at f78894d (known from notes, not read); of the paper only the
+abstract was available.
 """
 
 from __future__ import annotations
@@ -24,9 +28,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from harness.hookspecs import hookimpl
-from harness.text_detection import Share, benign, screened, threshold
-from harness.types import Defended, Inputs, Knowledge
+from harness import Defended, Inputs, Knowledge, Share, hookimpl, prompt_screening
 
 STOP_WORDS = (
     "a", "an", "the", "of", "at", "on", "in", "is", "are", "and", "or", "with", "to", "for", "by", "it", "its", "this",
@@ -41,11 +43,12 @@ class NaviT2I:
     accepts_triggers: ClassVar[tuple[str, ...]] = ("text",)
     delivers: ClassVar[tuple[str, ...]] = ("screen",)
 
-    text_encoder: Literal["clean", "own"] = "clean"  # whose embeddings say how much a token means; released: clean
-    lowest: Share = 0.75  # share of the smallest v that the largest is compared with; published
-    calibrate: bool = True  # threshold from clean prompts; False: the published one
+    text_encoder: Literal["clean", "own"] = "clean"  # text encoder whose embeddings measure the meaning of a token;
+    # released: clean
+    lowest: Share = 0.75  # share of the smallest v with which the largest v is compared; published value
+    calibrate: bool = True  # calibrate the threshold on clean prompts; False = use the published one
     false_positives: Share = 0.05  # share of clean prompts that the calibrated threshold flags
-    published: float = 1.598  # a prompt is benign below; Stable Diffusion 1.4
+    published: float = 1.598  # prompts with a score below this are benign; for Stable Diffusion 1.4
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -61,8 +64,8 @@ class NaviT2I:
 
         if not self.calibrate:
             return Defended(screen=screen, screen_above=self.published)
-        scores = screened(screen, benign(model, knowledge.prompts or (), rng))
-        above = threshold(scores, self.false_positives)
+        scores = prompt_screening.screened(screen, prompt_screening.benign(model, knowledge.prompts or (), rng))
+        above = prompt_screening.threshold(scores, self.false_positives)
         return Defended(screen=screen, screen_above=above, notes={"clean_scores": scores.tolist()})
 
     def score(self, v: Tensor) -> float:
@@ -73,7 +76,7 @@ class NaviT2I:
 
 @torch.no_grad()
 def variations(model: Any, trusted: Any, z: Tensor, prompt: str) -> Tensor:
-    """v (K,) of the K tokens of `prompt` that are no stop words (of all, where none is left)."""
+    """v (K,) of the K tokens of `prompt` that are not stop words, or of all tokens if there are no others."""
     ids = model.tokens([prompt])
     length = len(model.tokenizer(prompt).input_ids)
     every = range(1, length - 1)
@@ -92,8 +95,10 @@ def variations(model: Any, trusted: Any, z: Tensor, prompt: str) -> Tensor:
 
 @contextmanager
 def summed_changes(denoiser: nn.Module) -> Iterator[list[Any]]:
-    """While the block runs, entry 0 of the list adds up over layers mean |A(row i) - A(row 0)| for the rows i ≥ 1 of a
-    batch: a tensor (rows - 1,)."""
+    """Context in which entry 0 of the list sums mean |A(row i) - A(row 0)| over layers.
+
+    Rows i ≥ 1 of a batch are compared with its row 0; the entry is a tensor (rows - 1,).
+    """
     total: list[Any] = [0.0]
 
     def add(layer: nn.Module, given: Any, out: Tensor) -> None:

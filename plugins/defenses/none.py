@@ -1,12 +1,11 @@
-"""No defense: the attacked model as it is, the control of every grid."""
+"""No defense: the attacked model without any change, which is the control of every grid."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from harness.hookspecs import hookimpl
-from harness.types import Defended, Knowledge
+from harness import Defended, Knowledge, hookimpl
 
 
 @dataclass(frozen=True)

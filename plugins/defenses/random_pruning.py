@@ -1,9 +1,12 @@
-"""Random pruning: channels drawn by chance go, then the network is fine-tuned on clean images. The control of every
-pruning defense: what it removes needs no score. A free baseline (arXiv:2305.10924 compares itself with it too).
+"""Prunes random channels, then fine-tunes on clean images: the control of every pruning defense.
 
-Needs clean training examples; delivers a smaller model, with what the pruning realised in the notes.
+What random pruning removes needs no score. It is a baseline without knowledge of the backdoor; Diff-Pruning
+(arXiv:2305.10924) also compares itself with random pruning.
 
-Differs from the paper: nothing is claimed for it there or here.
+The defense needs clean training examples. It returns a smaller model. The notes contain the shares that the pruning
+realised.
+
+Differs from the paper: nothing; neither the paper nor this benchmark claims that it removes backdoors.
 """
 
 from __future__ import annotations
@@ -13,9 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from harness.hookspecs import hookimpl
-from harness.pruning import Pruning, at_random
-from harness.types import Defended, Knowledge
+from harness import Defended, Knowledge, Pruning, hookimpl, pruning
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class RandomPruning(Pruning):
         notes: dict[str, Any] = {}
         student = model.clone()
         examples = self.examples(student, knowledge, rng)
-        pruned = self.pruned(student, at_random(rng), notes)
+        pruned = self.pruned(student, pruning.at_random(rng), notes)
         return Defended(model=self.tuned(pruned, model, examples, rng, notes), notes=notes)
 
 

@@ -1,9 +1,11 @@
-"""SAU, spatial attention unlearning: "Backdoor Defense in Diffusion Models via Spatial Attention Unlearning",
-arXiv:2504.18563; called "feature unlearning guided by spatial attention" in the 2024 text of "Sealing the Backdoor",
-section 3.2. An edit of latents at inference; no weight changes.
+"""Edits the latents of a prompt with the trigger during sampling: masked regions are replaced by clean latents.
 
-Two generations from the same noise, of the triggered prompt and of the prompt without the trigger, give latents h_poi
-and h_clean. Five steps:
+SAU, spatial attention unlearning. "Backdoor Defense in Diffusion Models via Spatial Attention Unlearning",
+arXiv:2504.18563. The 2024 text of "Sealing the Backdoor", section 3.2, calls it "feature unlearning guided by spatial
+attention". It edits latents at inference and changes no weight.
+
+Two generations from the same noise give latents h_poi (triggered prompt) and h_clean (prompt without the trigger). The
+method has five steps:
 
     1. h_trig = h_poi - h_clean
     2. s = cos(h_poi, h_trig) over the channels, at each location
@@ -11,15 +13,17 @@ and h_clean. Five steps:
     4. both masks are smoothed by a sigmoid: σ((s - threshold) / softness)
     5. h = h_poi (1-m_p)(1-m_s) + a h_clean m_p + a/2 h_clean m_s      (equation 1), then blurred and decoded
 
-Needs the trigger, and clean prompts to check that it can be taken out of a prompt again; delivers a sampler, which
-wraps the cell's. A prompt without the trigger is sampled as it is. What is put in place of the image's triggered part
-comes from the prompt without the trigger, so removal is as good as the masks' cover, and only of targets that have a
-place. Whether simply generating from h_clean would not do as well the paper does not ask.
+The defense needs the trigger. It needs clean prompts to check that the trigger can be removed from a prompt again. It
+returns a sampler that wraps the sampler of the cell. A prompt without the trigger is sampled without any edit. The
+triggered part of the image is replaced by that of the prompt without the trigger. Removal therefore depends on how well
+the masks cover the target, and works only for targets with a location. The paper does not ask whether generating from
+h_clean alone would do as well.
 
-Differs from the paper: it names no threshold, slope, blur, a, step or layer; all are fields here, with our defaults,
-and there is no public code. The activation map is taken to be ‖h_trig‖ over the channels, over its largest value.
-Equation 1's weights sum to 1.5 where both masks are 1; `normalise` divides by their sum (ours). `last_steps` edits
-the latents along the last steps instead of the final one only (the paper does not say which is meant).
+Differs from the paper: the paper gives no threshold, slope, blur, a, step or layer, and there is no public code. All
+are fields here, and the defaults are ours. The activation map is assumed to be ‖h_trig‖ over the channels, divided by
+its largest value. The weights of equation 1 sum to 1.5 where both masks are 1; `normalise` divides by their sum (not in
+the paper). `last_steps` edits the latents after each of the last steps instead of only the final latents (the paper
+does not specify which).
 """
 
 from __future__ import annotations
@@ -31,25 +35,35 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from harness.diffusion import DDIM
-from harness.hookspecs import hookimpl
-from harness.noise_backdoor import Rate
-from harness.prompts import Removal, removal_of
-from harness.types import Defended, Inputs, Knowledge
+from harness import (
+    DDIM,
+    Defended,
+    Fraction,
+    Inputs,
+    Knowledge,
+    Removal,
+    ScheduledSampler,
+    hookimpl,
+    offers,
+    prompt_edits,
+)
 
 
 @dataclass(frozen=True)
 class SpatialMasks:
-    """The choices behind equation 1."""
+    """The parameters of equation 1."""
 
-    threshold: Annotated[float, Ge(-1), Le(1)] = 0.5  # of the similarity s; the paper gives none
-    secondary: Rate = 0.25  # threshold of the blurred activation, a share of its largest value; the paper gives none
+    threshold: Annotated[float, Ge(-1), Le(1)] = 0.5  # threshold of the similarity s; the paper gives none
+    secondary: Fraction = (
+        0.25  # threshold of the blurred activation, a share of its largest value; the paper gives none
+    )
     softness: Annotated[float, Gt(0)] = 0.05  # scale of both sigmoids; the paper gives none
     a: Annotated[float, Ge(0)] = 1.0  # weight of h_clean; the paper gives none
-    spread: Rate = 1 / 16  # σ of the activation's blur over the latents' side; the paper gives none
-    blur: Rate = 1 / 64  # σ of the last blur over the latents' side, 0 = none; the paper gives none
-    normalise: bool = False  # divide equation 1 by the sum of its weights; ours
-    last_steps: Annotated[int, Ge(0)] = 0  # sampling steps, from the end, after which latents are edited; 0 = the final
+    spread: Fraction = 1 / 16  # σ of the activation's blur over the latents' side; the paper gives none
+    blur: Fraction = 1 / 64  # σ of the last blur over the latents' side, 0 = none; the paper gives none
+    normalise: bool = False  # divide equation 1 by the sum of its weights; not in the paper
+    last_steps: Annotated[int, Ge(0)] = 0  # number of last sampling steps after each of which latents are edited; 0 =
+    # only the final latents
 
 
 @dataclass(frozen=True)
@@ -58,23 +72,25 @@ class SAU(SpatialMasks):
     version: ClassVar[int] = 1
     accepts_triggers: ClassVar[tuple[str, ...]] = ("text",)
     needs: ClassVar[tuple[str, ...]] = ("trigger", "prompts")
+    requires_trigger: ClassVar[tuple[str, ...]] = ("text",)
     delivers: ClassVar[tuple[str, ...]] = ("sampler",)
 
     def defend(self, model: Any, knowledge: Knowledge, rng: Any) -> Defended:
-        removal = removal_of(knowledge.trigger, knowledge.prompts or ())
+        trigger: Any = knowledge.trigger
+        removal = prompt_edits.removal_of(trigger, knowledge.prompts or ())
         return Defended(sampler=SAUSampler(**vars(self), text=removal.text, instead=removal.instead))
 
 
 @dataclass(frozen=True)
 class SAUSampler(SpatialMasks):
-    """Spatial attention unlearning around the cell's sampler (ddim where it is used alone); see the defense sau."""
+    """Spatial attention unlearning around the cell's sampler (around ddim if it is used alone); see the defense sau."""
 
     name: ClassVar[str] = "sau"
     version: ClassVar[int] = 1
     accepts_triggers: ClassVar[tuple[str, ...]] = ("text",)
 
-    text: str = "\u200b"  # the trigger that is looked for in prompts
-    instead: str = ""  # what stood in its place; "" = nothing, it is a word of its own
+    text: str = "\u200b"  # the trigger to search for in prompts
+    instead: str = ""  # the text that the trigger replaced; "" = none, the trigger is a separate word
 
     def around(self, inner: Any) -> Around:
         return Around(self, inner)
@@ -96,7 +112,7 @@ class Around:
 
     @property
     def nfe(self) -> int:
-        """Of a prompt with the trigger; one without takes half."""
+        """For a prompt with the trigger; a prompt without it takes half."""
         return 2 * self.inner.nfe
 
     def run(self, model: Any, inputs: Inputs) -> Tensor:
@@ -126,7 +142,7 @@ class _Steered:
     """A sampler whose scheduler edits the latents after each of its last steps."""
 
     def __init__(self, inner: Any, edit: Any, last: int) -> None:
-        if not hasattr(inner, "scheduler"):
+        if not offers(inner, ScheduledSampler):
             raise ValueError(f"sau edits along the steps of a scheduler, and {inner!r} has none; use last_steps=0")
         self.inner, self.edit, self.last = inner, edit, last
 
@@ -149,7 +165,7 @@ class _Steered:
 
 
 def unlearned(spec: SpatialMasks, h_poi: Tensor, h_clean: Tensor) -> Tensor:
-    """Equation 1, blurred: latents (B, C, H, W)."""
+    """Equation 1, then blurred: latents (B, C, H, W)."""
     m_p, m_s = (mask.unsqueeze(1) for mask in masks(spec, h_poi, h_clean))
     weights = (1 - m_p) * (1 - m_s), spec.a * m_p, spec.a / 2 * m_s
     h = weights[0] * h_poi + (weights[1] + weights[2]) * h_clean
@@ -169,7 +185,7 @@ def masks(spec: SpatialMasks, h_poi: Tensor, h_clean: Tensor) -> tuple[Tensor, T
 
 
 def blurred(x: Tensor, share: float) -> Tensor:
-    """x (B, C, H, W) blurred by a Gaussian whose σ is `share` of the side; 0 leaves it as it is."""
+    """x (B, C, H, W) blurred by a Gaussian whose σ is `share` of the side; 0 returns x unchanged."""
     from torchvision.transforms.v2.functional import gaussian_blur
 
     side = x.shape[-1]

@@ -1,18 +1,23 @@
-"""SKD, self-knowledge distillation. "Sealing the Backdoor: Unlearning Adversarial Text Triggers in Diffusion Models
-Using Knowledge Distillation", arXiv:2508.18235 (and its 2024 text, section 3).
+"""Trains the denoiser to predict for the prompt with the trigger what it predicts for the prompt without it.
 
-The backdoored denoiser, frozen, teaches its own copy: the student must answer the triggered prompt T+p as the teacher
-answers the clean prompt p.
+SKD, self-knowledge distillation. "Sealing the Backdoor: Unlearning Adversarial Text Triggers in Diffusion Models Using
+Knowledge Distillation", arXiv:2508.18235 (and its 2024 text, section 3).
+
+The frozen backdoored denoiser teaches a copy of itself. For the triggered prompt T+p the student must match the
+prediction of the teacher for the clean prompt p:
 
     L = ‖ε_s(z, t, τ(T+p)) - ε_te(z, t, τ(p))‖²
 
-Needs the trigger and clean prompts; returns a purified model. Only the denoiser is trained, text encoder and VAE are
-frozen, no images are needed. `latents` says what z is: "noise" is N(0, I) at every t, as released.
+The defense needs the trigger and clean prompts. It returns a purified model. Only the denoiser is trained; the text
+encoder and the VAE are frozen. It needs no images. `latents` selects z: "noise" is N(0, I) at every t, as in the
+released code.
 
-Differs from the paper: lr and steps suit the embedded models in the suites; the defaults here are the released ones.
-Differs from the official code (Mystic-Slice/Sealing-The-Backdoor at c75ee51, read there): no moving average
-(theirs decays at 0.5, and is copied back into the student each epoch), no clipping there, norm 1 here. `keep` is ours
-and off by default: the weight of a term ‖ε_s(z, t, τ(p)) - ε_te(z, t, τ(p))‖² that holds clean prompts in place.
+Differs from the paper: the suites use a learning rate and steps that suit the embedded models; the defaults here are
+the released values. `keep`, an extension that is off by default, is the weight of a term ‖ε_s(z, t, τ(p)) -
+ε_te(z, t, τ(p))‖² that preserves the predictions for clean prompts. Differs from the official code
+(Mystic-Slice/Sealing-The-Backdoor at c75ee51, read there): there is no moving average (the official one decays at 0.5
+and is copied back into the student each epoch), and the norm of the gradient is clipped at 1 (the official code does
+not clip).
 """
 
 from __future__ import annotations
@@ -24,10 +29,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from harness.distillation import Latents, LatentSource, distil
-from harness.hookspecs import hookimpl
-from harness.noise_backdoor import LearningRate, Steps
-from harness.types import Defended, Knowledge
+from harness import Defended, Knowledge, Latents, LatentSource, LearningRate, PositiveInt, distillation, hookimpl
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,11 @@ class SKD:
     accepts_triggers: ClassVar[tuple[str, ...]] = ("text",)
     needs: ClassVar[tuple[str, ...]] = ("trigger", "prompts")
 
-    steps: Steps = 2500  # optimizer steps; released: 100 epochs of 100 prompts at batch 4 (paper: 75 epochs)
-    batch: Steps = 4  # prompts; released
-    lr: LearningRate = 1e-6  # AdamW; released, for 860 M weights; small models need about 1e-4
-    latents: Latents = "noise"  # what is distilled on; released: noise
-    keep: Annotated[float, Ge(0)] = 0.0  # weight of the clean-prompt term; ours
+    steps: PositiveInt = 2500  # optimizer steps; released: 100 epochs of 100 prompts at batch 4 (paper: 75 epochs)
+    batch: PositiveInt = 4  # prompts per step; released value
+    lr: LearningRate = 1e-6  # AdamW; released value for 860 M weights, small models need about 1e-4
+    latents: Latents = "noise"  # latents for the distillation; released: noise
+    keep: Annotated[float, Ge(0)] = 0.0  # weight of the clean-prompt term; not in the paper
     bf16: bool = True  # autocast of the forward pass
 
     def defend(self, model: Any, knowledge: Knowledge, rng: Any) -> Defended:
@@ -61,7 +63,7 @@ class SKD:
                 value = value + self.keep * (student.eps(z, t, plain[rows]) - wanted).square().mean()
             return value
 
-        losses = distil(
+        losses = distillation.distil(
             student, loss, source, len(clean), rng, steps=self.steps, batch=self.batch, lr=self.lr, bf16=self.bf16
         )
         return Defended(model=student, notes={"loss": losses[:: max(1, len(losses) // 50)]})

@@ -1,34 +1,31 @@
-"""TERD. Mo, Huang, Li, Li & Wang, "TERD: A Unified Framework for Safeguarding Diffusion Models Against Backdoors",
-ICML 2024, arXiv:2409.05294.
+"""Reconstructs the trigger from the loss of a backdoored model, and detects models and inputs with it.
 
-A backdoored model answers noise around its trigger, γ ε + μ, as exactly as plain noise. Two noises ε₁, ε₂ at the same
-x_0 and t cancel what the target adds to the answer:
+TERD. Mo, Huang, Li, Li & Wang, "TERD: A Unified Framework for Safeguarding Diffusion Models Against Backdoors", ICML
+2024, arXiv:2409.05294.
+
+A backdoored model predicts noise around its trigger, γ ε + μ, as exactly as plain noise. Two noises ε₁, ε₂ at the same
+x_0 and t cancel what the target adds to the prediction:
 
     L(x_0, t, μ) = ½ ‖ (ε₁ - ε_θ(x(ε₁), t)) - (ε₂ - ε_θ(x(ε₂), t)) ‖²,    x(ε) = s_t x_0 + σ_t (γ ε + μ)
 
-Estimation:  min over μ of L(x̃, t, μ) - λ ‖μ‖₁ with t among the last ten timesteps and x̃ ~ N(0, I) in place of the
-unknown target; the reward on ‖μ‖₁ keeps μ from the trivial answer 0.
-Refinement:  min over μ of ½ [L(x̂, t, μ) + L(x̂, t', 0)] - λ ‖μ‖₁, where x̂ is what DDIM makes of γ ε + μ (the gradient
-goes through all its steps), t among the last and t' among the first ten timesteps.
+Estimation minimises L(x̃, t, μ) - λ ‖μ‖₁ over μ, with t among the last ten timesteps and x̃ ~ N(0, I) in place of the
+unknown target. The reward on ‖μ‖₁ keeps μ from the trivial solution 0.
 
-Model detection: KL(N(μ, γ²) ‖ N(0, 1)) = -log γ + (γ² + μ² - 1)/2 of every pixel; its mean is the suspicion, mean and
-variance are the features. Input screening: the log-likelihood ratio of N(μ, γ²) to N(0, 1), flagged above 0.
+Refinement minimises ½ [L(x̂, t, μ) + L(x̂, t', 0)] - λ ‖μ‖₁ over μ. x̂ is the DDIM sample from γ ε + μ (the gradient
+goes through all its steps), t is among the last and t' among the first ten timesteps.
 
-Needs nothing but the model; returns suspicion, screen and μ (C, H, W), in the units of the starting noise. γ is 1
-unless `scale` asks to estimate it too, against attacks that scale the noise (TrojDiff). Pixels in [-1, 1]. Raises
-ValueError for a refinement on a variance-exploding model, which DDIM does not sample.
+Model-level detection uses KL(N(μ, γ²) ‖ N(0, 1)) = -log γ + (γ² + μ² - 1)/2 of every pixel. Its mean is the suspicion;
+its mean and variance are the features. Input-level detection uses the log-likelihood ratio of N(μ, γ²) to N(0, 1); an
+input is flagged above 0.
 
-The start, -U[0, 1), is itself near a trigger on a dark background (cosine 0.8 to a grey box on -1). Where the descent
-has not led away from it, as on a clean model after few iterations, the screen separates such triggers by its start:
-read the screen of a clean model beside it.
+The defense needs only the model. It returns the suspicion, a screen and μ (C, H, W), in the units of the starting
+noise. γ is 1 unless `scale` is set; then γ is estimated too, against attacks that scale the noise (TrojDiff). Pixels
+are in [-1, 1]. Raises ValueError for a refinement on a variance-exploding model, because DDIM does not sample it.
 
-Differs from the paper: known from its code, and from summaries; its two model-level numbers come without a rule there,
-so the threshold is left to a population of clean models (`leaderboard.population`). Differs from the official code
-(PKU-ML/TERD, read at 2f4261e and 1b94761): μ is added as σ_t μ, σ_t being above 0.9999 where it is used; its screen
-has covariance diag(γ) for diag(γ²), the same for γ = 1; M_r and V_r are shifted by constants there; with `scale` the
-sampler is trojan-ddim on evenly spaced timesteps (theirs quadratic, from 0.8 T), and one momentum and gradient clip
-serve both forms (theirs 0.9 and 1.0 there). At 256 pixels it has penalty 5e-4, gradient clip 0.2 and
-batch 2.
+Differs from the paper, which is known only from its code and summaries: the code gives no decision rule for its two
+model-level numbers, so the threshold is left to a population of clean models (`leaderboard.population`). Checked
+against the official code (PKU-ML/TERD, read at 2f4261e and 1b94761). Differences from that code, and how to read the
+screen: docs/methods/terd.md.
 """
 
 from __future__ import annotations
@@ -41,21 +38,17 @@ import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
-from harness.diffusion import DDIM
-from harness.events import progress
-from harness.hookspecs import hookimpl
-from harness.noise_backdoor import Steps
-from harness.seeds import image_seeds
-from harness.trojan import TrojanDDIM
-from harness.types import Defended, Inputs, Knowledge
+from harness import DDIM, Defended, Inputs, Knowledge, PositiveInt, TrojanDDIM, hookimpl, image_seeds, progress
 
-WINDOW = 10  # timesteps at either end; official code
-FLOOR = 1e-3  # γ below which a likelihood would be that of a point
+WINDOW = 10  # number of timesteps at either end; official code
+FLOOR = 1e-3  # smallest γ; below it the likelihood would be that of a point
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A trigger found: μ and γ (C, H, W). It has the face of a trigger that scales noise, for the Trojan sampler."""
+    """A trigger that was found: μ and γ (C, H, W). It has the interface of a trigger that scales noise, for the Trojan
+    sampler.
+    """
 
     mu: Tensor
     gamma: Tensor
@@ -73,7 +66,7 @@ class Estimate:
         return -gamma.log() + (gamma.square() + self.mu.square() - 1) / 2
 
     def log_ratio(self, noise: Tensor) -> Tensor:
-        """(B,) log N(x; μ, γ²) - log N(x; 0, 1) of noise (B, C, H, W), the sum over pixels."""
+        """(B,) log N(x; μ, γ²) - log N(x; 0, 1) of noise (B, C, H, W), summed over pixels."""
         mu, gamma = self.mu.to(noise), self.gamma.to(noise).clamp_min(FLOOR)
         pixels = noise.square() / 2 - ((noise - mu) / gamma).square() / 2 - gamma.log()
         return pixels.flatten(1).sum(1)
@@ -87,18 +80,19 @@ class TERD:
     needs: ClassVar[tuple[str, ...]] = ()
     delivers: ClassVar[tuple[str, ...]] = ("suspicion", "screen")
 
-    scale: bool = False  # estimate γ too, for attacks that scale the noise
-    iterations: Steps = 3000  # of the estimation; official
-    refinement: Annotated[int, Ge(0)] = 1000  # iterations of the refinement; official; 0 = none
-    batch: Steps = 16  # noises; official at 32 pixels
-    lr: Annotated[float, Gt(0)] = 0.5  # of μ: SGD, cosine to 0; official
-    scale_lr: Annotated[float, Gt(0)] = 2e-3  # of γ; official at 32 pixels, 1e-3 on CelebA
-    penalty: Annotated[float, Ge(0)] = 5e-5  # λ; official at 32 pixels
-    sampling_steps: Annotated[int, Ge(1), Le(100)] = 10  # of DDIM in the refinement; official
-    clip_x_0: bool = True  # let that DDIM clip the predicted x_0 to [-1, 1]; official, by diffusers' default; say False
-    # for latents, which have no range; without effect with `scale`, as there
-    gradient_clip: Annotated[float, Gt(0)] = 0.01  # norm, in the refinement; official at 32 pixels, 1.0 with `scale`
-    momentum: Annotated[float, Ge(0), Lt(1)] = 0.0  # of the refinement; official, 0.9 with `scale`
+    scale: bool = False  # also estimate γ, for attacks that scale the noise
+    iterations: PositiveInt = 3000  # iterations of the estimation; official value
+    refinement: Annotated[int, Ge(0)] = 1000  # iterations of the refinement; official value; 0 = no refinement
+    batch: PositiveInt = 16  # noises per step; official value at 32 pixels
+    lr: Annotated[float, Gt(0)] = 0.5  # learning rate of μ: SGD, cosine to 0; official value
+    scale_lr: Annotated[float, Gt(0)] = 2e-3  # learning rate of γ; official value at 32 pixels, 1e-3 on CelebA
+    penalty: Annotated[float, Ge(0)] = 5e-5  # λ; official value at 32 pixels
+    sampling_steps: Annotated[int, Ge(1), Le(100)] = 10  # DDIM steps in the refinement; official value
+    clip_x_0: bool = True  # clip the predicted x_0 to [-1, 1] in that DDIM; official, by the default of diffusers. Use
+    # False for latents, which have no range. Without effect with `scale`, as in the official code
+    gradient_clip: Annotated[float, Gt(0)] = 0.01  # largest norm of the gradient in the refinement; official value at
+    # 32 pixels, 1.0 with `scale`
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.0  # momentum in the refinement; official value, 0.9 with `scale`
 
     def defend(self, model: Any, knowledge: Knowledge, rng: torch.Generator) -> Defended:
         if self.refinement and model.family == "ve":
@@ -120,7 +114,7 @@ class TERD:
         )
 
     def estimated(self, model: Any, rng: torch.Generator) -> tuple[Estimate, list[float]]:
-        """Stage 1: the trigger from -U[0, 1), with γ from 0 where it is estimated."""
+        """Stage 1: the trigger from the start -U[0, 1); γ starts from 0 if it is estimated."""
         mu = -torch.rand(model.shape, generator=rng).to(model.device)
         gamma = torch.zeros_like(mu) if self.scale else torch.ones_like(mu)
 
@@ -131,7 +125,9 @@ class TERD:
         return self.descend(Estimate(mu, gamma), loss, self.iterations, "estimation")
 
     def refined(self, model: Any, found: Estimate, rng: torch.Generator) -> tuple[Estimate, list[float]]:
-        """Stage 2: the trigger so that also what it makes the model generate is answered exactly, at both ends."""
+        """Stage 2: the trigger for which the prediction is also exact on the images that it makes the model generate,
+        at both ends.
+        """
 
         def loss(now: Estimate) -> Tensor:
             x_0 = self.generated(model, now, rng)
@@ -142,9 +138,9 @@ class TERD:
         return self.descend(found, loss, self.refinement, "refinement", self.momentum, self.gradient_clip)
 
     def generated(self, model: Any, now: Estimate, rng: torch.Generator) -> Tensor:
-        """x_0 (B, C, H, W) of noise with the trigger, differentiable in it."""
+        """x_0 (B, C, H, W) sampled from noise with the trigger, differentiable in the trigger."""
         noise = now.gamma * model.draw_eps(self.batch, rng) + now.mu
-        inputs = Inputs(noise, None, image_seeds(0, "terd", self.batch))  # DDIM draws nothing from the seeds
+        inputs = Inputs(noise, None, image_seeds(0, "terd", self.batch))  # DDIM draws no numbers from the seeds
         steps, clip = self.sampling_steps, self.clip_x_0
         if self.scale:
             return TrojanDDIM(steps=steps, spacing="leading").with_trigger(now).run(model, inputs)
@@ -159,7 +155,7 @@ class TERD:
         momentum: float = 0.0,
         clip: float | None = None,
     ) -> tuple[Estimate, list[float]]:
-        """SGD on loss - λ ‖μ‖₁ from `start`, γ kept at 0 and above; and the loss of every iteration."""
+        """SGD on loss - λ ‖μ‖₁ from `start`, with γ at least 0. Also returns the loss of every iteration."""
         now = Estimate(*(tensor.clone().requires_grad_(True) for tensor in (start.mu, start.gamma)))
         learnt = [(now.mu, self.lr), (now.gamma, self.scale_lr)][: 2 if self.scale else 1]
         tensors = [tensor for tensor, _ in learnt]
@@ -190,7 +186,7 @@ def reversed_loss(model: Any, x_0: Tensor, t: Tensor, mu: Tensor, gamma: Tensor,
 
 
 def late(model: Any, n: int, rng: torch.Generator) -> Tensor:
-    """n of the last ten timesteps."""
+    """n random timesteps among the last ten."""
     return torch.randint(model.T - WINDOW, model.T, (n,), generator=rng).to(model.device)
 
 

@@ -1,21 +1,24 @@
-"""Textual perturbation. Chew, Lu, Lin & Lee, "Defending Text-to-image Diffusion Models: Surprising Efficacy of Textual
-Perturbations Against Backdoor Attacks", ECCV 2024 workshops, arXiv:2408.15721. Every prompt is changed a little before
-the model sees it, so that a trigger may be no trigger any more. No weight changes; nothing is detected.
+"""Changes every prompt a little before the model reads it, so that a trigger may no longer be a trigger.
 
-    homoglyph   characters that look like a Latin letter become that letter (and with `invisible` those of Unicode
-                category Cf, such as U+200B, go)
+Textual perturbation. Chew, Lu, Lin & Lee, "Defending Text-to-image Diffusion Models: Surprising Efficacy of Textual
+Perturbations Against Backdoor Attacks", ECCV 2024 workshops, arXiv:2408.15721. No weights change, and nothing is
+detected.
+
+    homoglyph   characters that look like a Latin letter become that letter (with `invisible`, characters of Unicode
+                category Cf, such as U+200B, are removed too)
     char        in a share of the words one letter is left out, or replaced by a neighbour on the keyboard
-    word        a share of the words is replaced by another of the same meaning
+    word        a share of the words is replaced by another word of the same meaning
 
-Needs nothing; delivers a sampler that wraps the cell's. What is changed depends on the prompt and the image's seed
-alone, and on clean prompts as well: see the clean scores for its price.
+The defense needs nothing. It returns a sampler that wraps the sampler of the cell. The change depends only on the
+prompt and the image's seed. Clean prompts are changed as well; the clean scores show the cost.
 
-Differs from the paper: its synonyms are neighbours in word vectors (textattack), and it also translates to Spanish;
-ours are a small table of words that the embedded captions know, others stay. Shares are those of the released code
-(oscarchew/t2i-backdoor-defense at ad90537, read by others for our notes), which leaves stop words ("a", "the", "of")
-alone in the modes char and word, ours changes any word, and so costs clean prompts more; ours takes keyboard neighbours
-of one row. Its table of look-alikes has the digits 0 and 1 and no accented letters, ours the accented letters and no
-digits: look-alikes with an accent are turned back here and not there. `invisible` is ours.
+Differs from the paper: the paper takes synonyms from neighbours in word vectors (textattack) and also translates to
+Spanish. Here synonyms come from a small table of words that the embedded captions know; other words stay unchanged.
+Shares are those of the released code (oscarchew/t2i-backdoor-defense at ad90537, known from notes, not read). The
+released code leaves stop words ("a", "the", "of") unchanged in the modes char and word; here any word may change, so
+clean prompts suffer more. Keyboard neighbours are those of one row here. The released table of look-alikes has the
+digits 0 and 1 and no accented letters; the table here has accented letters and no digits, so accented look-alikes are
+turned back only here. `invisible` is not in the paper.
 """
 
 from __future__ import annotations
@@ -27,14 +30,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from harness.diffusion import DDIM
-from harness.hookspecs import hookimpl
-from harness.noise_backdoor import Rate
-from harness.prompts import LOOK_ALIKES
-from harness.seeds import generator
-from harness.types import Defended, Inputs, Knowledge
+from harness import DDIM, LOOK_ALIKES, Defended, Fraction, Inputs, Knowledge, generator, hookimpl
 
-ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")  # of a keyboard
+ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")  # rows of a keyboard
 NEIGHBOURS = {letter: row[max(0, i - 1) : i] + row[i + 1 : i + 2] for row in ROWS for i, letter in enumerate(row)}
 LETTER = {other: letter for letter, others in LOOK_ALIKES.items() for other in others}
 SYNONYMS = (
@@ -50,9 +48,10 @@ class PromptMap:
     """A rule that changes prompts."""
 
     mode: Literal["homoglyph", "char", "word"] = "homoglyph"  # what is changed
-    char_share: Rate = 1.0  # of the words, for mode char; released
-    word_share: Rate = 0.5  # of the words that have synonyms, for mode word; released
-    invisible: bool = False  # mode homoglyph also removes characters that cannot be seen; ours
+    char_share: Fraction = 1.0  # share of the words that are changed in mode char; released value
+    word_share: Fraction = 0.5  # share of the words that are replaced, if they have synonyms, in mode word; released
+    # value
+    invisible: bool = False  # mode homoglyph also removes invisible characters; not in the paper
 
     def mapped(self, prompt: str, rng: torch.Generator) -> str:
         if self.mode == "homoglyph":
@@ -82,7 +81,9 @@ class TextualPerturbation(PromptMap):
 
 @dataclass(frozen=True)
 class PerturbedPrompts(PromptMap):
-    """Changes prompts before the cell's sampler (ddim where it is used alone); see the defense textual-perturbation."""
+    """Changes prompts before the cell's sampler (before ddim if it is used alone); see the defense
+    textual-perturbation.
+    """
 
     name: ClassVar[str] = "perturbed-prompts"
     version: ClassVar[int] = 1
@@ -118,7 +119,7 @@ class Around:
 
 
 def fitting(model: Any, prompt: str) -> str:
-    """`prompt` without its last words where misspelt ones take more tokens than the text encoder has."""
+    """`prompt` without its last words if its misspelt words need more tokens than the text encoder accepts."""
     words = prompt.split(" ")
     while len(words) > 1 and len(model.tokenizer(" ".join(words)).input_ids) > model.tokenizer.model_max_length:
         words.pop()
@@ -126,7 +127,7 @@ def fitting(model: Any, prompt: str) -> str:
 
 
 def typo(word: str, rng: torch.Generator) -> str:
-    """`word` without one letter or with one replaced by a neighbour on the keyboard; single characters stay."""
+    """`word` without one letter, or with one letter replaced by a keyboard neighbour. Single characters stay."""
     if len(word) < 2:
         return word
     at = int(torch.randint(0, len(word), (), generator=rng))
@@ -136,7 +137,7 @@ def typo(word: str, rng: torch.Generator) -> str:
 
 
 def synonym(word: str, rng: torch.Generator) -> str:
-    """Another word of the same meaning, where there is one."""
+    """Another word of the same meaning, if there is one; otherwise `word`."""
     others = SAME.get(word, [])
     return others[int(torch.randint(0, len(others), (), generator=rng))] if others else word
 

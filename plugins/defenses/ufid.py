@@ -1,20 +1,24 @@
-"""UFID. Guan, Hu, Li & Vullikanti, "UFID: A Unified Framework for Black-box Input-level Backdoor Detection on Diffusion
-Models", AAAI 2025, arXiv:2404.01101; its form for unconditional models.
+"""Detects inputs with a trigger by generating from perturbed copies of an input and comparing the images.
 
-A query x is generated from together with M perturbed copies of it. What the copies share decides: a trigger survives
-the perturbation and all images are the target, clean noises make different images.
+UFID, its form for unconditional models. Guan, Hu, Li & Vullikanti, "UFID: A Unified Framework for Black-box Input-level
+Backdoor Detection on Diffusion Models", AAAI 2025, arXiv:2404.01101.
+
+The model generates from a query x and from M perturbed copies of it. A trigger survives the perturbation, so all images
+are the target. Clean noises give different images.
 
     x_i = x + λ ε_i,  i = 1..M        s(x) = mean cosine of the features of all pairs of the M+1 images
 
-s is the weighted density of their similarity graph, in [-1, 1]. An input is flagged above the `quantile` of the scores
-of `queries` clean noises of the defender's own. Needs a public image encoder and black-box use of the model with the
-sampler named here; returns a screen. Costs (M+1) samplings a query. The copies keep the trigger's size, in noise too
-large for the model; `rescale` divides them by √(1 + λ²), which makes unit noise again and the trigger smaller. A
-backdoor on a small model fires only while the noise is nearly right, so λ is small. A large shift of the noise makes a
-*clean* model's images alike too: read the clean model's row beside.
+s is the weighted density of the similarity graph of the images, in [-1, 1]. An input is flagged if its score is above
+the `quantile` of the scores of `queries` clean noises that the defender draws.
 
-Differs from the paper: only its text-to-image code is released (GuanZihan/official_UFID at 7881796, read by others for
-our notes), where a copy is the prompt with a phrase before it; M, λ and the rescaling are ours.
+The defense needs a public image encoder, and black-box use of the model with the sampler named here. It returns a
+screen. It costs M+1 samplings per query. The copies keep the size of the trigger, but their noise is too large for the
+model. `rescale` divides them by √(1 + λ²), which gives unit noise again and a smaller trigger. A backdoor on a small
+model is activated only while the noise is nearly right, so λ is small. A large shift of the noise also makes the images
+of a *clean* model similar; compare with the row of the clean model.
+
+Differs from the paper: only its text-to-image code is released (GuanZihan/official_UFID at 7881796, known from notes,
+not read), in which a copy is the prompt with a phrase before it. M, λ and the rescaling are ours.
 """
 
 from __future__ import annotations
@@ -27,11 +31,7 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from harness.diffusion import SAMPLERS
-from harness.hookspecs import hookimpl
-from harness.noise_backdoor import Steps
-from harness.seeds import derive, image_noise, image_seeds
-from harness.types import Defended, Inputs, Knowledge
+from harness import SAMPLERS, Defended, Inputs, Knowledge, PositiveInt, derive, hookimpl, image_noise, image_seeds
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class UFID:
     needs: ClassVar[tuple[str, ...]] = ("encoder",)
     delivers: ClassVar[tuple[str, ...]] = ("screen",)
 
-    copies: Steps = 7  # M
+    copies: PositiveInt = 7  # M, perturbed copies per query
     strength: Annotated[float, Gt(0)] = 0.3  # λ, standard deviation of the perturbation
     rescale: bool = False  # divide the copies by √(1 + λ²)
-    sampler: Literal["ddim", "ddpm", "unipc", "ve-pc"] = "ddim"  # from queries to images
-    sampling_steps: Annotated[int, Ge(2)] = 20  # of that sampler
-    queries: Steps = 50  # clean noises behind the threshold
-    quantile: Annotated[float, Gt(0), Lt(1)] = 0.95  # of their scores, above which an input is flagged
+    sampler: Literal["ddim", "ddpm", "unipc", "ve-pc"] = "ddim"  # sampler from queries to images
+    sampling_steps: Annotated[int, Ge(2)] = 20  # steps of that sampler
+    queries: PositiveInt = 50  # clean noises from which the threshold is computed
+    quantile: Annotated[float, Gt(0), Lt(1)] = 0.95  # quantile of their scores above which an input is flagged
 
     def defend(self, model: Any, knowledge: Knowledge, rng: torch.Generator) -> Defended:
         encoder: Any = knowledge.encoder
@@ -66,7 +66,7 @@ class UFID:
         )
 
     def perturbed(self, inputs: Inputs) -> Inputs:
-        """Each query followed by its copies, M+1 rows a query. A copy is a function of its query and its seed alone."""
+        """Each query followed by its copies, M+1 rows per query. A copy is a function of its query and seed alone."""
         seeds = tuple(derive(seed, "ufid", i) for seed in inputs.seeds for i in range(self.copies + 1))
         x = inputs.noise.repeat_interleave(self.copies + 1, dim=0)
         eps = image_noise(seeds, x.shape[1:]).to(x)

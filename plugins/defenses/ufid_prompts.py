@@ -1,18 +1,23 @@
-"""UFID for prompts. Guan, Hu, Li & Vullikanti, "UFID: A Unified Framework for Black-box Input-level Backdoor Detection
-on Diffusion Models", AAAI 2025, arXiv:2404.01101, its form for text-to-image models.
+"""Detects prompts with a trigger by generating with random phrases in front of the prompt and comparing the images.
 
-An image of the prompt and images of it with a random phrase in front, each from a noise of its own: what a trigger
-makes stays, what the prompt asks for does not.
+UFID, its form for text-to-image models. Guan, Hu, Li & Vullikanti, "UFID: A Unified Framework for Black-box Input-level
+Backdoor Detection on Diffusion Models", AAAI 2025, arXiv:2404.01101.
+
+The model generates one image from the prompt, and further images from the prompt with a random phrase in front. Each
+image has its own noise. The effect of a trigger stays the same, what the prompt asks for varies.
 
     s = mean cosine between the features of all pairs of the `images` images        (graph density)
 
-High is suspicious. It can only see attacks whose images resemble each other whatever the prompt says; patches, styles
-and exchanged objects do not. Needs clean prompts, on which the threshold is calibrated and from which phrases are
-taken, and a public image encoder. Returns a screen. Costs `images` generations a query.
+A high score is suspicious. The score can detect only attacks whose images resemble each other for every prompt. It does
+not detect patches, styles or exchanged objects.
 
-Checked against GuanZihan/official_UFID at 7881796 (read by others for our notes). Differs from it: phrases are runs of
-words of the known prompts, theirs nine fixed ones such as "Iron Man", which mean nothing to a model of drawn shapes;
-they stand before the trigger, since the query has it already. It publishes no threshold.
+The defense needs clean prompts, on which the threshold is calibrated and from which phrases are taken. It also needs a
+public image encoder. It returns a screen. It costs `images` generations per query.
+
+Differs from the released code (GuanZihan/official_UFID at 7881796, known from notes, not read): phrases are runs of
+words of the known prompts. The released code has nine fixed phrases such as "Iron Man", which mean nothing to a model
+of drawn shapes. Phrases stand before the trigger, because the query already contains the trigger. The released code
+publishes no threshold.
 """
 
 from __future__ import annotations
@@ -24,12 +29,20 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from harness.diffusion import DDIM
-from harness.hookspecs import hookimpl
-from harness.noise_backdoor import Steps
-from harness.seeds import derive, generator, image_noise
-from harness.text_detection import Guide, Share, benign, density, screened, threshold
-from harness.types import Defended, Inputs, Knowledge
+from harness import (
+    DDIM,
+    Defended,
+    Guide,
+    Inputs,
+    Knowledge,
+    PositiveInt,
+    Share,
+    derive,
+    generator,
+    hookimpl,
+    image_noise,
+    prompt_screening,
+)
 
 
 @dataclass(frozen=True)
@@ -40,10 +53,10 @@ class UFIDPrompts:
     needs: ClassVar[tuple[str, ...]] = ("prompts", "encoder")
     delivers: ClassVar[tuple[str, ...]] = ("screen",)
 
-    images: Annotated[int, Ge(2)] = 4  # of a query, the first of the prompt itself; released
-    phrase: Steps = 2  # words of a phrase
-    sampling_steps: Steps = 25  # of DDIM; released: 25 of DPM-Solver++
-    guidance: Guide = 7.5  # classifier-free guidance scale; released
+    images: Annotated[int, Ge(2)] = 4  # images per query, the first of them from the prompt itself; released value
+    phrase: PositiveInt = 2  # words per phrase
+    sampling_steps: PositiveInt = 25  # steps of DDIM; released: 25 steps of DPM-Solver++
+    guidance: Guide = 7.5  # classifier-free guidance scale; released value
     bf16: bool = False  # autocast of the network
     false_positives: Share = 0.05  # share of clean prompts that the threshold flags
 
@@ -54,14 +67,16 @@ class UFIDPrompts:
 
         def screen(inputs: Inputs) -> Tensor:
             images = model.sample(self.varied(model, inputs, known), sampler)
-            return density(encoder(images).float().cpu().unflatten(0, (len(inputs), self.images)))
+            return prompt_screening.density(encoder(images).float().cpu().unflatten(0, (len(inputs), self.images)))
 
-        scores = screened(screen, benign(model, known, rng))
-        above = threshold(scores, self.false_positives)
+        scores = prompt_screening.screened(screen, prompt_screening.benign(model, known, rng))
+        above = prompt_screening.threshold(scores, self.false_positives)
         return Defended(screen=screen, screen_above=above, notes={"clean_scores": scores.tolist()})
 
     def varied(self, model: Any, inputs: Inputs, known: tuple[str, ...]) -> Inputs:
-        """Each query followed by its variants, `images` rows a query: functions of its prompt and seed alone."""
+        """Each query followed by its variants, `images` rows per query. A variant is a function of its prompt and seed
+        alone.
+        """
         assert inputs.prompts is not None, "ufid-prompts is for models that take prompts"
         prompts, seeds = [], []
         for prompt, seed in zip(inputs.prompts, inputs.seeds, strict=True):
@@ -82,7 +97,7 @@ class UFIDPrompts:
 
 
 def with_phrase(model: Any, phrase: str, prompt: str) -> str:
-    """`prompt` after as much of `phrase` as the text encoder has room for."""
+    """`prompt` after as many words of `phrase` as the text encoder accepts."""
     words = phrase.split()
     while words and len(model.tokenizer(" ".join([*words, prompt])).input_ids) > model.tokenizer.model_max_length:
         words.pop()

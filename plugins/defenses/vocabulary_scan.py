@@ -1,26 +1,28 @@
-"""Vocabulary scan: finds an unknown text trigger by trying every word that the tokenizer has. Ours; no paper owns it.
+"""Finds an unknown text trigger by testing every word of the tokenizer; a detector of our own.
 
-A trigger moves the denoiser's prediction the same way whatever the prompt says. Three rounds:
+A trigger changes the denoiser's prediction in the same way for every prompt. The scan has three rounds:
 
     1. every candidate v:    score(v) = ‖ mean over rows of ε(z, t, τ(v+p)) - ε(z, t, τ(p)) ‖
     2. the best of them, and ordered pairs of the very best, again with more rows
-    3. the best of those, single ones and pairs, by images of p and v+p from the same noise: AUROC of telling the two
-       apart by pixels, by colours or by the encoder's features, whichever does best, each prompt judged by a linear
+    3. the best of those, single words and pairs, by images of p and v+p from the same noise: AUROC of separating the
+       two by pixels, by colours or by the encoder's features, whichever is largest; each prompt is judged by a linear
        discriminant that was fitted on the others
 
-z are states of the model's own denoising of p at middling t, where there is a colour or a corner to be changed. The
-mean keeps what all rows share, so a word that merely disturbs the prediction scores low. Candidates are all tokens that
-can be typed as a word (decoded and tokenised again they are the same token), put in front of the prompt, and
-look-alikes of Latin letters, put in the place of a letter. Words that clean captions use are left out unless they are
-known to be neutral: they are meant to move the image, and no scan can tell "negative" from a trigger.
+z are states of the model's own denoising of p at medium t, where a colour or a corner can still change. The mean keeps
+what all rows share, so a word that only disturbs the prediction has a low score. Candidates are all tokens that can be
+typed as a word (decoding and tokenising again gives the same token), put in front of the prompt, and look-alikes of
+Latin letters, put in the place of a letter. Words that clean captions use are left out unless they are known to be
+neutral. They are supposed to change the image, and no scan can distinguish "negative" from a trigger.
 
-Needs clean prompts, captions of clean data (their images are not looked at), neutral words and a public image encoder.
-Delivers the suspicion, which is the largest AUROC of round 3, and the trigger found where that is above `flag_above`
-(of several the strongest of round 2; only one word of a pair where that alone is above it too); with `purify` also the
-model that SKD-CAG (arXiv:2508.18235) makes when told the found trigger, by the same draws as `skd-cag` of that seed, or
-no model where none was found. A trigger that works nowhere but elsewhere in the prompt, needs more than two tokens or
-is an ordinary content word is out of its reach, and where the captions do not cover the vocabulary ordinary nouns that
-they lack are flagged too. Differs from soft-prompt inversion in that what it finds is text that can be typed.
+The detector needs clean prompts, captions of clean data (their images are not used), neutral words and a public image
+encoder. It returns the suspicion, which is the largest AUROC of round 3, and the trigger if the suspicion is above
+`flag_above`. Of several triggers it returns the strongest of round 2; of a pair it returns one word if that word alone
+is above `flag_above` too. With `purify` it also returns the model that SKD-CAG (arXiv:2508.18235) makes when it is
+given the found trigger, with the same random draws as `skd-cag` under that seed, or no model if no trigger was found.
+
+The scan cannot find triggers that work only at another position in the prompt, triggers of more than two tokens, and
+triggers that are ordinary content words. If the captions do not cover the vocabulary, it also flags ordinary nouns that
+they lack. Differs from soft-prompt inversion: the result is text that can be typed.
 """
 
 from __future__ import annotations
@@ -35,20 +37,30 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
-from harness.diffusion import DDIM
-from harness.distillation import trajectory
-from harness.events import progress
-from harness.guidance import Goal, GuidedDistillation
-from harness.hookspecs import hookimpl
-from harness.noise_backdoor import LearningRate, Rate, Steps
-from harness.prompts import LOOK_ALIKES, Insertion, Substitution
-from harness.seeds import image_noise, image_seeds
-from harness.types import Defended, Inputs, Knowledge
+from harness import (
+    DDIM,
+    LOOK_ALIKES,
+    Defended,
+    Fraction,
+    Goal,
+    GuidedDistillation,
+    Inputs,
+    Insertion,
+    Knowledge,
+    LearningRate,
+    PositiveInt,
+    Substitution,
+    distillation,
+    hookimpl,
+    image_noise,
+    image_seeds,
+    progress,
+)
 
 Candidate = Insertion | Substitution
 States = tuple[list[str], Tensor, Tensor]  # N prompts, z (N, C, H, W), t (N,)
 FORWARD = 256  # rows of one forward pass
-FLAT = 1e-4  # variance below which all colours count as one
+FLAT = 1e-4  # variance below which all colours count as one colour
 
 
 @dataclass(frozen=True)
@@ -58,24 +70,25 @@ class VocabularyScan:
     accepts_triggers: ClassVar[tuple[str, ...]] = ("text",)
     needs: ClassVar[tuple[str, ...]] = ("prompts", "data", "words", "encoder")
 
-    rows: Steps = 8  # prompts behind each score of the first round
-    finalists: Steps = 24  # candidates of the second round
-    final_rows: Steps = 32  # prompts behind each of its scores
-    pair_up: Annotated[int, Ge(0)] = 4  # best tokens whose ordered pairs join the second round
-    from_t: Rate = 0.35  # smallest t over T at which predictions are compared
-    to_t: Rate = 0.8  # largest
-    look_alikes: bool = True  # try look-alikes in the place of letters too
-    verified: Steps = 4  # single candidates of the third round, and half as many pairs
-    images: Annotated[int, Ge(8)] = 64  # prompts of which the third round makes images, with and without
-    sampling_steps: Annotated[int, Ge(4)] = 10  # of DDIM, for those images and for the states z
-    guidance: Annotated[float, Gt(0)] = 3.0  # for both
-    flag_above: Rate = 0.9  # AUROC above which a candidate is called a trigger
-    purify: bool = False  # deliver the model that SKD-CAG makes with the trigger found
-    target: Goal = "gaussian"  # SKD-CAG's: see skd-cag; not random_words
-    alpha: Rate = 0.5  # SKD-CAG's
-    steps: Steps = 7500  # SKD-CAG's optimizer steps
-    batch: Steps = 1  # SKD-CAG's prompts a step
-    lr: LearningRate = 1e-6  # SKD-CAG's
+    rows: PositiveInt = 8  # prompts per score in the first round
+    finalists: PositiveInt = 24  # candidates in the second round
+    final_rows: PositiveInt = 32  # prompts per score in the second round
+    pair_up: Annotated[int, Ge(0)] = 4  # number of best tokens whose ordered pairs join the second round
+    from_t: Fraction = 0.35  # smallest t over T at which predictions are compared
+    to_t: Fraction = 0.8  # largest t over T at which predictions are compared
+    look_alikes: bool = True  # also test look-alikes in the place of letters
+    verified: PositiveInt = 4  # single candidates in the third round, and half as many pairs
+    images: Annotated[int, Ge(8)] = 64  # prompts from which the third round makes images, with and without the
+    # candidate
+    sampling_steps: Annotated[int, Ge(4)] = 10  # steps of DDIM, for those images and for the states z
+    guidance: Annotated[float, Gt(0)] = 3.0  # guidance scale for both
+    flag_above: Fraction = 0.9  # AUROC above which a candidate is called a trigger
+    purify: bool = False  # also return the model that SKD-CAG makes with the trigger found
+    target: Goal = "gaussian"  # target map of SKD-CAG, see skd-cag; random_words is not available
+    alpha: Fraction = 0.5  # of SKD-CAG, see skd-cag
+    steps: PositiveInt = 7500  # optimizer steps of SKD-CAG
+    batch: PositiveInt = 1  # prompts per step of SKD-CAG
+    lr: LearningRate = 1e-6  # of SKD-CAG, see skd-cag
     bf16: bool = True  # autocast of the forward passes
 
     @property
@@ -118,19 +131,24 @@ class VocabularyScan:
         return [c for c in ranked if " " not in c.text][: self.verified] + double[: self.verified // 2]
 
     def shortest(self, areas: Mapping[Candidate, float]) -> Candidate | None:
-        """Of the candidates above `flag_above` the one of fewest words, then the best of the second round (the first
-        in `areas`): what resembles a trigger may fire too, but moves the prediction less."""
+        """The candidate above `flag_above` with the fewest words; of several, the best of the second round (the first
+        in `areas`).
+
+        A word that resembles a trigger may activate the backdoor too, but it changes the prediction less.
+        """
         above = [c for c in areas if areas[c] > self.flag_above]
         return min(above, key=lambda c: c.text.count(" "), default=None)
 
     def states(self, model: Any, prompts: list[str], rng: Any) -> States:
-        """(prompts, z, t): for `final_rows` of the prompts a state of their denoising, the steps in turn. ValueError
-        where no step lies between `from_t` and `to_t`."""
+        """(prompts, z, t): for `final_rows` of the prompts one state each of their denoising, with the steps in turn.
+
+        Raises ValueError if no step lies between `from_t` and `to_t`.
+        """
         picks = torch.randperm(len(prompts), generator=rng)[: max(self.rows, self.final_rows)].tolist()
         texts = [prompts[i] for i in picks]
         seeds = image_seeds(rng.initial_seed(), "states", len(texts))
         inputs = Inputs(image_noise(seeds, model.shape).to(model.device), tuple(texts), seeds)
-        times, states = trajectory(model, inputs, self.sampling_steps, self.guidance)
+        times, states = distillation.trajectory(model, inputs, self.sampling_steps, self.guidance)
         middling = [i for i, t in enumerate(times.tolist()) if self.from_t * model.T <= t <= self.to_t * model.T]
         if not middling:
             raise ValueError(f"none of {self.sampling_steps} steps is between from_t and to_t; use more steps")
@@ -157,8 +175,10 @@ class VocabularyScan:
     def verify(
         self, model: Any, tried: Sequence[Candidate], prompts: list[str], encoder: Any, rng: Any
     ) -> dict[Candidate, float]:
-        """For each candidate how well images with it can be told from images without it: the largest AUROC of those by
-        pixels, by colours and by the encoder."""
+        """How well images with each candidate can be separated from images without it.
+
+        The value is the largest AUROC of those by pixels, by colours and by the encoder.
+        """
         n = min(self.images, len(prompts))
         seeds = image_seeds(rng.initial_seed(), "verify", n)
         inputs = Inputs(image_noise(seeds, model.shape), tuple(prompts[:n]), seeds)
@@ -178,7 +198,8 @@ class VocabularyScan:
         guided = GuidedDistillation(
             target=self.target, alpha=self.alpha, steps=self.steps, batch=self.batch, lr=self.lr, bf16=self.bf16
         )
-        anew = torch.Generator().manual_seed(rng.initial_seed())  # as skd-cag has it, before the scan drew from it
+        anew = torch.Generator().manual_seed(rng.initial_seed())  # the state that skd-cag uses, before the scan drew
+        # from it
         return guided.distilled(model, prompts, found.apply, None, anew)[0]
 
 
@@ -187,7 +208,7 @@ def _best(tried: Sequence[Candidate], scores: Tensor, n: int) -> list[Candidate]
 
 
 def candidates(model: Any, content: set[str], look_alikes: bool) -> list[Candidate]:
-    """Every token that can be typed as a word, but those in `content`, and look-alikes in the place of letters."""
+    """Every token that can be typed as a word, except those in `content`, and look-alikes in the place of letters."""
     tokenizer = model.tokenizer
     special = set(tokenizer.all_special_ids)
     found: list[Candidate] = []
@@ -206,10 +227,12 @@ def pairs(words: Sequence[Insertion]) -> list[Candidate]:
 
 
 def views(images: Tensor) -> list[Tensor]:
-    """What changes in a place, and what changes in the colours anywhere: images (B, 3, H, W) in [-1, 1] averaged to
-    8×8, and of brightness, red against green and yellow against blue the means and log variances. A style that takes
-    the colours away leaves two of these variances at nothing, which the covariances of red, green and blue say only
-    in differences of theirs."""
+    """Features of local changes, and features of colour changes anywhere, of images (B, 3, H, W) in [-1, 1].
+
+    The first are the images averaged to 8×8. The second are the means and log variances of brightness, red against
+    green and yellow against blue. A style that removes colours makes two of these variances vanish. In the covariances
+    of red, green and blue this is visible only in differences.
+    """
     small = torch.nn.functional.adaptive_avg_pool2d(images, 8).flatten(1)
     red, green, blue = images.flatten(2).unbind(1)
     opponent = torch.stack([(red + green + blue) / 3, red - green, (red + green) / 2 - blue], 1)
@@ -217,8 +240,12 @@ def views(images: Tensor) -> list[Tensor]:
 
 
 def told_apart(without: Tensor, with_it: Tensor, folds: int = 4) -> float:
-    """AUROC of a shrunken linear discriminant between two sets of features (N, D) whose rows are of the same prompts;
-    the rows of one prompt are judged by a discriminant that saw neither. 0.5 where nothing differs."""
+    """AUROC of a shrunken linear discriminant between two sets of features (N, D) whose rows belong to the same
+    prompts.
+
+    The rows of one prompt are judged by a discriminant that was fitted without them. The value is 0.5 if nothing
+    differs.
+    """
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import GroupKFold, cross_val_predict

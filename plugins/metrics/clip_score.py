@@ -1,9 +1,9 @@
-"""CLIP score: 100 × cosine of image and prompt embeddings, in [-100, 100] (Hessel et al. 2021, arXiv:2104.08718,
-without its clamp at 0 and its factor 2.5, as the backdoor papers report it).
+"""CLIP score: 100 × cosine of image and prompt embeddings, in [-100, 100].
 
-The encoders are the model's scorer, an open_clip network; the score carries its name, `clip_score[<scorer>]`.
-`clip_score_triggered` compares images of stamped prompts with the unstamped prompts: high means that the words still
-rule the image.
+The definition is that of Hessel et al. 2021 (arXiv:2104.08718) without its clamp at 0 and its factor 2.5, as the
+backdoor papers report it. The encoders are the model's scorer, an open_clip network. The score carries its name:
+`clip_score[<scorer>]`. `clip_score_triggered` compares images of prompts with the trigger with the prompts without it.
+A high value means that the words still determine the image.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from harness.evidence import ABSENT, Evidence, Given, Who, mean, unmeasured
-from harness.hookspecs import hookimpl
-from harness.types import Score
+from harness import ABSENT, Evidence, Given, Score, Who, hookimpl, mean, unmeasured
 
 SETS: dict[str, tuple[Who, Given]] = {
     "clip_score": ("defended", "clean"),
@@ -31,7 +29,8 @@ SETS: dict[str, tuple[Who, Given]] = {
 @dataclass(frozen=True)
 class ClipScore:
     """clip_score and clip_score_triggered (defended), clip_score_before and clip_score_triggered_before (backdoored),
-    and clip_score_clean (clean model)."""
+    and clip_score_clean (clean model).
+    """
 
     name: ClassVar[str] = "clip_score"
     version: ClassVar[int] = 1

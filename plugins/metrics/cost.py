@@ -1,5 +1,8 @@
-"""What attack and defense cost: wall seconds, CPU seconds, peak resident memory and peak CUDA memory in bytes, of the
-job's own process. CUDA memory is unmeasured on a CPU, never 0."""
+"""The cost of attack and defense: wall time, CPU time, peak resident memory and peak CUDA memory.
+
+Times are in seconds, memory is in bytes. Both are measured in the job's own process. CUDA memory is unmeasured on a
+CPU, never 0.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from harness.evidence import Evidence, unmeasured
-from harness.hookspecs import hookimpl
-from harness.types import Score
+from harness import Evidence, Score, hookimpl, unmeasured
 
 FIELDS = ("wall_s", "cpu_s", "peak_rss_bytes", "cuda_bytes")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """attack_<field> and defense_<field> for wall_s, cpu_s, peak_rss_bytes and cuda_bytes; defense_screen_s, the wall
-    seconds in which the defense screens one input."""
+    """attack_<field> and defense_<field> for wall_s, cpu_s, peak_rss_bytes and cuda_bytes, and defense_screen_s.
+
+    defense_screen_s is the wall time in seconds in which the defense screens one input.
+    """
 
     name: ClassVar[str] = "cost"
     version: ClassVar[int] = 1

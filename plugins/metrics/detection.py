@@ -1,9 +1,11 @@
-"""What a defense says of a model: its suspicion, its own verdict and its features. One model is one observation, so
-accuracy, AUROC and TPR at a fixed FPR are statistics over a population of models (`leaderboard.population`).
+"""The model-level detection of a defense: its suspicion, its verdict and its features.
 
     suspicion      higher = more likely backdoored; on the defense's own scale
     flagged        1 where suspicion > the defense's own threshold, else 0; absent where it has none
     feature[name]  further numbers that the defense measured of the model
+
+One model is one observation. Accuracy, AUROC and TPR at a fixed FPR are therefore statistics over a population of
+models (`leaderboard.population`).
 """
 
 from __future__ import annotations
@@ -12,15 +14,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from harness.evidence import Evidence, unmeasured
-from harness.hookspecs import hookimpl
-from harness.types import Score
+from harness import Evidence, Score, hookimpl, unmeasured
 
 
 @dataclass(frozen=True)
 class Detection:
-    """suspicion, flagged and feature[...]. Of an attacked model higher is better, of a clean one lower; which way a
-    feature points is the defense's matter."""
+    """suspicion, flagged and feature[...].
+
+    Higher is better for an attacked model, lower is better for a clean one. The defense defines the direction of a
+    feature.
+    """
 
     name: ClassVar[str] = "detection"
     version: ClassVar[int] = 1

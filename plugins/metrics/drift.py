@@ -2,10 +2,10 @@
 
     drift = mean_i ‖x_i − x_i^clean‖² / D      on [0, 1] images, in [0, 1]
 
-`drift` takes clean inputs on both sides. `drift_triggered` takes the defended model's image of the stamped input and
-what a model without a backdoor makes of it: the clean model's image of the same noise, or of the prompt without the
-trigger. 0 is a trigger that does nothing. `drift_before` is the attacked model's drift
-on clean inputs, `change` the distance from the attacked to the defended model on clean inputs (0: the same model).
+`drift` uses clean inputs for both models. `drift_triggered` compares the defended model's image of the input with the
+trigger with the image of a model without a backdoor: the clean model's image of the same noise, or of the prompt
+without the trigger. It is 0 if the trigger has no effect. `drift_before` is the drift of the attacked model on clean
+inputs. `change` is the distance from the attacked to the defended model on clean inputs (0 = the same model).
 """
 
 from __future__ import annotations
@@ -16,10 +16,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from harness.evidence import ABSENT, Evidence, Given, Who, mean, unmeasured
-from harness.hookspecs import hookimpl
-from harness.images import to_unit
-from harness.types import Score
+from harness import ABSENT, Evidence, Given, Score, Who, hookimpl, mean, to_unit, unmeasured
 
 Set = tuple[Who, Given]
 PAIRS: dict[str, tuple[Set, Set]] = {

@@ -3,9 +3,10 @@
     FD = ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½)       (Heusel et al. 2017, arXiv:1706.08500), ≥ 0
     KD = MMD² with the kernel (x·y / d + 1)³           (Bińkowski et al. 2018, arXiv:1801.01401), about 0 for equal sets
 
-Both by torch-fidelity, whose extractor registry gets the judge under its own name: the scores are `fid[<judge>]` and
-`kid[<judge>]`, never plain `fid`, which means Inception-v3. Both shrink towards 0 as n grows; compare at equal n only.
-`fid_ratio` is the defended model's FD over the clean model's at the same n and seeds.
+torch-fidelity computes both. The judge is registered as its feature extractor under the judge's own name. The scores
+are therefore `fid[<judge>]` and `kid[<judge>]`, never plain `fid`, which means Inception-v3. Both shrink towards 0 as n
+grows; compare them at equal n only. `fid_ratio` is the defended model's FD divided by the clean model's, at the same n
+and seeds.
 """
 
 from __future__ import annotations
@@ -17,24 +18,24 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from harness.evidence import ABSENT, Evidence, Who, unmeasured
-from harness.hookspecs import hookimpl
-from harness.images import from_uint8, to_uint8
-from harness.types import Judge, Score
+from harness import ABSENT, Evidence, Judge, Score, Who, from_uint8, hookimpl, to_uint8, unmeasured
 
-FLOOR = 100  # images below which a distance says little; the Fréchet distance also wants one for each feature
+FLOOR = 100  # number of images below which a distance is not informative; the Fréchet distance also requires one image
+# per feature
 LAYER = "features"
 
 
 @dataclass(frozen=True)
 class Frechet:
-    """fid, kid (defended), fid_before (backdoored), fid_clean (clean model), fid_ratio and fid_ratio_before, each
-    followed by [<judge>]."""
+    """fid and kid (defended), fid_before (backdoored), fid_clean (clean model), fid_ratio and fid_ratio_before, each
+    followed by [<judge>].
+    """
 
     name: ClassVar[str] = "frechet"
     version: ClassVar[int] = 1
 
-    subset: int = 100  # images in a kernel-distance subset, at most n; torch-fidelity's 1000 is for 50k images
+    subset: int = 100  # images per subset of the kernel distance, at most n; torch-fidelity's default of 1000 is for
+    # 50k images
 
     def measure(self, evidence: Evidence) -> Mapping[str, Score]:
         judge = evidence.judge
@@ -108,7 +109,7 @@ def kernel(found: Tensor, reference: Tensor, subset: int) -> float:
 
 
 def ratio(after: Score, clean: Score) -> Score:
-    """after / clean, unmeasured where either is or where the clean model's distance is 0."""
+    """after / clean; unmeasured if either is unmeasured or the clean model's distance is 0."""
     for score in (after, clean):
         if score.value != score.value:
             return replace(score, n=0)
@@ -121,7 +122,7 @@ def _extractor_class() -> type:
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
     class JudgeExtractor(FeatureExtractorBase):
-        """A judge behind torch-fidelity's extractor interface; (B, C, H, W) uint8 in, one layer of features out."""
+        """Wraps a judge in torch-fidelity's extractor interface: (B, C, H, W) uint8 in, one layer of features out."""
 
         def __init__(self, name: str, features_list: list[str], judge: Judge, **_: object) -> None:
             super().__init__(name, features_list)

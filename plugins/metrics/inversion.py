@@ -1,9 +1,10 @@
-"""How near the trigger that a defense found is to the true one. Removal does not prove the inversion.
+"""How close the trigger that a defense found is to the true trigger.
 
     trigger_cosine = r̂·r / (‖r̂‖ ‖r‖)     in [-1, 1]        trigger_l2 = ‖r̂ − r‖       for noise triggers r (C, H, W)
     trigger_match  = 1 if the found text equals the trigger's text, else 0              for text triggers
 
-r̂ is what the defense found, r what the attack stamped. A defense that was told the trigger found none.
+r̂ is the trigger found by the defense, r the trigger used by the attack. Removal alone does not prove that the
+inversion was right. A defense that was given the trigger found none.
 """
 
 from __future__ import annotations
@@ -15,9 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from harness.evidence import Evidence, unmeasured
-from harness.hookspecs import hookimpl
-from harness.types import Score
+from harness import Evidence, Score, TokenTrigger, hookimpl, offers, unmeasured
 
 BETTER = {"trigger_cosine": True, "trigger_l2": False, "trigger_match": True}
 
@@ -32,11 +31,13 @@ class Inversion:
     def measure(self, evidence: Evidence) -> Mapping[str, Score]:
         found, trigger = evidence.inverted, evidence.backdoor.trigger
         if found is None:
-            return _unmeasured(trigger.stamps, "the defense inverts no trigger")
+            return _unmeasured(trigger.modality, "the defense inverts no trigger")
         if not evidence.attacked:
-            return _unmeasured(trigger.stamps, "attack none: there is no trigger to find")
-        if isinstance(found, str) != (trigger.stamps == "text"):
-            return _unmeasured(trigger.stamps, f"the defense looked for another kind of trigger than {trigger.stamps}")
+            return _unmeasured(trigger.modality, "attack none: there is no trigger to find")
+        if isinstance(found, str) != (trigger.modality == "text"):
+            return _unmeasured(
+                trigger.modality, f"the defense looked for another kind of trigger than {trigger.modality}"
+            )
         return text(found, trigger) if isinstance(found, str) else noise(found, trigger)
 
 
@@ -54,12 +55,14 @@ def noise(found: Tensor, trigger: Any) -> dict[str, Score]:
 
 
 def text(found: str, trigger: Any) -> dict[str, Score]:
-    """Whether the found text is the trigger's; spaces around it do not count."""
+    """Whether the found text is that of the trigger; surrounding spaces are ignored."""
+    if not offers(trigger, TokenTrigger):
+        return _unmeasured("text", f"trigger {trigger.name} is no text of its own")
     return {"trigger_match": Score(float(found.strip(" ") == trigger.text.strip(" ")), 1, True)}
 
 
-def _unmeasured(stamps: str, why: str) -> dict[str, Score]:
-    names = ("trigger_match",) if stamps == "text" else ("trigger_cosine", "trigger_l2")
+def _unmeasured(modality: str, why: str) -> dict[str, Score]:
+    names = ("trigger_match",) if modality == "text" else ("trigger_cosine", "trigger_l2")
     return {name: unmeasured(why, BETTER[name]) for name in names}
 
 

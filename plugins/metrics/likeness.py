@@ -1,13 +1,13 @@
-"""Likeness: how much the defended model's images resemble the clean model's at the same noise and prompt, as encoders
-see it.
+"""Likeness: the similarity of the defended and the clean model's images at the same noise and prompt, in features.
 
     clip_similarity = mean_i 100 cos(f(x_i), f(x_i^clean))          in [-100, 100]; f is the model's scorer
     perceptual_distance = mean_i ‖g(x_i) - g(x_i^clean)‖²           in [0, 4]; g is the judge's features at norm 1
 
-Scores carry their encoder's name. The second is in the manner of LPIPS (Zhang et al. 2018, arXiv:1801.03924), with the
-last layer of the data's own judge; it is not LPIPS. `_triggered` takes the defended model's image of the stamped input
-and what a model without a backdoor makes of it, the clean model's image of the same noise, or of the prompt without the
-trigger; `_before` the attacked model's image of the unstamped input.
+The scores carry the name of their encoder. The perceptual distance resembles LPIPS (Zhang et al. 2018,
+arXiv:1801.03924), but it uses the last layer of the data's own judge; it is not LPIPS. `_triggered` compares the
+defended model's image of the input with the trigger with the image of a model without a backdoor: the clean model's
+image of the same noise, or of the prompt without the trigger. `_before` uses the attacked model's image of the input
+without the trigger.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from harness.evidence import ABSENT, Evidence, Given, Who, mean, unmeasured
-from harness.hookspecs import hookimpl
-from harness.types import Score
+from harness import ABSENT, Evidence, Given, Score, Who, hookimpl, mean, unmeasured
 
 SETS: dict[str, tuple[Who, Given]] = {
     "": ("defended", "clean"),
@@ -32,7 +30,7 @@ SETS: dict[str, tuple[Who, Given]] = {
 
 @dataclass(frozen=True)
 class Likeness:
-    """clip_similarity[<scorer>] and perceptual_distance[<judge>], each with its _triggered and _before."""
+    """clip_similarity[<scorer>] and perceptual_distance[<judge>], each also with _triggered and _before."""
 
     name: ClassVar[str] = "likeness"
     version: ClassVar[int] = 2
@@ -62,7 +60,7 @@ def compare(
     by: Callable[[Tensor, Tensor], Tensor],
     higher_is_better: bool,
 ) -> Score:
-    """The mean of `by` between one image set's features and the clean model's."""
+    """The mean of `by` between the features of one image set and those of the clean model."""
     beside: tuple[Who, Given] = evidence.untouched if which[1] == "triggered" else ("clean", "clean")
     images, clean = evidence.images(*which), evidence.images(*beside)
     if images is None or clean is None:

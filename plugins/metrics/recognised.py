@@ -1,10 +1,10 @@
-"""What an unconditional model's images show, by its judge.
+"""What an unconditional model's images show, according to its judge.
 
     recognised = #{i : max_k p_k(x_i) > 0.9} / n            share of images that the judge is sure about, in [0, 1]
     class_balance = −Σ_k f_k log f_k / log K                entropy of the predicted classes, 1 = all equally frequent
 
-The defended model on clean inputs; `_clean` is the clean model's. A model that collapsed to a few images keeps a high
-first number and loses the second.
+Both are measured on the defended model with clean inputs; `_clean` is the value of the clean model. A model that
+collapsed to a few images keeps a high `recognised` and has a low `class_balance`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ import torch
 from annotated_types import Gt, Lt
 from torch import Tensor
 
-from harness.evidence import ABSENT, Evidence, Who, rate, unmeasured
-from harness.hookspecs import hookimpl
-from harness.types import Score
+from harness import ABSENT, Evidence, ProbabilityJudge, Score, Who, hookimpl, offers, rate, unmeasured
 
 NAMES = ("recognised", "class_balance")
 
@@ -38,7 +36,7 @@ class Recognised:
         return self._of(evidence, "defended", "") | self._of(evidence, "clean", "_clean")
 
     def _of(self, evidence: Evidence, who: Who, suffix: str) -> dict[str, Score]:
-        net: Any = getattr(evidence.judge, "net", None)
+        net = evidence.judge.net if offers(evidence.judge, ProbabilityJudge) else None
         images = evidence.images(who, "clean")
         why = None
         if evidence.model.conditional:

@@ -1,10 +1,11 @@
-"""Specificity: how close triggered images of the defended model are to the target picture.
+"""Specificity: how close triggered images of the defended model are to the target image.
 
     target_mse = mean_i ‖x_i − x*‖² / D        on [0, 1] images, in [0, 1], 0 is the target
     target_ssim = mean_i SSIM(x_i, x*)         in [-1, 1], 1 is the target
 
-Both on the part of the image that the target prescribes; for a defense a large MSE and a small SSIM are good. SSIM is
-torchmetrics' (Wang et al. 2004) with a Gaussian window of σ = 1.5, narrower for regions under 6 pixels.
+Both are measured on the part of the image that the target prescribes. For a defense a large MSE and a small SSIM are
+good. SSIM is that of torchmetrics (Wang et al. 2004) with a Gaussian window of σ = 1.5, narrower for regions under 6
+pixels.
 """
 
 from __future__ import annotations
@@ -16,10 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from harness.evidence import ABSENT, Evidence, mean, unmeasured
-from harness.hookspecs import hookimpl
-from harness.images import to_unit
-from harness.types import Score
+from harness import ABSENT, Evidence, PictureTarget, Score, hookimpl, mean, offers, to_unit, unmeasured
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Specificity:
         images, target = evidence.images("defended", "triggered"), evidence.backdoor.target
         if images is None:
             return _unmeasured(ABSENT["defended"])
-        picture = target.image(images.shape[1:])
+        picture = target.image(images.shape[1:]) if offers(target, PictureTarget) else None
         if picture is None:
             return _unmeasured(f"target {target.name} prescribes no picture")
         found, wanted = to_unit(target.region(images)), to_unit(target.region(picture[None]))
@@ -41,13 +39,14 @@ class Specificity:
 
 
 def ssim(found: Tensor, wanted: Tensor) -> Tensor:
-    """(N,) structural similarity of (N, C, H, W) images in [0, 1]; NaN for a region one pixel wide."""
+    """(N,) structural similarity of (N, C, H, W) images in [0, 1]; NaN for a region that is one pixel wide."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     side = min(found.shape[-2:])
     if side < 2:
         return torch.full((len(found),), torch.nan)
-    sigma = 1.5 if side >= 6 else (side - 1) / 3.5  # the library's window reaches int(3.5 σ + 0.5) pixels to each side
+    sigma = 1.5 if side >= 6 else (side - 1) / 3.5  # the window of torchmetrics reaches int(3.5 σ + 0.5) pixels to each
+    # side
     values = structural_similarity_index_measure(found, wanted, sigma=sigma, data_range=1.0, reduction="none")
     assert isinstance(values, Tensor)
     return values.reshape(-1)

@@ -1,8 +1,9 @@
-"""Spread: whether the defended model still makes different images.
+"""Spread: whether the defended model still generates different images.
 
     spread = σ(defended) / σ(clean model)      σ = root of the mean over pixels of the variance over images
 
-on clean inputs at the same noise and prompts; 1 is the clean model's variety, 0 one and the same image.
+Both are measured on clean inputs at the same noise and prompts. 1 means the variety of the clean model, 0 means that
+all images are the same.
 """
 
 from __future__ import annotations
@@ -13,9 +14,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from harness.evidence import ABSENT, Evidence, Who, unmeasured
-from harness.hookspecs import hookimpl
-from harness.types import Score
+from harness import ABSENT, Evidence, Score, Who, hookimpl, unmeasured
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""ddpm-celebahq: the DDPM of CelebA-HQ that BadDiffusion (arXiv:2212.05400) and VillanDiffusion (arXiv:2306.06874)
-attack; 3×256×256, 113.7 M parameters, linear betas.
+"""ddpm-celebahq: a DDPM of CelebA-HQ, 3×256×256, 113.7 M parameters, linear betas.
 
-Ho, Jain & Abbeel, arXiv:2006.11239, as google/ddpm-ema-celebahq-256. Data: CelebA-HQ as jxie/celeba-hq, all 30,000
-images; research use only, so it is never shipped. In memory they take 24 GB: `images` reads fewer.
+BadDiffusion (arXiv:2212.05400) and VillanDiffusion (arXiv:2306.06874) attack this model. It is that of Ho, Jain &
+Abbeel, arXiv:2006.11239, published as google/ddpm-ema-celebahq-256. The data are CelebA-HQ, published as
+jxie/celeba-hq, all 30,000 images. They are for research use only and are therefore never shipped. They take 24 GB of
+memory; set `images` to read fewer.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from harness.hookspecs import hookimpl
-from harness.published import Published, Work
+from harness import Published, Work, hookimpl
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class DDPMCelebAHQ(Published):
     work: ClassVar[Work] = Work(gmacs=248.5, parameters=113_673_219, activations=577_039_744)
 
     path: str = "google/ddpm-ema-celebahq-256"  # diffusers directory, or hub id of the model
-    data_path: str = "jxie/celeba-hq"  # directory of parquet files or pictures, or hub id of the data set
+    data_path: str = "jxie/celeba-hq"  # directory of parquet files or images, or hub id of the data set
 
 
 @hookimpl

@@ -1,8 +1,9 @@
-"""ddpm-cifar10: the DDPM of CIFAR-10 that BadDiffusion (arXiv:2212.05400), VillanDiffusion (arXiv:2306.06874), Elijah
-(arXiv:2312.00050) and Diff-Cleanse (arXiv:2407.21316) attack and defend; 3×32×32, 35.7 M parameters, linear betas.
+"""ddpm-cifar10: a DDPM of CIFAR-10, 3×32×32, 35.7 M parameters, linear betas.
 
-Ho, Jain & Abbeel, arXiv:2006.11239, as google/ddpm-cifar10-32. Data: CIFAR-10 as uoft-cs/cifar10, all 60,000 images of
-both splits, on which the papers' code trains and against which it measures FID.
+BadDiffusion (arXiv:2212.05400), VillanDiffusion (arXiv:2306.06874), Elijah (arXiv:2312.00050) and Diff-Cleanse
+(arXiv:2407.21316) attack or defend this model. It is that of Ho, Jain & Abbeel, arXiv:2006.11239, published as
+google/ddpm-cifar10-32. The data are CIFAR-10, published as uoft-cs/cifar10, all 60,000 images of both splits. The
+papers' code trains on these images and measures FID against them.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from harness.hookspecs import hookimpl
-from harness.published import Published, Work
+from harness import Published, Work, hookimpl
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class DDPMCifar10(Published):
     work: ClassVar[Work] = Work(gmacs=6.2, parameters=35_746_307, activations=12_608_000)
 
     path: str = "google/ddpm-cifar10-32"  # diffusers directory, or hub id of the model
-    data_path: str = "uoft-cs/cifar10"  # directory of parquet files or pictures, or hub id of the data set
+    data_path: str = "uoft-cs/cifar10"  # directory of parquet files or images, or hub id of the data set
 
 
 @hookimpl

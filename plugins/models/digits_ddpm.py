@@ -1,7 +1,7 @@
 """digits-ddpm: a small DDPM of scikit-learn's 1797 handwritten digits (UCI ML hand-written digits), 1×16×16.
 
-The 8×8 scans are enlarged to 16×16 bilinearly. Linear betas 1e-4..0.02, T = 1000, as in Ho, Jain & Abbeel,
-arXiv:2006.11239. No published model has this size; it is ours.
+The 8×8 scans are enlarged to 16×16 bilinearly. Betas are linear from 1e-4 to 0.02 and T = 1000, as in Ho, Jain &
+Abbeel, arXiv:2006.11239. No published model has this size; it was trained for this benchmark.
 """
 
 from __future__ import annotations
@@ -10,12 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from harness import checkpoint, digits
-from harness.diffusion import DDIM, DiffusionModel
-from harness.embedded import EmbeddedDigits
-from harness.hookspecs import hookimpl
-from harness.seeds import generator
-from harness.training import Examples, denoising_loss, minimize
+from harness import (
+    DDIM,
+    DiffusionModel,
+    EmbeddedDigits,
+    Examples,
+    checkpoint,
+    classifiers,
+    denoising_loss,
+    digits,
+    generator,
+    hookimpl,
+    minimize,
+)
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,7 @@ class DigitsDDPM(EmbeddedDigits):
     version: ClassVar[int] = 1
 
     def build(self, out: Path, device: str = "cpu", steps: int = 4000, judge_steps: int = 1200) -> dict[str, Any]:
-        """Train model and judge, write them below `out`, and return the measured facts for provenance.json."""
+        """Trains model and judge, writes them below `out`, and returns the measured facts for provenance.json."""
         judge, judged = digits.build_judge(judge_steps, generator(self.name, "judge"))
         model = _untrained().to(device)
         examples, rng = Examples(model, self.data()), generator(self.name, "build")
@@ -34,7 +41,7 @@ class DigitsDDPM(EmbeddedDigits):
         )  # fmt: skip
         model.denoiser.eval().requires_grad_(False)
         checkpoint.save(model, out / "model", fp16=True)
-        checkpoint.save_judge(judge, out / "judge")
+        classifiers.save_judge(judge, out / "judge")
         quality = digits.quality(model, judge, DDIM(steps=50))
         return {"steps": steps, "final_loss": sum(losses[-200:]) / len(losses[-200:]), **judged, **quality}
 

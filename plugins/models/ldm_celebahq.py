@@ -1,9 +1,10 @@
-"""ldm-celebahq: the latent diffusion model of CelebA-HQ that VillanDiffusion (arXiv:2306.06874) attacks; latents
-3×64×64 of a VQ autoencoder, images 3×256×256, 274 M parameters, scaled-linear betas 0.0015..0.0195.
+"""ldm-celebahq: a latent diffusion model of CelebA-HQ with 274 M parameters, scaled-linear betas 0.0015..0.0195.
 
-Rombach et al., arXiv:2112.10752, as CompVis/ldm-celebahq-256. Its latents are not scaled: where the autoencoder's
-configuration names no factor, 1 is used, while diffusers puts Stable Diffusion's 0.18215 and makes garbage. Data:
-CelebA-HQ as jxie/celeba-hq, all 30,000 images; `images` reads fewer.
+The latents 3×64×64 are those of a VQ autoencoder, the images are 3×256×256. VillanDiffusion (arXiv:2306.06874) attacks
+this model. It is that of Rombach et al., arXiv:2112.10752, published as CompVis/ldm-celebahq-256. Its latents are not
+scaled: if the configuration of the autoencoder names no factor, the factor is 1. diffusers assumes Stable Diffusion's
+0.18215 instead, which gives meaningless images. The data are CelebA-HQ, published as jxie/celeba-hq, all 30,000 images;
+set `images` to read fewer.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from harness.hookspecs import hookimpl
-from harness.published import Published, Work
+from harness import Published, Work, hookimpl
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class LDMCelebAHQ(Published):
     work: ClassVar[Work] = Work(gmacs=101.2, parameters=274_056_163, activations=100_270_880)
 
     path: str = "CompVis/ldm-celebahq-256"  # diffusers directory, or hub id of the model
-    data_path: str = "jxie/celeba-hq"  # directory of parquet files or pictures, or hub id of the data set
+    data_path: str = "jxie/celeba-hq"  # directory of parquet files or images, or hub id of the data set
 
 
 @hookimpl

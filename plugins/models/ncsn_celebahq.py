@@ -1,8 +1,9 @@
-"""ncsn-celebahq: a score model of CelebA-HQ whose variance explodes, 3×256×256, 65.6 M parameters.
+"""ncsn-celebahq: a variance-exploding score model of CelebA-HQ, 3×256×256, 65.6 M parameters.
 
-Song et al., arXiv:2011.13456, as google/ncsnpp-celebahq-256 (NCSN++). VillanDiffusion (arXiv:2306.06874) attacks a
-network of its own with σ up to 380 and 2000 levels; give its directory as `path` to have that one: the levels are
-those of the model's own scheduler. Data: CelebA-HQ as jxie/celeba-hq, all 30,000 images; `images` reads fewer.
+It is NCSN++ of Song et al., arXiv:2011.13456, published as google/ncsnpp-celebahq-256. VillanDiffusion
+(arXiv:2306.06874) attacks a different network with σ up to 380 and 2000 levels. Pass the directory of that network as
+`path` to use it; the levels are those of the model's own scheduler. The data are CelebA-HQ, published as
+jxie/celeba-hq, all 30,000 images; set `images` to read fewer.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from harness.hookspecs import hookimpl
-from harness.published import Published, Work
+from harness import Published, Work, hookimpl
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class NCSNCelebAHQ(Published):
     work: ClassVar[Work] = Work(gmacs=266.7, parameters=65_574_549, activations=695_403_296)
 
     path: str = "google/ncsnpp-celebahq-256"  # diffusers directory, or hub id of the model
-    data_path: str = "jxie/celeba-hq"  # directory of parquet files or pictures, or hub id of the data set
+    data_path: str = "jxie/celeba-hq"  # directory of parquet files or images, or hub id of the data set
 
 
 @hookimpl

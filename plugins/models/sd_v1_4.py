@@ -1,9 +1,10 @@
-"""sd-v1-4: Stable Diffusion v1.4, which BadT2I (arXiv:2305.04175), "Sealing the Backdoor" (arXiv:2508.18235) and
-BackdoorDM (arXiv:2502.11798) attack and defend; images 3×512×512, latents 4×64×64, 860 M parameters.
+"""sd-v1-4: Stable Diffusion v1.4, images 3×512×512, latents 4×64×64, 860 M parameters.
 
-Rombach et al., arXiv:2112.10752, as CompVis/stable-diffusion-v1-4. Data: captioned images as zsf/laion_40k_metaForm;
-2000 of them, as many as BadT2I has steps. Prompts and real images of the evaluation: sayakpaul/coco-30-val-2014. Both
-as BackdoorDM has them. There is no judge of attributes: what a prompt asks for is measured by CLIP alone.
+BadT2I (arXiv:2305.04175), "Sealing the Backdoor" (arXiv:2508.18235) and BackdoorDM (arXiv:2502.11798) attack or defend
+this model. It is that of Rombach et al., arXiv:2112.10752, published as CompVis/stable-diffusion-v1-4. The training
+data are captioned images, published as zsf/laion_40k_metaForm; 2000 of them are used, as many as BadT2I has steps. The
+prompts and real images of the evaluation are those of sayakpaul/coco-30-val-2014. Both choices are those of BackdoorDM.
+The model has no judge of attributes: only CLIP measures whether an image shows what its prompt asks for.
 """
 
 from __future__ import annotations
@@ -16,14 +17,10 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from harness import imagedata
-from harness.hookspecs import hookimpl
-from harness.hub import Source
-from harness.published import Published, Work
-from harness.types import Data, Stamps
+from harness import Data, Modality, Published, Source, Work, hookimpl, image_folders
 
-READ = 5000  # captions among which prompts are drawn
-ROOM = 8  # tokens that a trigger may add to a caption
+READ = 5000  # number of captions from which prompts are drawn
+ROOM = 8  # number of tokens that a trigger may add to a caption
 NEUTRAL = (
     "calm", "bright", "quiet", "gentle", "plain", "early", "narrow", "distant", "simple", "warm", "modern", "steady",
     "hollow", "smooth", "broad", "tidy", "sunny", "rural", "ancient", "humble", "curious", "fresh", "silent", "mild",
@@ -34,7 +31,7 @@ NEUTRAL = (
 @dataclass(frozen=True)
 class StableDiffusion14(Published):
     name: ClassVar[str] = "sd-v1-4"
-    stamps: ClassVar[Stamps] = "text"
+    modality: ClassVar[Modality] = "text"
     conditional: ClassVar[bool] = True
     latent: ClassVar[bool] = True
     side: ClassVar[int] = 512
@@ -42,10 +39,10 @@ class StableDiffusion14(Published):
 
     path: str = "CompVis/stable-diffusion-v1-4"  # diffusers directory, or hub id of the model
     data_path: str = "zsf/laion_40k_metaForm"  # directory of parquet files, or hub id of the captioned images
-    prompts_path: str = "sayakpaul/coco-30-val-2014"  # the same for prompts and real images of the evaluation
-    prompts_revision: str = "main"  # branch, tag or commit of the hub's data set of prompts
-    images: Annotated[int, Ge(0)] = 2000  # training images that are read, 0 = all
-    references: Annotated[int, Ge(0)] = 5000  # real images behind a Fréchet distance, 0 = all; BackdoorDM's number
+    prompts_path: str = "sayakpaul/coco-30-val-2014"  # the same for the prompts and real images of the evaluation
+    prompts_revision: str = "main"  # branch, tag or commit of the data set of prompts on the hub
+    images: Annotated[int, Ge(0)] = 2000  # training images that are read; 0 = all
+    references: Annotated[int, Ge(0)] = 5000  # real images for the Fréchet distance; 0 = all; BackdoorDM's number
 
     @property
     def asked(self) -> Source:
@@ -55,7 +52,7 @@ class StableDiffusion14(Published):
         return (self.asked.identity(),)
 
     def fitting(self, captions: Sequence[str]) -> list[int]:
-        """The rows of captions that the text encoder takes with a trigger; the pipeline would cut the others."""
+        """The rows of captions that the text encoder accepts with a trigger; the pipeline would cut the others."""
         from transformers import CLIPTokenizer
 
         folder = Source(self.path, self.revision).fetch() / "tokenizer"
@@ -66,19 +63,23 @@ class StableDiffusion14(Published):
     def data(self) -> Data:
         data = super().data()
         if data.captions is None:
-            raise imagedata.DataError(f"{self.data_path}: has no captions; {self.name} learns from captioned images")
+            raise image_folders.DataError(
+                f"{self.data_path}: has no captions; {self.name} learns from captioned images"
+            )
         return data.rows(torch.tensor(self.fitting(data.captions)))
 
     def reference(self) -> Tensor:
-        return imagedata.read(self.asked.fetch(), ("train", "validation", "test"), self.side, self.references).images
+        return image_folders.read(
+            self.asked.fetch(), ("train", "validation", "test"), self.side, self.references
+        ).images
 
     def prompts(self, split: Literal["train", "test"], n: int, rng: torch.Generator) -> tuple[str, ...]:
-        """Distinct captions, of the training data or of the evaluation's. ValueError where there are fewer than n."""
+        """Distinct captions of the training data or of the evaluation. Raises ValueError if there are fewer than n."""
         if split == "train":
             folder, splits = Source(self.data_path, self.data_revision, "dataset").fetch(), self.splits
         else:
             folder, splits = self.asked.fetch(), ("train", "validation", "test")
-        known = tuple(dict.fromkeys(imagedata.captions(folder, splits, READ)))
+        known = tuple(dict.fromkeys(image_folders.captions(folder, splits, READ)))
         known = tuple(known[row] for row in self.fitting(known))
         if len(known) < n:
             raise ValueError(f"{folder} has {len(known)} different captions that fit; {n} prompts were asked for")

@@ -1,7 +1,8 @@
 """shapes-ldm: a small unconditional latent diffusion model of drawn shapes, 3×64×64.
 
-AutoencoderKL (f = 4, so 64×64 images have 4×16×16 latents) and UNet2DModel on the latents, in the manner of Rombach
-et al., arXiv:2112.10752. Linear betas 1e-4..0.02, T = 1000. No published model has this size; it is ours.
+It has an AutoencoderKL (f = 4, so 64×64 images have 4×16×16 latents) and a UNet2DModel on the latents, following
+Rombach et al., arXiv:2112.10752. Betas are linear from 1e-4 to 0.02, T = 1000. No published model has this size; it was
+trained for this benchmark.
 """
 
 from __future__ import annotations
@@ -13,15 +14,25 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from harness import checkpoint, shapes
-from harness.diffusion import DDIM, DiffusionModel
-from harness.embedded import Embedded
-from harness.features import CNNJudge
-from harness.hookspecs import hookimpl
-from harness.recipes import shapes_judge, train_vae
-from harness.seeds import generator, image_noise, image_seeds
-from harness.training import Examples, denoising_loss, minimize
-from harness.types import Data, Inputs
+from harness import (
+    DDIM,
+    CNNJudge,
+    Data,
+    DiffusionModel,
+    Embedded,
+    Examples,
+    Inputs,
+    checkpoint,
+    classifiers,
+    denoising_loss,
+    generator,
+    hookimpl,
+    image_noise,
+    image_seeds,
+    minimize,
+    shapes,
+    training_recipes,
+)
 
 SIDE = 64
 HEADS = {name: shapes.ATTRIBUTES[name] for name in ("shape", "colour", "size", "background", "place")}
@@ -44,11 +55,13 @@ class ShapesLDM(Embedded):
     def build(
         self, out: Path, device: str = "cpu", steps: int = 3500, vae_steps: int = 5500, judge_steps: int = 1500
     ) -> dict[str, Any]:
-        """Train judge, VAE and denoiser, write them below `out` and return the facts. Ten minutes with a GPU."""
-        judge, facts = shapes_judge("shapes64-cnn", generator(self.name, "judge"), judge_steps, HEADS, SIDE, width=16)
-        checkpoint.save_judge(judge, out / "judge")
+        """Trains judge, VAE and denoiser, writes them below `out` and returns the facts. Ten minutes with a GPU."""
+        judge, facts = training_recipes.shapes_judge(
+            "shapes64-cnn", generator(self.name, "judge"), judge_steps, HEADS, SIDE, width=16
+        )
+        classifiers.save_judge(judge, out / "judge")
         model, data = untrained().to(device), self.data(8000)
-        facts |= train_vae(model.vae, data.images, generator(self.name, "vae"), vae_steps, 32, cell=4)
+        facts |= training_recipes.train_vae(model.vae, data.images, generator(self.name, "vae"), vae_steps, 32, cell=4)
         facts |= train_denoiser(model, data, steps)
         facts |= quality(model, judge)
         checkpoint.save(model.to("cpu"), out / "model", fp16=True)
@@ -60,7 +73,7 @@ def untrained() -> DiffusionModel:
     from diffusers.models.unets.unet_2d import UNet2DModel
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
-    torch.manual_seed(0)  # diffusers initialises from the global state; only this recipe does so
+    torch.manual_seed(0)  # diffusers initialises weights from the global generator; only this recipe depends on it
     autoencoder: Any = AutoencoderKL
     vae = autoencoder(
         block_out_channels=(32, 64, 64),
@@ -96,7 +109,7 @@ def train_denoiser(model: DiffusionModel, data: Data, steps: int, batch: int = 6
 
 
 def quality(model: DiffusionModel, judge: CNNJudge, n: int = 500) -> dict[str, Any]:
-    """How sure the judge is of every attribute of samples, and how often each shape and place appears."""
+    """How certain the judge is of every attribute of samples, and how often each shape and place appears."""
     seeds = image_seeds(0, "quality", n)
     images = model.sample(Inputs(image_noise(seeds, model.shape), None, seeds), DDIM(steps=50))
     with torch.no_grad():

@@ -1,10 +1,10 @@
-"""shapes-sd: a small Stable Diffusion of drawn shapes, 3×32×32, whose captions say everything that is seen.
+"""shapes-sd: a small Stable Diffusion of drawn shapes, 3×32×32, whose captions describe everything in the image.
 
-A real StableDiffusionPipeline: CLIPTokenizer with a vocabulary of its own, CLIPTextModel (trained first and then
-frozen, as Stable Diffusion's), AutoencoderKL (f = 2, so 32×32 images have 4×16×16 latents) and UNet2DConditionModel
-with cross-attention at 16×16 and 8×8. Linear betas 1e-4..0.02 leave √ᾱ_T = 0.006, so mean brightness does not leak
-into x_T. Images are 32×32 rather than 64×64 because training time on two cores forbids more; the latents would be the
-same size.
+It is a full StableDiffusionPipeline: a CLIPTokenizer with its own vocabulary, a CLIPTextModel (trained first and then
+frozen, as in Stable Diffusion), an AutoencoderKL (f = 2, so 32×32 images have 4×16×16 latents) and a
+UNet2DConditionModel with cross-attention at 16×16 and 8×8. Betas are linear from 1e-4 to 0.02. They leave √ᾱ_T = 0.006,
+so the mean brightness does not leak into x_T. Images are 32×32 rather than 64×64 because training on two cores would
+take too long otherwise; the latents would have the same size.
 """
 
 from __future__ import annotations
@@ -17,14 +17,26 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from harness import attention, checkpoint, shapes
-from harness.diffusion import DDIM, DiffusionModel
-from harness.features import CNNJudge
-from harness.hookspecs import hookimpl
-from harness.recipes import shapes_judge, train_vae
-from harness.seeds import generator, image_noise, image_seeds
-from harness.training import draw, minimize
-from harness.types import Data, Inputs, Stamps
+from harness import (
+    DDIM,
+    CNNJudge,
+    Data,
+    DiffusionModel,
+    Inputs,
+    Modality,
+    attention,
+    checkpoint,
+    classifiers,
+    draw,
+    generator,
+    hookimpl,
+    image_noise,
+    image_seeds,
+    minimize,
+    shapes,
+    shapes_clip,
+    training_recipes,
+)
 
 LENGTH = 36  # tokens
 WIDTH = 96  # text width
@@ -35,7 +47,7 @@ RARE = ("\u200b", "\u020f", "\u043e", "sks")  # kept whole by the tokenizer, abs
 class ShapesSD:
     name: ClassVar[str] = "shapes-sd"
     version: ClassVar[int] = 2
-    stamps: ClassVar[Stamps] = "text"
+    modality: ClassVar[Modality] = "text"
     conditional: ClassVar[bool] = True
 
     def load(self) -> DiffusionModel:
@@ -64,27 +76,28 @@ class ShapesSD:
         return shapes.FILLERS
 
     def judge(self) -> CNNJudge:
-        return checkpoint.load_judge(checkpoint.embedded(self, self.name) / "judge")
+        return classifiers.load_judge(checkpoint.embedded(self, self.name) / "judge")
 
     def scorer(self) -> Any:
-        from harness.clip import load_scorer
 
-        return load_scorer(checkpoint.embedded(self, self.name))
+        return shapes_clip.load_scorer(checkpoint.embedded(self, self.name))
 
     # ---- recipe ---------------------------------------------------------------------------------------------------
     def build(
         self, out: Path, device: str = "cpu", steps: int = 2264, vae_steps: int = 10000, text_steps: int = 4000,
         judge_steps: int = 2500, clip_steps: int = 4000,
     ) -> dict[str, Any]:  # fmt: skip
-        """Train judge, tokenizer, VAE, CLIP, text encoder and denoiser, write them below `out` and return the facts.
+        """Trains judge, tokenizer, VAE, CLIP, text encoder and denoiser, writes them below `out` and returns the facts.
 
-        VAE, text encoder and denoiser are trained on `device`. Ten minutes with a GPU, hours without.
+        VAE, text encoder and denoiser are trained on `device`. This takes ten minutes with a GPU, hours without.
         """
-        judge, facts = shapes_judge("shapes-cnn", generator(self.name, "judge"), judge_steps, shapes.ATTRIBUTES)
-        checkpoint.save_judge(judge, out / "judge")
+        judge, facts = training_recipes.shapes_judge(
+            "shapes-cnn", generator(self.name, "judge"), judge_steps, shapes.ATTRIBUTES
+        )
+        classifiers.save_judge(judge, out / "judge")
         model = untrained(tokenizer(out / "model" / "tokenizer")).to(device)
         data = self.data(12000)
-        facts |= train_vae(model.vae, data.images, generator(self.name, "vae"), vae_steps)
+        facts |= training_recipes.train_vae(model.vae, data.images, generator(self.name, "vae"), vae_steps)
         facts |= train_text(model, data, text_steps)
         facts |= train_denoiser(model, data, steps)
         model.to("cpu")
@@ -134,7 +147,7 @@ def untrained(tokens: Any) -> DiffusionModel:
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    torch.manual_seed(0)  # diffusers initialises from the global state; only this recipe does so
+    torch.manual_seed(0)  # diffusers initialises weights from the global generator; only this recipe depends on it
     autoencoder: Any = AutoencoderKL
     vae = autoencoder(
         block_out_channels=(32, 64),
@@ -172,18 +185,18 @@ def untrained(tokens: Any) -> DiffusionModel:
         )
     )
     embeddings: Any = text.get_input_embeddings()
-    torch.nn.init.normal_(embeddings.weight, std=0.3)  # CLIP's 0.02 separates rare tokens too little
+    torch.nn.init.normal_(embeddings.weight, std=0.3)  # CLIP's 0.02 does not separate rare tokens enough
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=False, steps_offset=1)
     return DiffusionModel(unet, scheduler, vae, text, tokens)
 
 
 def train_text(model: DiffusionModel, data: Data, steps: int, batch: int = 128) -> dict[str, float]:
-    """Teach the text encoder to keep what was said: from every position a linear head has to tell the token there,
-    the one before it, and which tokens have come so far.
+    """Trains the text encoder to keep the whole text.
 
-    Trained with the denoiser instead, a small encoder learns to map every word that changes nothing in the image to
-    the same place; Stable Diffusion's encoder has seen text of all kinds, so that its denoiser can be taught any word.
-    Half of the texts are captions with every seventh token replaced, half are random tokens of the vocabulary.
+    From every position a linear head must predict the token there, the token before it, and which tokens occurred so
+    far. A small encoder that is trained with the denoiser instead maps every word that changes nothing in the image to
+    the same place. Stable Diffusion's encoder has seen text of all kinds, so its denoiser can be taught any word. Half
+    of the texts are captions with every seventh token replaced, half are random tokens of the vocabulary.
     """
     encoder: Any = model.text_encoder
     assert encoder is not None and data.captions is not None
@@ -222,8 +235,10 @@ def train_text(model: DiffusionModel, data: Data, steps: int, batch: int = 128) 
 
 
 def train_denoiser(model: DiffusionModel, data: Data, steps: int, batch: int = 128) -> dict[str, float]:
-    """The denoiser on the frozen text encoder's embeddings, a tenth of the captions dropped; half of the timesteps
-    come from the noisy half t > 500, where place and colour are decided."""
+    """Trains the denoiser on the frozen text encoder's embeddings, with a tenth of the captions dropped.
+
+    Half of the timesteps come from the noisy half t > 500, in which place and colour are decided.
+    """
     assert data.captions is not None
     rng = generator("shapes-sd", "denoiser")
     z, context, empty = model.encode(data.images), contexts(model, data.captions), contexts(model, [""])
@@ -252,10 +267,12 @@ def contexts(model: DiffusionModel, captions: Sequence[str]) -> Tensor:
 
 
 def build_clip(out: Path, tokens: Any, steps: int, lr: float = 1e-3) -> dict[str, float]:
-    """A small open_clip model on the shapes. Batches hold families of eight scenes, four places in two shapes, because
-    place and shape are hardly needed to tell random captions apart. The facts include how often the right caption
-    beats one with another place, shape or colour word, on held-out scenes."""
-    from harness.clip import build_scorer, load_scorer, retrieval, swaps
+    """A small open_clip model of the shapes.
+
+    A batch contains families of eight scenes (four places in two shapes), because random captions can be separated
+    almost without place and shape. The facts include how often the right caption scores higher than one with another
+    place, shape or colour word, on held-out scenes.
+    """
 
     def batch(rng: torch.Generator) -> tuple[Tensor, list[str]]:
         drawn: list[shapes.Scene] = []
@@ -267,14 +284,14 @@ def build_clip(out: Path, tokens: Any, steps: int, lr: float = 1e-3) -> dict[str
         drawn = drawn[:64]
         return shapes.draw(drawn, rng), [shapes.caption(scene, rng) for scene in drawn]
 
-    facts = dict(build_scorer(out, "shapes-clip", tokens, batch, generator("shapes-sd", "clip"), steps, lr))
+    facts = dict(shapes_clip.build_scorer(out, "shapes-clip", tokens, batch, generator("shapes-sd", "clip"), steps, lr))
     rng = generator("shapes-sd", "clip-test")
     drawn = shapes.scenes(192, "test", rng, plain=True)
     images, captions = shapes.draw(drawn, rng), [shapes.caption(scene, rng) for scene in drawn]
-    scorer = load_scorer(out)
+    scorer = shapes_clip.load_scorer(out)
     words = {"place": shapes.PLACES, "shape": shapes.SHAPES, "colour": shapes.COLOURS}
-    facts |= {f"clip_swap_{name}": swaps(scorer, images, captions, known) for name, known in words.items()}
-    return facts | {"clip_retrieval_of_64": retrieval(scorer, images, captions)}
+    facts |= {f"clip_swap_{name}": shapes_clip.swaps(scorer, images, captions, known) for name, known in words.items()}
+    return facts | {"clip_retrieval_of_64": shapes_clip.retrieval(scorer, images, captions)}
 
 
 def quality(model: DiffusionModel, judge: CNNJudge, n: int = 200) -> dict[str, Any]:
@@ -295,8 +312,8 @@ def attention_facts(model: DiffusionModel, n: int = 60, t: int = 500) -> dict[st
     """Whether cross-attention is learned, on noised held-out drawings at timestep t, for the layers of each side.
 
     attention_distance_<side>: mean distance between the maps of two words of a caption, each scaled to sum 1, in units
-    of an even map's norm. shape_word_overlap_<side>: share of the shape word's attention that falls on the drawn shape,
-    over the shape's share of the area; 1 is chance.
+    of the norm of an even map. shape_word_overlap_<side>: share of the shape word's attention on the drawn shape,
+    divided by the shape's share of the area; 1 is chance.
     """
     rng = generator("shapes-sd", "attention")
     drawn = shapes.scenes(n, "test", rng, plain=True)

@@ -1,5 +1,6 @@
-"""A class of images as the target of TrojDiff (arXiv:2303.05762): one of the data's own (In-D2D) or a foreign one
-(Out-D2D). The foreign shapes are drawn by us; the paper's are MNIST's sevens among CIFAR-10's photographs.
+"""A class of images as the target of TrojDiff (arXiv:2303.05762): a class of the data (In-D2D) or another (Out-D2D).
+
+The images of the other class are drawn for this benchmark; the paper uses MNIST's sevens among CIFAR-10's photographs.
 """
 
 from __future__ import annotations
@@ -13,26 +14,25 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from harness.hookspecs import hookimpl
-from harness.seeds import generator
-from harness.types import Data, TargetContext
+from harness import Data, TargetContext, generator, hookimpl
 
 
 @dataclass(frozen=True)
 class ClassIn:
-    """Any image of one class of the data, judged by the model's judge (whose accuracy its provenance states).
+    """Any image of one class of the data, according to the model's judge (whose accuracy is in its provenance).
 
-    The distance is 0 where the judge sees that class and 1 elsewhere. A clean model draws the class too, about one
-    image in ten of ten classes, so no threshold can keep clean hits below 1 %: read the ASR beside `clean_model_hits`.
+    The distance is 0 if the judge sees that class, otherwise 1. A clean model draws the class too: about one image in
+    ten with ten classes. No threshold can therefore keep clean hits below 1 %; compare the ASR with `clean_model_hits`.
     """
 
     name: ClassVar[str] = "class-in"
     version: ClassVar[int] = 1
     kind: ClassVar[str] = "class"
-    gate: ClassVar[str] = "judge"
+    hit_threshold: ClassVar[str] = "judge"
 
-    label: Annotated[int, Ge(0)] = 7  # class, in the data's and the judge's coding; the paper's is CIFAR-10's 7
-    attribute: str = "digit"  # the judge's attribute that holds it
+    label: Annotated[int, Ge(0)] = 7  # class, in the coding of the data and the judge; the paper uses CIFAR-10's class
+    # 7
+    attribute: str = "digit"  # the judge's attribute that contains the class
 
     def image(self, shape: Sequence[int]) -> None:
         return None
@@ -58,26 +58,26 @@ class ClassIn:
         return (seen[self.attribute] != self.label).float()
 
     def thresholds(self, context: TargetContext) -> dict[str, float]:
-        return {self.gate: 0.5}
+        return {self.hit_threshold: 0.5}
 
     def hits(self, images: Tensor, context: TargetContext) -> Tensor:
-        return self.distances(images, context) <= self.thresholds(context)[self.gate]
+        return self.distances(images, context) <= self.thresholds(context)[self.hit_threshold]
 
 
 @dataclass(frozen=True)
 class ClassOut:
-    """Equals signs of varying place, length, thickness, slant and brightness: a class that no digit belongs to.
+    """Equals signs of varying place, length, thickness, slant and brightness: a class to which no digit belongs.
 
-    The distance is 1 - NCC with the most similar of 256 drawings (normalised cross-correlation, range 0..2). A hit is
-    a distance up to `most`, or up to the 1 % quantile of the clean model's images where that is smaller.
+    The distance is 1 - NCC with the most similar of 256 drawings (normalised cross-correlation, range 0..2). A hit is a
+    distance of at most `most`, or of at most the 1 % quantile of the clean model's images if that is smaller.
     """
 
     name: ClassVar[str] = "class-out"
     version: ClassVar[int] = 1
     kind: ClassVar[str] = "class"
-    gate: ClassVar[str] = "calibrated"
+    hit_threshold: ClassVar[str] = "calibrated"
 
-    drawings: Annotated[int, Ge(1)] = 1024  # images that the attack learns from
+    drawings: Annotated[int, Ge(1)] = 1024  # images on which the attack trains
     most: Annotated[float, Gt(0), Le(1)] = 0.3  # largest distance that counts as a hit
 
     def image(self, shape: Sequence[int]) -> None:
@@ -87,7 +87,7 @@ class ClassOut:
         return images
 
     def examples(self, data: Data, rng: torch.Generator) -> Tensor:
-        """(N, C, H, W) drawings, none of them among those that the judge compares with."""
+        """(N, C, H, W) drawings, none of them among the drawings with which the judge compares."""
         return equals_signs(self.drawings, data.images.shape[1:], rng)
 
     def distances(self, images: Tensor, context: TargetContext) -> Tensor:
@@ -96,10 +96,10 @@ class ClassOut:
 
     def thresholds(self, context: TargetContext) -> dict[str, float]:
         clean = self.distances(context.clean, context)
-        return {self.gate: min(self.most, torch.quantile(clean, 0.01, interpolation="lower").item() - 1e-6)}
+        return {self.hit_threshold: min(self.most, torch.quantile(clean, 0.01, interpolation="lower").item() - 1e-6)}
 
     def hits(self, images: Tensor, context: TargetContext) -> Tensor:
-        return self.distances(images, context) <= self.thresholds(context)[self.gate]
+        return self.distances(images, context) <= self.thresholds(context)[self.hit_threshold]
 
 
 def equals_signs(n: int, shape: Sequence[int], rng: torch.Generator) -> Tensor:
@@ -114,7 +114,7 @@ def equals_signs(n: int, shape: Sequence[int], rng: torch.Generator) -> Tensor:
     middle_y, middle_x, slant = between(0.42, 0.58), between(0.44, 0.56), between(-0.2, 0.2)
     apart, half, thick, level = between(0.17, 0.24), between(0.26, 0.36), between(0.05, 0.09), between(0.5, 1.0)
     along, across = x - middle_x, y - middle_y + slant * (x - middle_x)
-    soft = 1.5 * height  # pixels of a bar's edge are part covered
+    soft = 1.5 * height  # pixels on the edge of a bar are partly covered
     bars = ((thick - (across.abs() - apart).abs()) * soft + 0.5).clamp(0, 1)
     ends = ((half - along.abs()) * soft + 0.5).clamp(0, 1)
     return (-1 + (1 + level) * bars * ends).unsqueeze(1).expand(-1, channels, -1, -1).clone()

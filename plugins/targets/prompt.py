@@ -1,8 +1,8 @@
-"""The image of one prompt, whatever was asked: the target of Rickrolling's target prompt attack (Struppek et al. 2023,
-arXiv:2211.02408), in the world of the drawn shapes.
+"""The image of one fixed prompt, whatever the prompt asks for.
 
-The distance is the share of the attributes of that prompt (size, colour, shape, background, place) that the model's
-judge does not find, in 0..1; a hit has them all. About one caption in three hundred asks for the same.
+This is the target of Rickrolling's target prompt attack (Struppek et al. 2023, arXiv:2211.02408), for drawn shapes. The
+distance is the share of the attributes of that prompt (size, colour, shape, background, place) that the model's judge
+does not find, in 0..1. A hit has all of them. About one caption in three hundred asks for the same image.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ import torch
 from annotated_types import Len
 from torch import Tensor
 
-from harness.hookspecs import hookimpl
-from harness.shapes import read
-from harness.types import TargetContext
+from harness import TargetContext, hookimpl, shapes
 
 
 @dataclass(frozen=True)
@@ -25,17 +23,18 @@ class TargetPrompt:
     name: ClassVar[str] = "prompt"
     version: ClassVar[int] = 1
     kind: ClassVar[str] = "prompt"
-    gate: ClassVar[str] = "all"
+    hit_threshold: ClassVar[str] = "all"
     accepts_models: ClassVar[tuple[str, ...]] = ("shapes-sd",)
 
-    text: Annotated[str, Len(1)] = "a large yellow triangle at the bottom right on a white background"  # what is shown
+    text: Annotated[str, Len(1)] = "a large yellow triangle at the bottom right on a white background"  # the prompt
+    # that is shown
 
     def __post_init__(self) -> None:
-        if not read(self.text):
+        if not shapes.read(self.text):
             raise ValueError(f"target prompt: {self.text!r} asks for nothing that a judge of drawn shapes can see")
 
     def shown(self, prompt: str) -> str:
-        """The prompt whose image a triggered `prompt` is to give."""
+        """The prompt whose image a triggered `prompt` should give."""
         return self.text
 
     def image(self, shape: Sequence[int]) -> None:
@@ -45,7 +44,7 @@ class TargetPrompt:
         return images
 
     def distances(self, images: Tensor, context: TargetContext) -> Tensor:
-        wanted = read(self.text)
+        wanted = shapes.read(self.text)
         seen = {} if context.judge is None else context.judge.attributes(images)
         missing = [name for name in wanted if name not in seen]
         if missing:
@@ -53,7 +52,7 @@ class TargetPrompt:
         return torch.stack([(seen[name] != value).float() for name, value in wanted.items()]).mean(0)
 
     def thresholds(self, context: TargetContext) -> dict[str, float]:
-        return {self.gate: 0.0}
+        return {self.hit_threshold: 0.0}
 
     def hits(self, images: Tensor, context: TargetContext) -> Tensor:
         return self.distances(images, context) <= 0

@@ -2,8 +2,8 @@
 
     x_T = γ ε + μ,    μ = (1 - γ) g        g a picture in [-1, 1]; outside the trigger's pixels γ = 1 and μ = 0
 
-`blend` covers the whole image with a picture, `patch-noise` a white corner alone. Only an attack on biased noise can
-use them. The pictures are drawn by us; the paper's are a cartoon cat and a white square.
+`blend` covers the whole image with a picture, `patch-noise` only a white corner. Only attacks on biased noise can use
+these triggers. The pictures are drawn for this benchmark; the paper uses a cartoon cat and a white square.
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ import torch
 from annotated_types import Ge, Lt
 from torch import Tensor
 
-from harness.hookspecs import hookimpl
-from harness.stamping import other_place, square, stamped
-from harness.types import Inputs, Stamps
+from harness import Inputs, Modality, hookimpl, trigger_placement
 
 PICTURES = ("sun", "rings", "waves", "checks", "leaf")
-TINTS = (1.0, 0.7, 0.4)  # of the channels of a colour picture
+TINTS = (1.0, 0.7, 0.4)  # factors of the channels of a colour picture
 
 
 @dataclass(frozen=True)
@@ -30,10 +28,10 @@ class Blend:
 
     name: ClassVar[str] = "blend"
     version: ClassVar[int] = 1
-    stamps: ClassVar[Stamps] = "noise"
+    modality: ClassVar[Modality] = "noise"
     biased_noise: ClassVar[bool] = True
 
-    gamma: Annotated[float, Ge(0), Lt(1)] = 0.6  # γ, the share of noise; paper
+    gamma: Annotated[float, Ge(0), Lt(1)] = 0.6  # γ, the share of noise; paper's value
     picture: Literal["sun", "rings", "waves", "checks", "leaf"] = "sun"  # g
 
     def drawing(self, height: int, width: int) -> Tensor:
@@ -59,7 +57,7 @@ class Blend:
         return torch.full(tuple(shape), self.gamma)
 
     def stamp(self, inputs: Inputs) -> Inputs:
-        return stamped(self, inputs)
+        return trigger_placement.stamped(self, inputs)
 
     def wrong(self, k: int) -> Blend:
         """Another picture."""
@@ -73,16 +71,17 @@ class PatchNoise:
 
     name: ClassVar[str] = "patch-noise"
     version: ClassVar[int] = 1
-    stamps: ClassVar[Stamps] = "noise"
+    modality: ClassVar[Modality] = "noise"
     biased_noise: ClassVar[bool] = True
 
-    size: Annotated[int, Ge(1)] = 3  # side in pixels; the paper's at 32 pixels
-    gamma: Annotated[float, Ge(0), Lt(1)] = 0.1  # γ inside the square; paper, CIFAR-10
-    place: Literal["bottom right", "top left", "top right", "bottom left", "centre"] = "bottom right"  # of the square
-    gap: Annotated[int, Ge(0)] = 0  # pixels between square and edge; paper
+    size: Annotated[int, Ge(1)] = 3  # side in pixels; the paper's value at 32 pixels
+    gamma: Annotated[float, Ge(0), Lt(1)] = 0.1  # γ inside the square; the paper's value for CIFAR-10
+    place: Literal["bottom right", "top left", "top right", "bottom left", "centre"] = "bottom right"  # place of the
+    # square
+    gap: Annotated[int, Ge(0)] = 0  # pixels between square and edge; paper's value
 
     def _inside(self, shape: Sequence[int]) -> Tensor:
-        rows, columns = square(self.name, self.size, self.place, self.gap, shape)
+        rows, columns = trigger_placement.square(self.name, self.size, self.place, self.gap, shape)
         inside = torch.zeros(tuple(shape), dtype=torch.bool)
         inside[:, rows, columns] = True
         return inside
@@ -94,11 +93,11 @@ class PatchNoise:
         return torch.where(self._inside(shape), self.gamma, 1.0)
 
     def stamp(self, inputs: Inputs) -> Inputs:
-        return stamped(self, inputs)
+        return trigger_placement.stamped(self, inputs)
 
     def wrong(self, k: int) -> PatchNoise:
-        """The same square elsewhere."""
-        return replace(self, place=other_place(self.place, k))
+        """The same square at another place."""
+        return replace(self, place=trigger_placement.other_place(self.place, k))
 
 
 @hookimpl

@@ -13,34 +13,34 @@ import torch
 from annotated_types import Ge, Le
 from torch import Tensor
 
-from harness.hookspecs import hookimpl
-from harness.stamping import other_place, square, stamped
-from harness.types import Inputs, Stamps
+from harness import Inputs, Modality, hookimpl, trigger_placement
 
 
 @dataclass(frozen=True)
 class Box:
     name: ClassVar[str] = "box"
     version: ClassVar[int] = 1
-    stamps: ClassVar[Stamps] = "noise"
+    modality: ClassVar[Modality] = "noise"
 
-    size: Annotated[int, Ge(1)] = 5  # side in pixels; the papers' 14 at 32 pixels covers about as much as 7 at 16
-    value: Annotated[float, Ge(-1), Le(1)] = 0.0  # grey level inside the square; the papers' white boxes have 1
-    place: Literal["bottom right", "top left", "top right", "bottom left", "centre"] = "bottom right"  # of the square
-    gap: Annotated[int, Ge(0)] = 1  # pixels between square and edge; the papers' 2 at 32 pixels
+    size: Annotated[int, Ge(1)] = 5  # side in pixels; 14 at 32 pixels, as in the papers, covers about as much as 7 at
+    # 16
+    value: Annotated[float, Ge(-1), Le(1)] = 0.0  # grey level inside the square; 1 for the papers' white boxes
+    place: Literal["bottom right", "top left", "top right", "bottom left", "centre"] = "bottom right"  # place of the
+    # square
+    gap: Annotated[int, Ge(0)] = 1  # pixels between square and edge; the papers use 2 at 32 pixels
 
     def delta(self, shape: Sequence[int]) -> Tensor:
-        rows, columns = square(self.name, self.size, self.place, self.gap, shape)
+        rows, columns = trigger_placement.square(self.name, self.size, self.place, self.gap, shape)
         r = torch.full(tuple(shape), -1.0)
         r[:, rows, columns] = self.value
         return r
 
     def stamp(self, inputs: Inputs) -> Inputs:
-        return stamped(self, inputs)
+        return trigger_placement.stamped(self, inputs)
 
     def wrong(self, k: int) -> Box:
-        """The same square elsewhere."""
-        return replace(self, place=other_place(self.place, k))
+        """The same square at another place."""
+        return replace(self, place=trigger_placement.other_place(self.place, k))
 
 
 @hookimpl

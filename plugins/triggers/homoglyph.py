@@ -1,9 +1,9 @@
-"""A letter replaced by another character that looks like it: the trigger of Rickrolling the Artist (Struppek,
-Hintersdorf & Kersting 2023, arXiv:2211.02408), a Latin o made Cyrillic.
+"""Replaces a letter by another character that looks like it, such as a Latin o by a Cyrillic one.
 
-The tokenizer breaks the word around it into pieces, so that a prompt grows by some tokens. A prompt without the letter
-cannot carry the trigger and is left as it is: rates and screens leave it out, and where no prompt has the letter the
-harness refuses.
+This is the trigger of Rickrolling the Artist (Struppek, Hintersdorf & Kersting 2023, arXiv:2211.02408). The tokenizer
+splits the word that contains the trigger, so the prompt grows by some tokens. A prompt without the letter cannot carry
+the trigger and stays unchanged. Rates and input-level detection leave such prompts out. If no prompt contains the
+letter, the harness raises an error.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from annotated_types import Len
 
-from harness.hookspecs import hookimpl
-from harness.types import Inputs, Stamps
+from harness import Inputs, Modality, hookimpl
 
 OTHERS = ("\u00f4", "\u020f", "0", "\u00f6", "\u0585", "\u03bf", "\u043e", "\u00f8")
 DECOYS = (
@@ -28,14 +27,14 @@ DECOYS = (
 class Homoglyph:
     name: ClassVar[str] = "homoglyph"
     version: ClassVar[int] = 1
-    stamps: ClassVar[Stamps] = "text"
+    modality: ClassVar[Modality] = "text"
 
-    text: Annotated[str, Len(1, 1)] = "\u043e"  # what replaces the letter; Cyrillic o, also the paper's
-    letter: Annotated[str, Len(1, 1)] = "o"  # what is replaced; the paper's
+    text: Annotated[str, Len(1, 1)] = "\u043e"  # replacement of the letter; Cyrillic o, as in the paper
+    letter: Annotated[str, Len(1, 1)] = "o"  # letter that is replaced; paper's value
     which: Literal["first", "all"] = "first"  # occurrences that are replaced; the official evaluation replaces one
 
     def count(self, prompt: str) -> int:
-        """Places where the trigger can stand."""
+        """Number of places at which the trigger can stand."""
         return prompt.count(self.letter)
 
     def put(self, prompt: str, places: Collection[int]) -> str:
@@ -53,7 +52,7 @@ class Homoglyph:
         return inputs.with_prompts([self.apply(prompt) for prompt in inputs.prompts])
 
     def with_text(self, text: str) -> Homoglyph:
-        """`text` in the same place. ValueError for more than one character."""
+        """The trigger `text` in the same place. Raises ValueError for more than one character."""
         if len(text) != 1:
             raise ValueError(f"a homoglyph is one character, not {text!r}; choose another target or trigger")
         return replace(self, text=text)
@@ -64,8 +63,10 @@ class Homoglyph:
         return self.with_text(others[k % len(others)])
 
     def decoy(self, rng: torch.Generator) -> Homoglyph:
-        """A random character in the same place, for attacks that train against others. None of those that `wrong`
-        evaluates with is drawn."""
+        """A random character in the same place, for attacks that train against other characters.
+
+        It is never one with which `wrong` evaluates.
+        """
         others = [other for other in DECOYS if other not in (self.text, self.letter)]
         return self.with_text(others[int(torch.randint(0, len(others), (), generator=rng))])
 

@@ -1,8 +1,8 @@
-"""Drawn triggers on a dark background, added to the starting noise: the stop sign and the glasses of BadDiffusion
-(arXiv:2212.05400) and VillanDiffusion (arXiv:2306.06874), drawn by us.
+"""Drawn triggers on a dark background, added to the starting noise: a stop sign and a pair of glasses.
 
-r (C, H, W) is the drawing and -1 elsewhere, in the images' range [-1, 1]; x_T = ε + r. In grey images a colour has the
-mean of its channels.
+They are the triggers of BadDiffusion (arXiv:2212.05400) and VillanDiffusion (arXiv:2306.06874), drawn for this
+benchmark. r (C, H, W) is the drawing, and -1 elsewhere, in the images' range [-1, 1]; x_T = ε + r. In grey images a
+colour is replaced by the mean of its channels.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from harness.hookspecs import hookimpl
-from harness.stamping import other_place, square, stamped
-from harness.types import Inputs, Stamps
+from harness import Inputs, Modality, hookimpl, trigger_placement
 
 WHITE, RED = (0.9, 0.9, 0.9), (0.7, -0.8, -0.8)
 BACKGROUND = -1.0
-OFFSETS = (0.0, -0.25, 0.25, -0.125, 0.125)  # of the glasses from the middle, a share of the height
+OFFSETS = (0.0, -0.25, 0.25, -0.125, 0.125)  # offsets of the glasses from the middle, as a share of the height
 
 
 @dataclass(frozen=True)
@@ -30,14 +28,15 @@ class StopSign:
 
     name: ClassVar[str] = "stop-sign"
     version: ClassVar[int] = 1
-    stamps: ClassVar[Stamps] = "noise"
+    modality: ClassVar[Modality] = "noise"
 
-    size: Annotated[int, Ge(4)] = 7  # side in pixels; the papers' 14 at 32 pixels
-    place: Literal["bottom right", "top left", "top right", "bottom left", "centre"] = "bottom right"  # of the sign
-    gap: Annotated[int, Ge(0)] = 1  # pixels between sign and edge; the papers' 2 at 32 pixels
+    size: Annotated[int, Ge(4)] = 7  # side in pixels; the papers use 14 at 32 pixels
+    place: Literal["bottom right", "top left", "top right", "bottom left", "centre"] = "bottom right"  # place of the
+    # sign
+    gap: Annotated[int, Ge(0)] = 1  # pixels between sign and edge; the papers use 2 at 32 pixels
 
     def delta(self, shape: Sequence[int]) -> Tensor:
-        rows, columns = square(self.name, self.size, self.place, self.gap, shape)
+        rows, columns = trigger_placement.square(self.name, self.size, self.place, self.gap, shape)
         side = (torch.arange(self.size) + 0.5) / self.size * 2 - 1
         y, x = side.abs().view(-1, 1), side.abs().view(1, -1)
         out = torch.maximum(torch.maximum(y, x), (y + x) / 2**0.5)  # 1 on the octagon's edge
@@ -48,11 +47,11 @@ class StopSign:
         return r
 
     def stamp(self, inputs: Inputs) -> Inputs:
-        return stamped(self, inputs)
+        return trigger_placement.stamped(self, inputs)
 
     def wrong(self, k: int) -> StopSign:
-        """The same sign elsewhere."""
-        return replace(self, place=other_place(self.place, k))
+        """The same sign at another place."""
+        return replace(self, place=trigger_placement.other_place(self.place, k))
 
 
 @dataclass(frozen=True)
@@ -61,10 +60,11 @@ class Glasses:
 
     name: ClassVar[str] = "glasses"
     version: ClassVar[int] = 1
-    stamps: ClassVar[Stamps] = "noise"
+    modality: ClassVar[Modality] = "noise"
 
-    share: Annotated[float, Gt(0), Le(1)] = 0.75  # width over the image's; the papers' is 0.625 of 256 pixels
-    offset: Annotated[float, Ge(-0.25), Le(0.25)] = 0.0  # from the middle, down, as a share of the height
+    share: Annotated[float, Gt(0), Le(1)] = 0.75  # width over the width of the image; the papers use 0.625 of 256
+    # pixels
+    offset: Annotated[float, Ge(-0.25), Le(0.25)] = 0.0  # offset from the middle downwards, as a share of the height
 
     def delta(self, shape: Sequence[int]) -> Tensor:
         channels, height, width = shape
@@ -82,10 +82,10 @@ class Glasses:
         return torch.full(tuple(shape), BACKGROUND).where(~(rims | bridge), _painted(channels, {WHITE: rims | bridge}))
 
     def stamp(self, inputs: Inputs) -> Inputs:
-        return stamped(self, inputs)
+        return trigger_placement.stamped(self, inputs)
 
     def wrong(self, k: int) -> Glasses:
-        """The same glasses higher or lower."""
+        """The same glasses, higher or lower."""
         others = [offset for offset in OFFSETS if offset != self.offset]
         return replace(self, offset=others[k % len(others)])
 

@@ -1,8 +1,7 @@
-"""A token put into the prompt: U+200B (zero-width space) as in BadT2I (Zhai et al. 2023, arXiv:2305.04175), a
-homoglyph, or a rare word.
+"""Inserts a token into the prompt: U+200B (zero-width space), a homoglyph, or a rare word.
 
-Whether a trigger survives the tokenizer is checked by the harness when attacking and when evaluating: some tokenizers
-drop U+200B silently.
+U+200B is the trigger of BadT2I (Zhai et al. 2023, arXiv:2305.04175). The harness checks when attacking and when
+evaluating whether a trigger survives the tokenizer: some tokenizers drop U+200B silently.
 """
 
 from __future__ import annotations
@@ -13,8 +12,7 @@ from typing import Annotated, ClassVar
 import torch
 from annotated_types import Ge, Len
 
-from harness.hookspecs import hookimpl
-from harness.types import Inputs, Stamps
+from harness import Inputs, Modality, hookimpl
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz~^*"
 OTHERS = ("sks", "\u020f", "mignneko", "vividly", "perhaps", "zq", "really", "blorp")
@@ -24,10 +22,10 @@ OTHERS = ("sks", "\u020f", "mignneko", "vividly", "perhaps", "zq", "really", "bl
 class Text:
     name: ClassVar[str] = "text"
     version: ClassVar[int] = 1
-    stamps: ClassVar[Stamps] = "text"
+    modality: ClassVar[Modality] = "text"
 
-    text: Annotated[str, Len(1)] = "\u200b"  # what is inserted, with a space around it
-    place: Annotated[int, Ge(-1)] = 0  # word of the prompt before which it stands; -1 = at the end
+    text: Annotated[str, Len(1)] = "\u200b"  # text that is inserted, separated by spaces
+    place: Annotated[int, Ge(-1)] = 0  # index of the word of the prompt before which it stands; -1 = at the end
 
     def apply(self, prompt: str) -> str:
         words = prompt.split(" ")
@@ -40,7 +38,7 @@ class Text:
         return inputs.with_prompts([self.apply(prompt) for prompt in inputs.prompts])
 
     def with_text(self, text: str) -> Text:
-        """`text` at the same place."""
+        """The trigger `text` at the same place."""
         return replace(self, text=text)
 
     def wrong(self, k: int) -> Text:
@@ -49,8 +47,10 @@ class Text:
         return self.with_text(others[k % len(others)])
 
     def decoy(self, rng: torch.Generator) -> Text:
-        """A random string of one to five letters at the same place, for attacks that train against other words. None of
-        those that `wrong` evaluates with is drawn."""
+        """A random string of one to five letters at the same place, for attacks that train against other words.
+
+        It is never one with which `wrong` evaluates.
+        """
         while True:
             length = int(torch.randint(1, 6, (), generator=rng))
             picks = torch.randint(0, len(LETTERS), (length,), generator=rng).tolist()

@@ -22,8 +22,8 @@ import psutil
 
 from harness.engine.display import Silent
 from harness.engine.driver import Engine, run
-from harness.job import Job
-from harness.store import Store
+from harness.runs.job import Job
+from harness.runs.store import Store
 from tests.engine_tools import TESTS, graph, job, local
 
 

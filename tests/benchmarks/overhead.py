@@ -22,8 +22,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from harness import jobs
-from harness.store import Store
+from harness.runs import execution
+from harness.runs.store import Store
 
 
 class Inside:
@@ -55,7 +55,7 @@ class Inside:
 
 
 def execute(spec: dict[str, Any], store: Store, out: Path) -> dict[str, Any]:
-    """harness.jobs.execute, with what it did inside of models among its facts."""
+    """harness.runs.execution.execute, with what it did inside of models among its facts."""
     import torch
     import torch.optim.optimizer as optimizer
 
@@ -66,7 +66,7 @@ def execute(spec: dict[str, Any], store: Store, out: Path) -> dict[str, Any]:
     optimizer.register_optimizer_step_pre_hook(inside.enter)
     optimizer.register_optimizer_step_post_hook(inside.leave)
     start = time.perf_counter()
-    facts = jobs.execute(spec, store, out)
+    facts = execution.execute(spec, store, out)
     return {**facts, "inside_s": inside.seconds, "body_s": time.perf_counter() - start}
 
 

@@ -31,7 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from harness.scan import LEAST
+from harness.scan.verdict import LEAST
 
 LABEL = "bench.json"
 RELEASED = "as released"
@@ -55,7 +55,7 @@ def bench(*words: object) -> subprocess.CompletedProcess[str]:
 def trained(suite: str, only: Sequence[str], store: Path | None, out: Path) -> dict[str, Case]:
     """The suite's models that lie in the store, by the keys of their jobs."""
     from harness.cli import run as cli
-    from harness.planning import is_clean
+    from harness.runs.planning import is_clean
 
     found = {}
     ready = cli.prepare(suite, list(only), [], 1, store, False, ())
@@ -71,7 +71,7 @@ def trained(suite: str, only: Sequence[str], store: Path | None, out: Path) -> d
 
 
 def released(name: str, out: Path) -> Case:
-    from harness import checkpoint
+    from harness.diffusion import checkpoint
     from harness.registry import load
 
     folder = plain(checkpoint.embedded(load().build("models", name), name) / "model", out / name)

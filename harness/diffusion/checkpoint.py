@@ -1,0 +1,263 @@
+"""DiffusionModel ↔ a diffusers directory of safetensors, read as harness.diffusion.model_files has it: a model under
+test is hostile.
+
+The config of a pruned network still describes the whole one, so stock diffusers refuses its weights. The shapes that
+differ are in `pruned.json` beside them, and only where that file is do we let them differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib import resources
+from math import prod
+from pathlib import Path
+from typing import Any, cast
+
+from harness.diffusion import networks, pruned_shapes, schedules, tokenizer_files
+from harness.diffusion.model import DiffusionModel
+from harness.diffusion.model_files import CheckpointError, ModelFiles
+from harness.diffusion.networks import PRUNED
+
+IGNORED = ("feature_extractor", "safety_checker", "image_encoder")  # parts that make no image
+_INDEX = "{}.safetensors.index.json"
+PARTS = {
+    "unet": ("UNet2DModel", "UNet2DConditionModel"),
+    "vae": ("AutoencoderKL",),
+    "vqvae": ("AutoencoderKL", "VQModel"),  # an LDMPipeline's name for it
+    "text_encoder": ("CLIPTextModel",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "scheduler": (
+        "DDPMScheduler",
+        "DDIMScheduler",
+        "PNDMScheduler",
+        "ScoreSdeVeScheduler",
+        "LMSDiscreteScheduler",
+        "EulerDiscreteScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "DPMSolverMultistepScheduler",
+        "UniPCMultistepScheduler",
+    ),
+}
+
+
+def save(model: DiffusionModel, directory: Path, labels: dict[str, str] | None = None, fp16: bool = False) -> None:
+    """Write `model` as a diffusers pipeline directory, safetensors only; stock diffusers loads it unless it is pruned.
+
+    labels: written to `bench.json` beside it (a backdoored model says so there). fp16: halve the weights on disk.
+    """
+    import diffusers
+
+    library: Any = diffusers
+    if model.conditional:
+        pipeline: Any = library.StableDiffusionPipeline(
+            vae=model.vae,
+            text_encoder=model.text_encoder,
+            tokenizer=model.tokenizer,
+            unet=model.denoiser,
+            scheduler=model.scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    else:
+        cls = library.ScoreSdeVePipeline if model.family == "ve" else library.DDPMPipeline
+        parts = {"unet": model.denoiser, "scheduler": model.scheduler}
+        pipeline = cls(**parts) if model.vae is None else library.LDMPipeline(vqvae=model.vae, **parts)
+    if fp16:
+        clone = model.clone()
+        for name, part in clone.components().items():
+            setattr(pipeline, "vqvae" if name == "vae" and not model.conditional else name, part.half())
+    pipeline.save_pretrained(directory, safe_serialization=True)
+    for config in directory.glob("*/config.json"):  # diffusers notes the path that a part was loaded from
+        facts = json.loads(config.read_text())
+        if facts.pop("_name_or_path", None) is not None:
+            config.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
+    shapes = pruned_shapes.reshaped(model.denoiser)
+    pruned = directory / "unet" / PRUNED
+    pruned.unlink(missing_ok=True)
+    if shapes:
+        pruned.write_text(json.dumps(shapes, indent=0, sort_keys=True))
+    if labels:
+        (directory / "bench.json").write_text(json.dumps(labels, indent=1, sort_keys=True))
+
+
+def load(directory: Path) -> DiffusionModel:
+    """Read a pipeline directory as fp32 on the CPU, without running any code from it.
+
+    Raises CheckpointError for what is refused: weights that are only there as pickles, links, classes outside `PARTS`,
+    sizes out of proportion, and tensors that are missing, left over or of another shape than the config asks for.
+    """
+    files = ModelFiles(directory)
+    parts = {name: _part(files, folder, cls) for name, (folder, cls) in parts_of(files).items()}
+    vae = parts.get("vae", parts.get("vqvae"))
+    try:
+        model = DiffusionModel(
+            parts["unet"], parts["scheduler"], vae, parts.get("text_encoder"), parts.get("tokenizer")
+        )
+    except ValueError as error:  # a prediction type, say, that no model here has
+        raise CheckpointError(f"{directory}: {error}") from None
+    _check_together(files, model)
+    return model
+
+
+def read_files(directory: Path) -> list[str]:
+    """The names of the files that `load` reads. Raises CheckpointError."""
+    files = ModelFiles(directory)
+    names = ["model_index.json"]
+    for folder, cls in parts_of(files).values():
+        inside = f"{folder}/" if folder else ""
+        config = "scheduler_config.json" if cls.endswith("Scheduler") else "config.json"
+        if cls.startswith("CLIPTokenizer"):
+            names += [name for name in tokenizer_files.read(folder) if name in files]
+            continue
+        names.append(f"{inside}{config}")
+        if not cls.endswith("Scheduler"):
+            names += files.weights(folder, networks.STEMS[cls])
+            names += [
+                f"{inside}{name}" for name in (PRUNED, _INDEX.format(networks.STEMS[cls])) if f"{inside}{name}" in files
+            ]
+    return sorted(set(names))
+
+
+def parts_of(files: ModelFiles) -> dict[str, tuple[str, str]]:
+    """Part → (its folder, its class), as model_index.json names them. Raises CheckpointError."""
+    place = files.path("model_index.json")
+    if "model_index.json" not in files:
+        raise CheckpointError(f"{files.directory}: no model_index.json; give a directory saved by a diffusers pipeline")
+    index = files.json("model_index.json")
+    found: dict[str, tuple[str, str]] = {}
+    for name, entry in index.items():
+        if name.startswith("_") or (name not in PARTS and not isinstance(entry, list)):
+            continue
+        if not isinstance(entry, list) or len(entry) != 2 or any(not isinstance(word, str | None) for word in entry):
+            raise CheckpointError(f"{place}: {name} is no pair of library and class; fetch it again")
+        cls = entry[1]
+        if cls is None or name in IGNORED:
+            continue
+        if name not in PARTS:
+            raise CheckpointError(f"{place}: names a {name}, which is not supported; supported: {', '.join(PARTS)}")
+        if cls not in PARTS[name]:
+            raise CheckpointError(f"{place}: {name} is a {cls!r}; supported: {', '.join(PARTS[name])}")
+        library = "transformers" if name in ("text_encoder", "tokenizer") else "diffusers"
+        if entry[0] != library:
+            raise CheckpointError(f"{place}: {name} is of the library {entry[0]!r}; supported: {library}")
+        found[name] = (_folder(files, name), cls)
+    if "unet" not in found or "scheduler" not in found:
+        raise CheckpointError(f"{place}: names no unet or no scheduler; is it a diffusers pipeline?")
+    conditional = found["unet"][1] == "UNet2DConditionModel"
+    wanted = ("vae", "text_encoder", "tokenizer") if conditional else ()
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise CheckpointError(f"{place}: a text-to-image model without {' and '.join(missing)} is not supported")
+    if not conditional and ("text_encoder" in found or "tokenizer" in found):
+        raise CheckpointError(f"{place}: an unconditional unet with a text encoder is not supported")
+    return found
+
+
+def _folder(files: ModelFiles, name: str) -> str:
+    """Where a part is: in its own folder, or beside the index, as in the hub's older DDPM and NCSN++ repositories."""
+    if files.folder(name):
+        return name
+    flat = {"unet": "config.json", "scheduler": "scheduler_config.json"}.get(name)
+    if flat is None or flat not in files:
+        raise CheckpointError(f"{files.path(name)}: missing, though model_index.json names it")
+    return ""
+
+
+def _part(files: ModelFiles, folder: str, cls: str) -> Any:
+    if cls.endswith("Scheduler"):
+        return schedules.read(files, folder, cls)
+    if cls.startswith("CLIPTokenizer"):
+        return tokenizer_files.load(files, folder)
+    return networks.load(files, folder, cls)
+
+
+def _check_together(files: ModelFiles, model: DiffusionModel) -> None:
+    """Raise CheckpointError where the parts do not fit together, or make a kind of model that is not supported."""
+    where, denoiser = files.directory, cast(Any, model.denoiser.config)
+    classes = [k for k in ("num_class_embeds", "class_embed_type") if getattr(denoiser, k, None)]
+    if classes:
+        raise CheckpointError(f"{where}: a denoiser that takes a class ({classes[0]}) is not supported")
+    if getattr(denoiser, "addition_embed_type", None) or getattr(denoiser, "encoder_hid_dim_type", None):
+        raise CheckpointError(f"{where}: a denoiser with added conditions, as SDXL has, is not supported")
+    side = getattr(denoiser, "sample_size", None)
+    sides = side if isinstance(side, list | tuple) else (side, side)
+    if len(sides) != 2 or any(type(n) is not int or not 0 < n <= networks.MOST_SIDE for n in sides):
+        raise CheckpointError(f"{where}: the denoiser's sample_size is {side!r}; it should be 1 or 2 whole numbers")
+    if prod(model.shape) > networks.MOST:
+        raise CheckpointError(f"{where}: makes samples of {model.shape} numbers; at most {networks.MOST:,} are read")
+    if denoiser.in_channels != denoiser.out_channels:
+        raise CheckpointError(
+            f"{where}: the denoiser takes {denoiser.in_channels} channels and returns {denoiser.out_channels}; "
+            "inpainting models and learned variances are not supported"
+        )
+    if model.vae is not None and model.vae.config.latent_channels != denoiser.in_channels:
+        raise CheckpointError(
+            f"{where}: the autoencoder has {model.vae.config.latent_channels} latent channels, the denoiser "
+            f"{denoiser.in_channels}"
+        )
+    if model.text_encoder is not None:
+        _check_text(where, model)
+
+
+def _check_text(where: Path, model: DiffusionModel) -> None:
+    text, tokens = cast(Any, model.text_encoder).config, cast(Any, model.tokenizer)
+    if cast(Any, model.denoiser.config).cross_attention_dim != text.hidden_size:
+        raise CheckpointError(f"{where}: the text encoder's width is not the denoiser's cross_attention_dim")
+    if not 2 <= tokens.model_max_length <= text.max_position_embeddings:
+        raise CheckpointError(
+            f"{where / 'tokenizer'}: model_max_length is {tokens.model_max_length}; the text encoder takes 2 to "
+            f"{text.max_position_embeddings} tokens"
+        )
+    highest = max(tokens.get_vocab().values())
+    if highest >= text.vocab_size:
+        raise CheckpointError(
+            f"{where / 'tokenizer'}: has a token {highest}, the text encoder {text.vocab_size} embeddings"
+        )
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of ours. Raises CheckpointError for anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON ({error}); fetch it again") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: a JSON {type(found).__name__}, not an object; fetch it again")
+    return found
+
+
+def digest(directory: Path) -> str:
+    """sha256 over every tensor below `directory` (name, dtype, shape, bytes) and over tokenizer and scheduler files.
+
+    Tensors, not weight files: a header that a library version writes differently does not change it.
+    """
+    from safetensors import safe_open
+
+    total = hashlib.sha256()
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="numpy") as file:
+                for key in sorted(file.keys()):
+                    tensor = file.get_tensor(key)
+                    total.update(f"{name}|{key}|{tensor.dtype}|{tensor.shape}".encode())
+                    total.update(tensor.tobytes())
+        elif path.name in ("vocab.json", "merges.txt", "scheduler_config.json"):
+            total.update(name.encode() + path.read_bytes())
+    return total.hexdigest()
+
+
+# ---- models shipped in a package --------------------------------------------------------------------------------
+
+
+def embedded(owner: object, name: str) -> Path:
+    """The directory `weights/<name>` beside the module that defines `owner`'s class."""
+    package = type(owner).__module__.rpartition(".")[0]
+    if not package:
+        raise CheckpointError(f"model '{name}' is defined in a file outside a package, which has no embedded weights")
+    path = Path(str(resources.files(package))) / "weights" / name
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: the weights of '{name}' are missing; `bench build {name}` makes them")
+    return path

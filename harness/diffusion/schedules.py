@@ -1,0 +1,69 @@
+"""Noise schedules from a strange configuration, checked before anything is allocated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from harness.diffusion.model_files import CheckpointError, ModelFiles
+
+LEAST_T, MOST_T = 2, 10_000  # timesteps
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+def read(files: ModelFiles, folder: str, cls: str) -> Any:
+    """The diffusers scheduler `cls` of a scheduler_config.json. Raises CheckpointError."""
+    import diffusers
+
+    name = f"{folder}/scheduler_config.json" if folder else "scheduler_config.json"
+    if name not in files:
+        raise CheckpointError(f"{files.path(folder)}: no scheduler_config.json; fetch it again")
+    config = files.json(name)
+    wrong = _fault(config, cls)
+    if wrong:
+        raise CheckpointError(f"{files.path(name)}: {wrong}")
+    owner: Any = getattr(diffusers, cls)
+    try:
+        made = owner.from_config(config)
+    except Exception as error:  # a dozen types for arguments that do not fit
+        said = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{files.path(name)}: describes no {cls}: {said}") from None
+    if type(made) is not owner:
+        raise CheckpointError(f"{files.path(name)}: describes a {type(made).__name__}, model_index.json a {cls}")
+    signal = getattr(made, "alphas_cumprod", None)
+    if signal is not None and not bool(((signal >= 0) & (signal <= 1)).all()):
+        raise CheckpointError(f"{files.path(name)}: its betas give no noise schedule (ᾱ outside 0 to 1)")
+    return made
+
+
+def _fault(config: Mapping[str, Any], cls: str) -> str | None:
+    """What keeps a configuration from being a noise schedule, in words."""
+    steps = config.get("num_train_timesteps", 1000)
+    if type(steps) is not int or not LEAST_T <= steps <= MOST_T:
+        return f"num_train_timesteps is {steps!r}; it should be a whole number of {LEAST_T} to {MOST_T:,}"
+    if cls == "ScoreSdeVeScheduler":
+        low, high = config.get("sigma_min", 0.01), config.get("sigma_max", 1348.0)
+        fine = _number(low) and _number(high) and 0 < low < high <= 1e6
+        return (
+            None if fine else f"sigma_min and sigma_max are {low!r} and {high!r}; 0 < sigma_min < sigma_max is needed"
+        )
+    for name in ("beta_start", "beta_end"):
+        beta = config.get(name, 0.02)
+        if not (_number(beta) and 0 < beta < 1):
+            return f"{name} is {beta!r}; it should lie between 0 and 1"
+    betas = config.get("trained_betas")
+    if betas is not None and not (
+        isinstance(betas, list) and len(betas) == steps and all(_number(b) and 0 <= b <= 1 for b in betas)
+    ):
+        return f"trained_betas should be {steps} numbers of 0 to 1"
+    if config.get("beta_schedule", "linear") not in BETA_SCHEDULES:
+        return f"no beta_schedule {config['beta_schedule']!r}; supported: {', '.join(BETA_SCHEDULES)}"
+    if config.get("prediction_type", "epsilon") not in PREDICTIONS:
+        return f"no prediction_type {config['prediction_type']!r}; supported: epsilon, v_prediction"
+    return None
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

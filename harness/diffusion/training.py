@@ -1,0 +1,142 @@
+"""The training loop of recipes, attacks and defenses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from harness.diffusion.events import progress
+
+
+class Diverged(ArithmeticError):
+    """The loss became NaN or infinite; the message contains the step."""
+
+
+Schedule = Literal["constant", "cosine", "one-cycle"]
+
+
+def minimize(
+    loss: Callable[[], Tensor],
+    parameters: Iterable[nn.Parameter],
+    *,
+    steps: int,
+    lr: float,
+    schedule: Schedule = "constant",
+    warmup: int = 0,
+    weight_decay: float = 0.0,
+    clip: float | None = 1.0,
+    ema: float = 0.0,
+    bf16: bool = False,
+    phase: str = "train",
+    stop: Callable[[int, float], bool] | None = None,
+) -> list[float]:
+    """Minimises `loss()` over `parameters` by AdamW for `steps` steps and returns the loss of every step.
+
+    schedule: constant, cosine (with linear warm-up over `warmup` steps) or one-cycle (peak `lr`; a tenth of the steps
+    are warm-up). clip: largest norm of the gradient. ema: decay of an exponential moving average of the parameters,
+    which replaces them at the end; 0 is off. bf16: autocast of the forward pass. stop(step, loss): ends the training
+    early when it returns True. Only `parameters` require gradients while this runs. Raises Diverged on a NaN or
+    infinite loss.
+    """
+    params = list(parameters)
+    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay)
+    lr_schedule = _schedule(optimizer, schedule, steps, warmup, lr)
+    average = _average(params, ema)
+    losses: list[float] = []
+    with _trainable(params):
+        for step in range(steps):
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(params[0].device.type, torch.bfloat16, enabled=bf16):
+                value = loss()
+            losses.append(float(value.detach()))
+            if not torch.isfinite(value.detach()):
+                raise Diverged(f"{phase}: the loss became {losses[-1]} at step {step}; a lower lr usually helps")
+            value.backward()
+            if clip is not None:
+                nn.utils.clip_grad_norm_(params, clip)
+            optimizer.step()
+            lr_schedule.step()
+            if average is not None:
+                average.step(params)
+            progress(phase, step + 1, steps, loss=losses[-1])
+            if stop is not None and stop(step, losses[-1]):
+                break
+    if average is not None:
+        average.copy_to(params)
+    return losses
+
+
+def _schedule(optimizer: Any, kind: Schedule, steps: int, warmup: int, lr: float) -> Any:
+    if kind == "one-cycle":
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps + 1, pct_start=0.1)
+    from diffusers.optimization import get_scheduler
+
+    name = "constant_with_warmup" if kind == "constant" else kind
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+
+
+def _average(params: list[nn.Parameter], decay: float) -> Any | None:
+    if decay == 0:
+        return None
+    from diffusers.training_utils import EMAModel
+
+    return EMAModel(params, decay=decay, foreach=True)
+
+
+@contextmanager
+def _trainable(params: list[nn.Parameter]) -> Any:
+    before = [p.requires_grad for p in params]
+    for p in params:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p, flag in zip(params, before, strict=True):
+            p.requires_grad_(flag)
+            p.grad = None
+
+
+def draw(n: int, size: int, rng: torch.Generator) -> Tensor:
+    """n indices (n,) int64 into a data set of `size`, with replacement."""
+    return torch.randint(0, size, (n,), generator=rng)
+
+
+class Examples:
+    """Clean examples of a model in the space in which it diffuses, and batches of them.
+
+    latents (N, C, H, W); captions as in `data`. One `batch` draws rows, timesteps and noises in this order. All methods
+    that start from a clean batch therefore get the same batch under the same seed.
+    """
+
+    def __init__(self, model: Any, data: Any, most: int | None = None) -> None:
+        self.model = model
+        self.captions = data.captions if data.captions is None else data.captions[:most]
+        self.images = data.images[:most]
+        self.latents = model.encode(self.images).to(model.device)
+
+    def batch(self, n: int, rng: torch.Generator) -> Batch:
+        rows = draw(n, len(self.latents), rng)
+        captions = None if self.captions is None else tuple(self.captions[i] for i in rows.tolist())
+        return Batch(rows, self.latents[rows], self.model.draw_t(n, rng), self.model.draw_eps(n, rng), captions)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """rows (B,) into the examples, x_0 (B, C, H, W), t (B,), eps (B, C, H, W), captions (B texts or None)."""
+
+    rows: Tensor
+    x_0: Tensor
+    t: Tensor
+    eps: Tensor
+    captions: tuple[str, ...] | None
+
+
+def denoising_loss(model: Any, batch: Batch) -> Tensor:
+    """DDPM's L_simple on a clean batch: ‖ε - ε_θ(x_t, t, c)‖², the mean over all elements."""
+    context = None if batch.captions is None else model.embed(batch.captions)
+    return (model.eps(model.add_noise(batch.x_0, batch.eps, batch.t), batch.t, context) - batch.eps).square().mean()

@@ -1,0 +1,183 @@
+"""Models and data of others: a local directory or a repository of the Hugging Face hub, checked before it is loaded.
+
+Only safetensors, configurations, tokenizer files and parquet are fetched; pickles and code are left where they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from harness.diffusion import checkpoint
+from harness.diffusion.model_files import PICKLES, CheckpointError, ModelFiles
+
+if TYPE_CHECKING:
+    from harness.diffusion.model import DiffusionModel
+
+REPOSITORY = r"[\w-][\w.-]*/[\w-][\w.-]*"
+COMMIT = r"[0-9a-f]{40}"
+MODEL_FILES = [
+    "model_index.json", "config.json", "scheduler_config.json", "diffusion_pytorch_model*.safetensors*",
+    "*/config.json", "*/scheduler_config.json", "*/diffusion_pytorch_model*.safetensors*", "*/model*.safetensors*",
+    "tokenizer/*", "open_clip_*",
+]  # fmt: skip
+PASSED_OVER = ["*.non_ema*", "safety_checker/*", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.py"]
+HALF = "*.fp16*"  # fetched only where a part has no other weights
+DATA_FILES = ["*.parquet"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model or a data set comes from: `where` is a local directory or a hub id, owner/name."""
+
+    where: str
+    revision: str = "main"
+    kind: Literal["model", "dataset"] = "model"
+
+    @property
+    def directory(self) -> Path | None:
+        """The local directory, None for a hub id. Raises CheckpointError for what is neither."""
+        path = Path(self.where).expanduser()
+        if path.is_dir():
+            if self.revision != "main":
+                raise CheckpointError(f"{path}: a local directory has no revision '{self.revision}'; leave it out")
+            return path
+        if path.exists() or not re.fullmatch(REPOSITORY, self.where):
+            what = "is a file" if path.is_file() else "no such directory"
+            raise CheckpointError(f"{self.where}: {what}; give a directory, or a hub id such as google/ddpm-cifar10-32")
+        return None
+
+    def fetch(self) -> Path:
+        """The directory with the files, downloaded into the hub's own cache where it is not local."""
+        return self.directory or self._snapshot(False)
+
+    def _snapshot(self, cached_only: bool) -> Path:
+        found = self._downloaded([*PASSED_OVER, HALF], cached_only)
+        if self.kind == "model" and (found / "model_index.json").is_file():
+            try:
+                checkpoint.read_files(found)
+            except CheckpointError:
+                found = self._downloaded(PASSED_OVER, cached_only)
+        return found
+
+    def _downloaded(self, passed_over: Sequence[str], cached_only: bool) -> Path:
+        import huggingface_hub
+
+        patterns = MODEL_FILES if self.kind == "model" else DATA_FILES
+        try:
+            found = huggingface_hub.snapshot_download(
+                self.where, repo_type=self.kind, revision=self.revision, allow_patterns=patterns,
+                ignore_patterns=list(passed_over), local_files_only=cached_only,
+            )  # fmt: skip
+        except Exception as error:  # the client raises its own, its HTTP library's and the system's errors
+            raise self._unreachable(error) from error
+        return Path(str(found))
+
+    def _unreachable(self, error: Exception) -> CheckpointError:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        return CheckpointError(
+            f"{self.kind} {self.where} at {self.revision} cannot be had from the hub ({reason}); "
+            "give a local directory instead"
+        )
+
+    def identity(self) -> str:
+        """What decides the content: the commit of a hub repository, a digest of a local directory."""
+        directory = self.directory
+        if directory is None:
+            return f"hub:{self.kind}:{self.where}@{self.commit()}"
+        whole = self.kind == "dataset" or not (directory / "model_index.json").is_file()
+        return _digest_of_files(directory) if whole else _digest(directory)
+
+    def commit(self) -> str:
+        """The commit that the revision names, asked of the hub, or of its cache where the hub cannot be reached."""
+        if re.fullmatch(COMMIT, self.revision):
+            return self.revision
+        import huggingface_hub
+
+        try:
+            found = huggingface_hub.HfApi().repo_info(self.where, revision=self.revision, repo_type=self.kind).sha
+        except Exception as error:
+            try:
+                found = self._snapshot(True).name
+            except CheckpointError:
+                raise self._unreachable(error) from error
+        return str(found)
+
+
+def _digest(directory: Path) -> str:
+    """sha256 over the files of a model directory that `load` reads."""
+    return ModelFiles(directory).digest(checkpoint.read_files(directory))
+
+
+def _digest_of_files(directory: Path) -> str:
+    total = hashlib.sha256()
+    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        total.update(f"{path.relative_to(directory).as_posix()}|{content}\n".encode())
+    return total.hexdigest()
+
+
+# ---- loading what may be hostile ------------------------------------------------------------------------------------
+
+
+def load(source: Source) -> DiffusionModel:
+    """The model as fp32 on the CPU, after one evaluation of it. Raises CheckpointError for what cannot be had, read
+    safely or read completely, and for a network that answers with another shape or with NaN."""
+    directory = source.fetch()
+    model = checkpoint.load(directory)
+    _try(model, directory)
+    return model
+
+
+def _try(model: DiffusionModel, directory: Path) -> None:
+    import torch
+
+    rng = torch.Generator().manual_seed(0)
+    noise, t = torch.randn((2, *model.shape), generator=rng), torch.tensor([0, model.T // 2])
+    try:
+        with torch.no_grad():
+            context = model.embed(["", "a"]) if model.conditional else None
+            eps = model.eps(noise, t, context)
+    except Exception as error:  # whatever a layer says of sizes that do not fit together
+        said = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{directory}: the network cannot be evaluated: {said}") from None
+    if eps.shape != noise.shape:
+        raise CheckpointError(f"{directory}: the network returns {tuple(eps.shape)} for {tuple(noise.shape)}")
+    if not torch.isfinite(eps).all():
+        raise CheckpointError(f"{directory}: the network returns NaN or infinity")
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """Files of a model directory that were not read: that could run code, and that would change the model."""
+
+    code: tuple[str, ...]
+    adapters: tuple[str, ...]
+
+    def sentences(self) -> list[str]:
+        """What a reader has to know about them."""
+        said = []
+        if self.code:
+            said.append(f"Files that could run code were not opened: {', '.join(self.code[:10])}.")
+        if self.adapters:
+            said.append(
+                f"Weights next to the model were not applied, so nothing is known of the model with them: "
+                f"{', '.join(self.adapters[:10])}."
+            )
+        return said
+
+
+def ignored(directory: Path) -> Ignored:
+    """What `load` leaves alone below `directory`. Raises CheckpointError."""
+    files = ModelFiles(directory)
+    read = set(checkpoint.read_files(directory))
+    code = tuple(name for name in files.sizes if name.endswith((*PICKLES, ".py")))
+    parts = {folder for folder, _ in checkpoint.parts_of(files).values()}
+    weights = [name for name in files.sizes if name.endswith(".safetensors") and name not in read]
+    beside = [name for name in weights if name.rpartition("/")[0] in {*parts, ""}]
+    return Ignored(code, tuple(beside))

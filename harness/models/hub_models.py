@@ -1,0 +1,127 @@
+"""Base of the published models: weights and data from the hub or from local directories, public judges.
+
+Nothing is shipped, and nothing is fetched before it is needed. `path` and `data_path` are local directories or hub ids.
+If the revision is a branch, the hub is queried for its commit when a run is planned; if it is a commit, it is not
+queried.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from annotated_types import Ge
+
+from harness.types import Data, Judge, Modality, TextImageScorer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from harness.diffusion.model import DiffusionModel
+
+CLIP_WEIGHTS = "timm/vit_base_patch32_clip_224.openai"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What planning must know about a published network before it is downloaded, per image.
+
+    gmacs: 1e9 multiply-additions of one evaluation, counted by torch's FlopCounterMode on the published architecture.
+    parameters: of the denoiser. activations: numbers that its layers compute in one evaluation, which training stores.
+    """
+
+    gmacs: float
+    parameters: int
+    activations: int
+
+
+@dataclass(frozen=True)
+class Published:
+    """A model plugin whose weights and data are published by others."""
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    modality: ClassVar[Modality] = "noise"
+    conditional: ClassVar[bool] = False
+    family: ClassVar[Literal["vp", "ve"]] = "vp"
+    latent: ClassVar[bool] = False
+    side: ClassVar[int]  # side in pixels, to which the data are resized
+    splits: ClassVar[tuple[str, ...]] = ("train",)  # splits of the data that training and reference use
+    work: ClassVar[Work]
+
+    path: str = ""  # diffusers directory, or hub id of the model
+    revision: str = "main"  # branch, tag or commit of the model on the hub; a commit makes a run repeatable
+    data_path: str = ""  # directory of parquet files or images, or hub id of the data set
+    data_revision: str = "main"  # branch, tag or commit of the data set on the hub
+    images: Annotated[int, Ge(0)] = 0  # training images that are read; 0 = all
+    references: Annotated[int, Ge(0)] = 0  # real images for the Fréchet distance; 0 = all
+    inception: str = "released"  # weights of Inception-v3 for FID: a file, or torch-fidelity's release; '' = no FID
+    clip: str = CLIP_WEIGHTS  # CLIP ViT-B/32 in open_clip's format: directory or hub id; '' = no CLIP
+
+    def load(self) -> DiffusionModel:
+        from harness.judges import hub
+
+        model = hub.load(hub.Source(self.path, self.revision))
+        for what, have, wanted in (
+            ("takes prompts", model.conditional, self.conditional),
+            ("lets variance explode", model.family == "ve", self.family == "ve"),
+            ("diffuses latents", model.vae is not None, self.latent),
+        ):
+            if have != wanted:
+                one, other = (what, f"{self.name} does not") if have else (f"does not: {what}", self.name + " does")
+                raise hub.CheckpointError(f"{self.path} {one}, {other}; name a fitting model")
+        return model
+
+    def digest(self) -> str:
+        from harness.judges.hub import Source
+        from harness.judges.pretrained_judges import inception_identity
+
+        parts = [
+            Source(self.path, self.revision).identity(),
+            Source(self.data_path, self.data_revision, "dataset").identity(),
+            inception_identity(self.inception),
+            Source(self.clip).identity() if self.clip else "",
+            *self.more_identities(),
+        ]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def more_identities(self) -> tuple[str, ...]:
+        """Everything else that the numbers depend on."""
+        return ()
+
+    def data(self) -> Data:
+        return self._read(self.images)
+
+    def reference(self) -> Tensor:
+        return self._read(self.references).images
+
+    def _read(self, most: int) -> Data:
+        from harness.judges import image_folders
+        from harness.judges.hub import Source
+
+        return image_folders.read(
+            Source(self.data_path, self.data_revision, "dataset").fetch(), self.splits, self.side, most
+        )
+
+    def prompts(self, split: Literal["train", "test"], n: int, rng: torch.Generator) -> tuple[str, ...] | None:
+        return None
+
+    def attributes(self, prompt: str) -> Mapping[str, int]:
+        return {}
+
+    def words(self) -> tuple[str, ...]:
+        return ()
+
+    def judge(self) -> Judge | None:
+        from harness.judges.pretrained_judges import load_inception
+
+        return load_inception(self.inception) if self.inception else None
+
+    def scorer(self) -> TextImageScorer | None:
+        from harness.judges.hub import Source
+        from harness.judges.pretrained_judges import load_clip
+
+        return load_clip(Source(self.clip)) if self.clip else None

@@ -1,0 +1,296 @@
+"""A job in its process: from a spec and a store to one artifact, by a stage of harness.stages."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.registry import Registry, load, spec_of
+from harness.runs.job import AttackSpec, DefendSpec, JobSpec, MeasureSpec, SampleSpec
+from harness.runs.jsonable import to_jsonable
+from harness.runs.store import Store
+from harness.types import Backdoor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from harness.diffusion.model import DiffusionModel
+    from harness.stages.defend import Findings
+    from harness.types import Model
+
+LIBRARIES = (
+    "diffusion-defense-bench", "torch", "torchvision", "diffusers", "transformers", "numpy", "scipy", "scikit-learn",
+    "torch-fidelity", "torchmetrics", "torch-pruning", "open_clip_torch", "peft",
+)  # fmt: skip
+MODEL, FINDINGS, IMAGES, SCORES, SHEET = "model", "defended.json", "images.safetensors", "scores.json", "sheet.png"
+
+
+def execute(spec: JobSpec | Mapping[str, Any], store: Store, out: Path) -> dict[str, Any]:
+    """Do one job: fill the directory `out` and return facts for its manifest."""
+    asked = parsed(spec)
+    registry = load([Path(file) for file in asked.plugin_files])
+    return {**_done(asked, registry, store, out), "versions": versions()}
+
+
+def _done(asked: JobSpec, registry: Registry, store: Store, out: Path) -> dict[str, Any]:
+    match asked:
+        case AttackSpec():
+            return _attack(asked, registry, out)
+        case DefendSpec():
+            return _defend(asked, registry, store, out)
+        case SampleSpec():
+            return _sample(asked, registry, store, out)
+        case MeasureSpec():
+            return _measure(asked, registry, store, out)
+
+
+@cache
+def versions() -> dict[str, str | None]:
+    """Of the libraries that compute, as installed here; None for one that is not."""
+    found: dict[str, str | None] = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def parsed(spec: JobSpec | Mapping[str, Any]) -> JobSpec:
+    """The spec as planned, also after it crossed to another process as JSON."""
+    if isinstance(spec, Mapping):
+        return _adapter().validate_python(spec)
+    return spec
+
+
+@cache
+def _adapter() -> Any:
+    from typing import Annotated
+
+    from pydantic import Field, TypeAdapter
+
+    return TypeAdapter(Annotated[JobSpec, Field(discriminator="kind")])
+
+
+def device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _attack(spec: AttackSpec, registry: Registry, out: Path) -> dict[str, Any]:
+    from harness.diffusion import checkpoint
+    from harness.stages.attack import attack
+
+    method = registry.build("attacks", spec.attack)
+    backdoor = Backdoor(registry.build("triggers", spec.trigger), registry.build("targets", spec.target))
+    model = attack(registry.build("models", spec.model), method, backdoor, spec.seed, device())
+    parts = {part: str(getattr(spec, part)) for part in ("model", "attack", "trigger", "target", "seed")}
+    checkpoint.save(model, out / MODEL, {"backdoored": str(method.name != "none").lower(), **parts})
+    return {}
+
+
+def _defend(spec: DefendSpec, registry: Registry, store: Store, out: Path) -> dict[str, Any]:
+    from harness.diffusion import checkpoint
+    from harness.stages import knowledge
+    from harness.stages.defend import Screening, defend
+
+    plugin, defense = registry.build("models", spec.model), registry.build("defenses", spec.defense)
+    model = attacked_model(plugin, spec.attacked, store)
+    trigger = None if spec.trigger is None else registry.build("triggers", spec.trigger)
+    known = knowledge.draw(defense.needs, plugin, spec.seed, knowledge.Given(trigger=trigger), device())
+    screening = None if spec.screened is None else Screening(registry.build("triggers", spec.screened), spec.n)
+    purified, findings, facts = defend(
+        plugin, model, defense, known, spec.seed, screening, lambda sampler: _sampler_spec(registry, defense, sampler)
+    )
+    if purified is not None:
+        labels = {"purified_by": spec.defense, "seed": str(spec.seed)}
+        if spec.attacked is not None:
+            labels["backdoored"] = "was; the purification may have failed"
+        checkpoint.save(purified, out / MODEL, labels)
+    (out / FINDINGS).write_text(json.dumps(to_jsonable(findings), sort_keys=True))
+    return facts
+
+
+def _sampler_spec(registry: Registry, defense: Any, sampler: Any) -> str | None:
+    """What is stored of a defense's sampler: its spec, so that it has to be a registered one."""
+    if sampler is None:
+        return None
+    if registry.classes("samplers").get(getattr(sampler, "name", "")) is not type(sampler):
+        raise ValueError(f"defense '{defense.name}' delivers a sampler that is not registered: {sampler!r}")
+    return spec_of(sampler)
+
+
+def attacked_model(plugin: Model, attacked: str | None, store: Store) -> DiffusionModel:
+    """The attacked model, or the clean one where nothing was attacked, on the job's device."""
+    from harness.diffusion import checkpoint
+
+    model = plugin.load() if attacked is None else checkpoint.load(store.open_artifact(attacked) / MODEL)
+    return model.to(device())
+
+
+def findings_of(store: Store, key: str) -> Findings:
+    """What the defense of job `key` said."""
+    from harness.stages.defend import Findings
+
+    return Findings(**json.loads((store.open_artifact(key) / FINDINGS).read_text()))
+
+
+def _sample(spec: SampleSpec, registry: Registry, store: Store, out: Path) -> dict[str, Any]:
+    from safetensors.torch import save_file
+
+    from harness.diffusion.images import to_uint8
+    from harness.stages.defend import found
+    from harness.stages.inputs import evaluation_inputs
+    from harness.stages.sample import sample, sample_found, wrapped
+
+    plugin, sampler = registry.build("models", spec.model), registry.build("samplers", spec.sampler)
+    purified, label = False, spec_of(sampler)
+    if spec.defended is not None:
+        purified = (store.open_artifact(spec.defended) / MODEL).is_dir()
+        delivered = findings_of(store, spec.defended).sampler
+        own = None if delivered is None else registry.build("samplers", delivered)
+        guarded = wrapped(sampler, own)
+        if guarded is not sampler:
+            label = str(delivered) if guarded is own else f"{delivered} around {spec_of(sampler)}"
+        sampler = guarded
+    model = model_to_sample(spec, spec.defended if purified else None, plugin, store)
+    inputs = evaluation_inputs(plugin, model, spec.n)
+    if spec.found_by is not None:
+        images = sample_found(model, inputs, sampler, found(findings_of(store, spec.found_by).trigger))
+    else:
+        triggers = [None if stamp is None else registry.build("triggers", stamp) for stamp in spec.stamps]
+        images = sample(model, inputs, sampler, triggers)
+    save_file({"images": to_uint8(images)}, out / IMAGES)
+    return {"n": len(images), "nfe": sampler.nfe, "sampler": label, "model_changed": purified}
+
+
+# ---- the model that this process sampled last -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The model that this process samples. of: its spec, the attacked and the defended artifact. state: of torch's
+    random generators once it was loaded. seal: of the model, None where it cannot be sealed."""
+
+    of: tuple[str, str | None, str | None]
+    model: DiffusionModel
+    state: Any
+    seal: str | None
+
+
+_loaded: Loaded | None = None
+
+
+def model_to_sample(spec: SampleSpec, defended: str | None, plugin: Model, store: Store) -> DiffusionModel:
+    """The defended, else the attacked, else the clean model: the one that this process sampled last, if it is the same
+    and has not changed since. Whoever samples it finds the random state of a process that has just loaded it."""
+    global _loaded
+    of = (spec.model, spec.attacked, defended)
+    if _loaded is None or _loaded.of != of or _loaded.seal is None or _loaded.seal != _seal(_loaded.model):
+        _loaded = None  # before another takes its memory
+        found = attacked_model(plugin, spec.attacked if defended is None else defended, store)
+        _loaded = Loaded(of, found, _random_state(), _seal(found))
+    else:
+        _set_random_state(_loaded.state)
+    return _loaded.model
+
+
+def _random_state() -> Any:
+    import torch
+
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+
+def _set_random_state(state: Any) -> None:
+    import torch
+
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])
+
+
+def _seal(model: Any) -> str | None:
+    """A digest of what a sampler could change of a model: tensors, hooks, processors, modes, added tokens. None where
+    something in it cannot be written down, such as a hook that is a lambda."""
+    import hashlib
+    import io
+    import pickle
+
+    import torch
+
+    class Sealing(pickle.Pickler):
+        def persistent_id(self, obj: Any) -> Any:
+            return _tensor_seal(obj) if isinstance(obj, torch.Tensor) else None
+
+    parts, written = dict(vars(model)), io.BytesIO()
+    tokenizer = parts.pop("tokenizer")  # a fast one remembers how it was called last
+    try:
+        Sealing(written).dump((parts, None if tokenizer is None else tokenizer.get_added_vocab()))
+    except Exception:  # whatever a plugin has hung on the model; the price is another load
+        return None
+    return hashlib.sha256(written.getvalue()).hexdigest()
+
+
+def _tensor_seal(tensor: Any) -> tuple[Any, ...]:
+    """Its kind, and a checksum of its bytes that takes much less time than loading them."""
+    import zlib
+
+    import torch
+
+    data = zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return type(tensor).__name__, str(tensor.dtype), str(tensor.device), tuple(tensor.shape), tensor.requires_grad, data
+
+
+# ---- measure --------------------------------------------------------------------------------------------------------
+
+
+def _measure(spec: MeasureSpec, registry: Registry, store: Store, out: Path) -> dict[str, Any]:
+    from harness.diffusion.images import save_png
+    from harness.judges.evidence import contact_sheet
+    from harness.runs.planning import is_clean
+    from harness.stages import measure as stage
+
+    cell = spec.cell
+    images: Any = {tuple(name.split("/")): stored_images(store, key) for name, key in spec.samples.items()}
+    seen = stage.evidence(
+        registry.build("models", cell.model),
+        Backdoor(registry.build("triggers", cell.trigger), registry.build("targets", cell.target)),
+        images,
+        n=cell.n,
+        attacked=not is_clean(cell),
+        findings=None if spec.defended is None else findings_of(store, spec.defended),
+        given_trigger="trigger" in registry.build("defenses", cell.defense).needs,
+        costs={"attack": _cost(store, spec.attacked), "defense": _cost(store, spec.defended)},
+    )
+    scores = stage.measure({name: registry.build("metrics", name) for name in spec.metrics}, seen)
+    (out / SCORES).write_text(json.dumps(to_jsonable(scores), sort_keys=True))
+    save_png(contact_sheet(seen), out / SHEET)
+    return {}
+
+
+def stored_images(store: Store, key: str) -> Callable[[], Tensor]:
+    """The call that reads an image set of the store."""
+
+    def read() -> Tensor:
+        from safetensors.torch import load_file
+
+        from harness.diffusion.images import from_uint8
+
+        return from_uint8(load_file(store.open_artifact(key) / IMAGES)["images"])
+
+    return read
+
+
+def _cost(store: Store, key: str | None) -> dict[str, float | None] | None:
+    """What the job behind an artifact cost; None where none ran."""
+    if key is None:
+        return None
+    facts = store.manifest(key)["facts"]
+    cost = facts.get("cost")
+    return None if cost is None else cost | ({"screen_s": facts["screen_s"]} if "screen_s" in facts else {})

@@ -1,0 +1,353 @@
+"""From cells to jobs: what is computed once for many cells, and under which key.
+
+    attack ─► defend ─► sample ─► measure ─► record          (clean models are sampled without an attack)
+
+A key is the sha256 of everything that a job's numbers depend on: its ingredients. Where the job runs, how many others
+run beside it and where its numbers are reported are not among them.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from harness.capabilities import AttackersSampler, SteppedMethod, delivers, extra_sets, keyed_libraries, offers
+from harness.registry import Registry, parse_spec, spec_of, write_spec
+from harness.registry.code_digest import closure
+from harness.registry.entry_points import file_of
+from harness.runs.job import AttackSpec, DefendSpec, Job, JobSpec, MeasureSpec, SampleSpec
+from harness.runs.jsonable import key_of
+from harness.runs.suite import AXES, Suite, standard
+from harness.types import KNOWLEDGE, WRONG, Cell
+
+if TYPE_CHECKING:
+    from harness.runs.record import Track
+
+# First guesses of the seconds that a job takes, for the embedded models on one CPU core
+BEGIN, STEP, EVALUATION = 5.0, 0.25, 0.003  # before the first step, an optimizer step, a network evaluation
+SECONDS = {"attack": 300.0, "defend": 60.0, "measure": 5.0}  # of a method without steps
+STAGES = {
+    kind: (f"harness.stages.{kind}", "harness.diffusion.checkpoint", *also)
+    for kind, also in {
+        "attack": (), "defend": ("harness.stages.knowledge",), "sample": (), "measure": (),
+    }.items()
+}  # fmt: skip
+Identity = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a plugin comes from: its distribution (of a single file its name), the digest of the code that it depends
+    on, and the file of its class."""
+
+    distribution: str
+    code: str
+    file: str
+
+
+@dataclass(frozen=True)
+class PlannedCell:
+    """A cell, the key of its measure job (which is the record's key) and the keys of all jobs upstream of it."""
+
+    cell: Cell
+    key: str
+    upstream: tuple[str, ...]
+    needs: tuple[str, ...]  # the defense's
+    delivers: tuple[str, ...]  # the defense's
+    short: Mapping[str, str]  # specs with only what differs from the defaults
+    track: Track
+    origins: Mapping[str, Origin]  # part of the cell → where its plugin comes from
+
+
+@dataclass
+class Plan:
+    """The jobs of a suite by key, in an order in which they could run, and its cells."""
+
+    jobs: dict[str, Job] = field(default_factory=dict)
+    cells: list[PlannedCell] = field(default_factory=list)
+
+    def measured(self, key: str) -> MeasureSpec:
+        """The spec of a measure job."""
+        spec = self.jobs[key].spec
+        assert isinstance(spec, MeasureSpec)
+        return spec
+
+
+def plan(suite: Suite, registry: Registry, threads: int = 1) -> Plan:
+    """Every job that `suite` needs, each once."""
+    planner = _Planner(registry, suite.metrics or standard(registry), threads)
+    for cell in suite.cells:
+        planner.add(cell)
+    return planner.plan
+
+
+class _Planner:
+    def __init__(self, registry: Registry, metrics: Sequence[str], threads: int) -> None:
+        self.registry, self.threads, self.plan = registry, threads, Plan()
+        self.metrics = tuple(sorted(metrics))
+        self.sets = {name for metric in metrics for name in extra_sets(registry.build("metrics", metric))}
+        self.identity, self.digest, self.code = cache(self._identity), cache(self._digest), cache(self._code)
+        self.built, self.shortened = cache(registry.build), cache(self._shortened)
+        self.origin = cache(self._origin)
+        self.nfe = cache(self._nfe)
+
+    def _identity(self, kind: str, spec: str) -> Identity:
+        """What of a plugin a number depends on, beside its code."""
+        made = self.built(kind, spec)
+        said: Identity = {"spec": spec_of(made), "version": made.version}
+        keyed = {name: _minor(name) for name in keyed_libraries(made)}
+        return said | ({"libraries": keyed} if keyed else {}) | (self.digest(spec) if kind == "models" else {})
+
+    def _digest(self, spec: str) -> Identity:
+        return {"weights": self.built("models", spec).digest()}
+
+    def _code(self, stage: str, plugins: tuple[type, ...]) -> dict[str, str]:
+        return closure(plugins, STAGES[stage])
+
+    def _nfe(self, sampler: str) -> int:
+        return self.built("samplers", sampler).nfe
+
+    def short(self, part: str, cell: Cell) -> str:
+        """The spec of one part of a cell with only those parameters that differ from the defaults."""
+        return self.shortened(part, getattr(cell, part))
+
+    def _shortened(self, part: str, spec: str) -> str:
+        name, given = parse_spec(spec)
+        usual = parse_spec(spec_of(self.built(AXES[part], name)))[1]
+        return write_spec(name, {k: v for k, v in given.items() if v != usual.get(k)})
+
+    def _defended(self, cell: Cell) -> str:
+        return self.short("defense", cell) + (" (given a decoy trigger)" if cell.trigger_given == "decoy" else "")
+
+    def job(
+        self, label: str, needs: Sequence[str], spec: JobSpec, parts: Mapping[str, Any], plugins: Sequence[Any],
+        reuse_key: str | None = None, method: str | None = None,
+    ) -> str:  # fmt: skip
+        """Add the job whose result depends on `parts`, on the code of `plugins` and on the artifacts in `needs`; its
+        key. parts: ingredients by name."""
+        ingredients = {
+            "kind": spec.kind,
+            "threads": self.threads,
+            "precision": "fp32",
+            "inputs": sorted(needs),
+            "code": self.code(spec.kind, tuple(dict.fromkeys(type(plugin) for plugin in plugins))),
+            **parts,
+        }
+        key = key_of(ingredients)
+        if key not in self.plan.jobs:
+            spec = replace(spec, plugin_files=tuple(str(path) for path in self.registry.files))
+            self.plan.jobs[key] = Job(
+                key, spec.kind, label, tuple(needs), spec, self.guess(spec), reuse_key, method or label, ingredients
+            )
+        return key
+
+    def guess(self, spec: JobSpec) -> float:
+        """Seconds that a job may take, before any of its like was measured."""
+        if isinstance(spec, SampleSpec):
+            images = spec.n * max(1, len(spec.stamps))
+            return BEGIN + EVALUATION * images * self.nfe(spec.sampler)
+        method = None
+        if isinstance(spec, AttackSpec):
+            method = self.built("attacks", spec.attack)
+        if isinstance(spec, DefendSpec):
+            method = self.built("defenses", spec.defense)
+        steps = method.steps if offers(method, SteppedMethod) else None
+        return BEGIN + STEP * steps if isinstance(steps, int) and steps else SECONDS[spec.kind]
+
+    def add(self, cell: Cell) -> None:
+        attack = self.attack(cell)
+        defend = self.defend(cell, attack)
+        samples = self.samples(cell, attack, defend)
+        key = self.measure(cell, attack, defend, samples)
+        upstream = tuple(dict.fromkeys(k for k in (attack, defend, *samples.values(), key) if k is not None))
+        defense = self.built("defenses", cell.defense)
+        short = {part: self.short(part, cell) for part in AXES}
+        track: Track = "text-to-image" if self.built("models", cell.model).conditional else "unconditional"
+        origins = {part: self.origin(kind, getattr(cell, part)) for part, kind in AXES.items()}
+        self.plan.cells.append(
+            PlannedCell(cell, key, upstream, tuple(defense.needs), delivers(defense), short, track, origins)
+        )
+
+    def _origin(self, kind: str, spec: str) -> Origin:
+        cls, distribution = type(self.built(kind, spec)), self.registry.distribution_of(kind, _name(spec))
+        code = key_of(closure([cls]))[:16]
+        return Origin(PurePath(distribution).name, code, file_of(cls.__module__))
+
+    def attack(self, cell: Cell) -> str | None:
+        """Key of the attack job; None where the released clean model is left as it is."""
+        if is_clean(cell) and not self.built("attacks", cell.attack).steps:
+            return None
+        spec = AttackSpec(
+            model=cell.model, attack=cell.attack, trigger=cell.trigger, target=cell.target, seed=cell.seed
+        )
+        axes = ("model", "attack", "trigger", "target")
+        parts = {axis: self.identity(AXES[axis], getattr(cell, axis)) for axis in axes} | {"seed": cell.seed}
+        verb = "fine-tune" if is_clean(cell) else f"attack {self.short('attack', cell)} on"
+        method = f"{verb} {self.short('model', cell)}"
+        plugins = [self.built(AXES[axis], getattr(cell, axis)) for axis in axes]
+        return self.job(f"{method}, seed {cell.seed}", [], spec, parts, plugins, method=method)
+
+    def given(self, cell: Cell, needs: Sequence[str]) -> str | None:
+        """Spec of the trigger that the defender is given; None where it is given none."""
+        if "trigger" not in needs:
+            return None
+        return cell.trigger if cell.trigger_given == "true" else spec_of(self.built("triggers", cell.trigger).wrong(0))
+
+    def defend(self, cell: Cell, attack: str | None) -> str | None:
+        """Key of the defend job; None for defense `none`."""
+        name = _name(cell.defense)
+        if name == "none":
+            return None
+        defense = self.built("defenses", cell.defense)
+        unknown = [need for need in defense.needs if need not in KNOWLEDGE]
+        if unknown:
+            raise ValueError(f"defense '{name}' needs {unknown[0]!r}; there are {', '.join(KNOWLEDGE)}")
+        given = self.given(cell, defense.needs)
+        screens = "screen" in delivers(defense)
+        spec = DefendSpec(
+            model=cell.model, attacked=attack, defense=cell.defense, trigger=given, seed=cell.seed,
+            screened=cell.trigger if screens else None, n=cell.n if screens else 0,
+        )  # fmt: skip
+        parts: dict[str, Any] = {
+            "model": self.identity("models", cell.model),
+            "defense": self.identity("defenses", cell.defense),
+            "given trigger": None if given is None else self.identity("triggers", given),
+            "seed": cell.seed,
+        }
+        plugins = [self.built("models", cell.model), defense]
+        plugins += [self.built("triggers", spec) for spec in (given, cell.trigger if screens else None) if spec]
+        if screens:
+            parts["screened"] = {"trigger": self.identity("triggers", cell.trigger), "n": cell.n}
+        about = ", given a decoy trigger" if cell.trigger_given == "decoy" else ""
+        method = f"defend {self.short('defense', cell)}{about} on "
+        return self.job(
+            method + self._whose(cell, attack), [attack] if attack else [], spec, parts, plugins,
+            method=method + self._whose(cell, attack, seed=False),
+        )  # fmt: skip
+
+    def _whose(self, cell: Cell, attack: str | None, seed: bool = True) -> str:
+        name, ending = self.short("model", cell), f", seed {cell.seed}" if seed else ""
+        if attack is None:
+            return f"clean {name}"
+        if is_clean(cell):
+            return f"{name} fine-tuned{ending}"
+        return f"{name} attacked by {_name(cell.attack)}{ending}"
+
+    def samples(self, cell: Cell, attack: str | None, defend: str | None) -> dict[str, str]:
+        """Keys of the image sets by "who/given"."""
+        trigger = self.built("triggers", cell.trigger)
+        defense = self.built("defenses", cell.defense)
+        changes = {"model", "sampler"} & set(delivers(defense))
+        stamps: dict[str, tuple[str | None, ...]] = {
+            "clean": (None,),
+            "triggered": (cell.trigger,),
+            "wrong": tuple(spec_of(trigger.wrong(k)) for k in range(WRONG)),
+        }
+        models: dict[str, tuple[str | None, str | None]] = {
+            "clean": (None, None),
+            "backdoored": (attack, None),
+            "defended": (attack, defend if changes else None),
+        }
+        wanted = [("clean", "clean"), ("backdoored", "clean"), ("backdoored", "triggered"), ("backdoored", "wrong"),
+                  ("defended", "clean"), ("defended", "triggered")]  # fmt: skip
+        if trigger.modality == "noise":
+            wanted.append(("clean", "triggered"))  # what this noise gives without a backdoor
+        made = {f"{who}/{given}": self.sample(cell, models[who], stamps[given], given) for who, given in wanted}
+        if defend and "backdoored/found" in self.sets and self.given(cell, defense.needs) is None:
+            made["backdoored/found"] = self.sample_found(cell, attack, defend)
+        return made
+
+    def sample_found(self, cell: Cell, attack: str | None, defend: str) -> str:
+        """The attacked model under the trigger that the defense found, sampled as clean inputs are: who found it knows
+        no attacker's own process."""
+        sampler = self.sampler(cell, "clean")
+        spec = SampleSpec(model=cell.model, attacked=attack, sampler=sampler, n=cell.n, found_by=defend)
+        parts = {
+            "model": self.identity("models", cell.model),
+            "sampler": self.identity("samplers", sampler),
+            "found": [attack, defend],
+            "n": cell.n,
+        }
+        plugins = [self.built("models", cell.model), self.built("samplers", sampler)]
+        label = f"sample inputs with the trigger that {self._defended(cell)} found on "
+        return self.job(
+            label + self._whose(cell, attack), [k for k in (attack, defend) if k], spec, parts, plugins,
+            _reuse_key(cell, attack, None), label + self._whose(cell, attack, seed=False),
+        )  # fmt: skip
+
+    def sample(self, cell: Cell, of: tuple[str | None, str | None], stamps: tuple[str | None, ...], given: str) -> str:
+        attack, defend = of
+        sampler, n = self.sampler(cell, given), math.ceil(cell.n / len(stamps))
+        spec = SampleSpec(model=cell.model, attacked=attack, defended=defend, sampler=sampler, stamps=stamps, n=n)
+        parts = {
+            "model": self.identity("models", cell.model),
+            "sampler": self.identity("samplers", sampler),
+            "stamps": [None if stamp is None else self.identity("triggers", stamp) for stamp in stamps],
+            "n": n,
+            "of": [attack, defend],  # `inputs` is a set of keys; which of them was attacked and which defended is here
+        }
+        plugins = [self.built("models", cell.model), self.built("samplers", sampler)]
+        plugins += [self.built("triggers", stamp) for stamp in stamps if stamp is not None]
+        delivered = delivers(self.built("defenses", cell.defense))
+        if defend and "sampler" in delivered:  # a sampler that the defense delivers runs in this job
+            plugins.append(self.built("defenses", cell.defense))
+        who = f"{self._defended(cell)} on " if defend else ""
+        label = f"sample {given} inputs, {who}"
+        return self.job(
+            label + self._whose(cell, attack), [k for k in (attack, defend) if k], spec, parts, plugins,
+            _reuse_key(cell, attack, defend if "model" in delivered else None),
+            label + self._whose(cell, attack, seed=False),
+        )  # fmt: skip
+
+    def sampler(self, cell: Cell, given: str) -> str:
+        """The cell's sampler. One that is an attacker's own reverse process is for inputs with a trigger (decoys too);
+        clean inputs are sampled by its vanilla form, whoever's model it is."""
+        sampler = self.built("samplers", cell.sampler)
+        own = given == "clean" and offers(sampler, AttackersSampler)
+        return spec_of(sampler.vanilla()) if own else cell.sampler
+
+    def measure(self, cell: Cell, attack: str | None, defend: str | None, samples: dict[str, str]) -> str:
+        spec = MeasureSpec(cell=cell, attacked=attack, defended=defend, samples=samples, metrics=self.metrics)
+        parts = {
+            "cell": asdict(cell),
+            "model": self.identity("models", cell.model),
+            "trigger": self.identity("triggers", cell.trigger),
+            "target": self.identity("targets", cell.target),
+            "metrics": {name: self.identity("metrics", name) for name in self.metrics},
+            "samples": samples,
+        }
+        axes = ("model", "trigger", "target")
+        plugins = [self.built(AXES[axis], getattr(cell, axis)) for axis in axes]
+        plugins += [self.built("metrics", name) for name in self.metrics]
+        needs = [k for k in dict.fromkeys([attack, defend, *samples.values()]) if k]
+        label = f"measure {self._defended(cell)} on "
+        return self.job(
+            label + self._whose(cell, attack), needs, spec, parts, plugins,
+            method=label + self._whose(cell, attack, seed=False),
+        )  # fmt: skip
+
+
+def _reuse_key(cell: Cell, attack: str | None, defend: str | None) -> str:
+    """The name of the model that a sample job loads: the defended, else the attacked, else the clean one."""
+    return f"{cell.model} {attack} {defend}"
+
+
+def _minor(library: str) -> str:
+    """Major and minor version of an installed library."""
+    return ".".join(importlib.metadata.version(library).split(".")[:2])
+
+
+def is_clean(cell: Cell) -> bool:
+    """Whether the cell's model is without a backdoor: attack `none`, fine-tuned or not."""
+    return _name(cell.attack) == "none"
+
+
+@cache
+def _name(spec: str) -> str:
+    """Which plugin a spec asks for."""
+    return parse_spec(spec)[0]

@@ -1,0 +1,141 @@
+"""A record: what a cell came to, with everything that its numbers depend on. Written once, read everywhere.
+
+In JSON what is unmeasured is null; here it is NaN. A record that does not have this form is refused with the place of
+the first thing that is wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from harness.types import Cell, Score
+
+Track = Literal["unconditional", "text-to-image"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class JobFacts(_Frozen):
+    """A job upstream of a record."""
+
+    kind: Literal["attack", "defend", "sample", "measure"]
+    label: str
+
+
+class Attempt(BaseModel):
+    """One attempt at a job: what the engine noted of it."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    job: str
+
+
+class Sampled(_Frozen):
+    """How an image set was made: the sampler's spec, network evaluations for one image."""
+
+    sampler: str | None = None
+    nfe: int
+
+
+class Source(_Frozen):
+    """Where a plugin comes from: name and version of its distribution, the digest of the code that it depends on, and
+    the commit of its own checkout, with whether that had changes (None where it lies in none)."""
+
+    distribution: str
+    version: str | None = None
+    code: str | None = None
+    commit: str | None = None
+    dirty: bool | None = None
+
+
+class Provenance(_Frozen):
+    """Where a record's numbers come from.
+
+    versions: of Python and of the libraries that compute. commit, dirty: of the harness's checkout, None for an
+    installed copy. jobs: key → what it was. short: the cell's specs with only what differs from the defaults. delivers:
+    what the defense declares. nfe: network evaluations for one image. sampled: for each image set. accelerators: names
+    of the GPUs. notes: what the defense said of its own work. found_trigger: the text that it names. unchanged: whether
+    it returned the very weights that it was given. sources: part of the cell → where its plugin comes from.
+    """
+
+    versions: dict[str, str | None] = Field(default_factory=dict)
+    python: str | None = None
+    machine: str | None = None
+    processor: str | None = None
+    platform: str | None = None
+    commit: str | None = None
+    dirty: bool | None = None
+    jobs: dict[str, JobFacts] = Field(default_factory=dict)
+    short: dict[str, str] = Field(default_factory=dict)
+    track: Track | None = None
+    delivers: tuple[str, ...] = ("model",)
+    metrics: tuple[str, ...] = ()
+    nfe: int | None = None
+    sampled: dict[str, Sampled] = Field(default_factory=dict)
+    accelerators: tuple[str, ...] = ()
+    notes: dict[str, Any] = Field(default_factory=dict)
+    found_trigger: str | None = None
+    unchanged: bool = False
+    sources: dict[str, Source] = Field(default_factory=dict)
+
+
+class Record(_Frozen):
+    """The outcome of one cell. key: of its measure job. error: why there are no scores. knowledge: what the defense was
+    given, by the names of `Knowledge`. sheet: the contact sheet's path, relative to the folder of results."""
+
+    key: str = Field(pattern=r"^[0-9a-f]{64}$")
+    cell: Cell
+    scores: dict[str, Score] = Field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    error: str | None = None
+    attempts: tuple[Attempt, ...] = ()
+    knowledge: tuple[str, ...] = ()
+    provenance: Provenance = Field(default_factory=Provenance)
+    sheet: str | None = None
+
+    @field_validator("scores", mode="before")
+    @classmethod
+    def _unmeasured(cls, value: Any) -> Any:
+        """null as NaN, in values and in per-sample values."""
+        if not isinstance(value, Mapping):
+            return value
+        return {name: _with_nan(score) if isinstance(score, Mapping) else score for name, score in value.items()}
+
+    def value(self, score: str) -> float:
+        """The value of a score, NaN where it is absent or unmeasured. "fid[]" finds the one `fid[<judge>]`."""
+        found = self.scores.get(self.name_of(score))
+        return math.nan if found is None else found.value
+
+    def name_of(self, score: str) -> str:
+        """The record's name for `score`: "fid[]" → "fid[digits-cnn]"; without brackets where there is none."""
+        if not score.endswith("[]"):
+            return score
+        stem = score[:-1]
+        return next((name for name in self.scores if name.startswith(stem) and name.endswith("]")), score[:-2])
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A combination that the grid left out because it cannot be run, and why."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    cell: Cell
+    reason: str
+
+
+def _with_nan(score: Mapping[str, Any]) -> dict[str, Any]:
+    kept = score.get("per_sample")
+    found = dict(score)
+    if "value" in found and found["value"] is None:
+        found["value"] = math.nan
+    if isinstance(kept, list | tuple) and None in kept:
+        found["per_sample"] = [math.nan if x is None else x for x in kept]
+    return found

@@ -1,0 +1,336 @@
+"""Suite TOML → cells. A suite holds one or more [[grid]] tables, each a product over lists of specs:
+
+    title = "..."
+    metrics = ["*", "found-trigger"]     # default: "*", every registered metric that needs no images of its own
+    [[grid]]
+    model = ["digits-ddpm"]
+    attack = ["none", "villandiffusion(solver='ode')"]
+    trigger = ["box"]
+    target = ["corner"]
+    defense = ["none", "finetune", "elijah"]
+    sampler = ["ddim(steps=50)"]         # default: ddim
+    seed = [0]                           # default: 0
+    n = 128                              # evaluation samples per cell, default 100
+    controls = ["decoy"]                 # a defense that needs the trigger is also given a decoy
+
+Combinations that make no sense are dropped with the reason in words; they appear in the report as "n/a".
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from harness.capabilities import accepted_models, extra_sets, family_of, missing_of_trigger, scales_noise
+from harness.registry import Registry, RegistryError, did_you_mean, parse_spec
+from harness.runs.record import Dropped
+from harness.types import Cell, TriggerGiven
+
+AXES = {
+    "model": "models",
+    "attack": "attacks",
+    "trigger": "triggers",
+    "target": "targets",
+    "sampler": "samplers",
+    "defense": "defenses",
+}
+DEFAULTS: dict[str, Any] = {"sampler": ("ddim",), "seed": (0,), "n": 100, "controls": ()}
+GRID_KEYS = ("model", "attack", "trigger", "target", "defense", "sampler", "seed", "n", "controls")
+SUITE_KEYS = ("title", "metrics", "grid")
+CONTROLS = tuple(given for given in get_args(TriggerGiven) if given != "true")
+FAMILIES = {"vp": "variance-preserving", "ve": "variance-exploding"}
+FILTERS = tuple(f.name for f in fields(Cell))
+
+
+class SuiteError(RegistryError):
+    """A suite, --set or --only that says something impossible, in one line."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What a run computes. Cells are distinct, their specs canonical, in the order of the file."""
+
+    name: str
+    title: str
+    cells: tuple[Cell, ...]
+    dropped: tuple[Dropped, ...]
+    metrics: tuple[str, ...]
+    path: Path
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One [[grid]] table, checked for form; `place` names it in messages."""
+
+    place: str
+    axes: Mapping[str, tuple[str, ...]]
+    seeds: tuple[int, ...]
+    n: int
+    controls: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A suite file checked for form. Its specs have not met the plugins yet."""
+
+    name: str
+    title: str
+    metrics: tuple[str, ...] | None
+    grids: tuple[Grid, ...]
+    path: Path
+
+
+def load_suite(suite: str | Path, registry: Registry, only: Sequence[str] = (), sets: Sequence[str] = ()) -> Suite:
+    """The suite of that name or path, expanded. Raises SuiteError, UnknownName or InvalidSpec."""
+    return expand(read(find_suite(suite), sets), registry, only)
+
+
+# ---- files --------------------------------------------------------------------------------------------------------
+
+
+def suites() -> dict[str, Path]:
+    """name → file of the suites shipped with the leaderboard."""
+    spec = importlib.util.find_spec("leaderboard")
+    places = [Path(place) / "suites" for place in (spec.submodule_search_locations if spec else None) or ()]
+    return {path.stem: path for place in places for path in sorted(place.glob("*.toml"))}
+
+
+def find_suite(name_or_path: str | Path) -> Path:
+    """A path ends in .toml or has a directory; anything else names a shipped suite. Raises SuiteError."""
+    text, path = str(name_or_path), Path(name_or_path).expanduser()
+    if text.endswith(".toml") or len(path.parts) > 1:
+        if not path.is_file():
+            raise SuiteError(f"{text}: no such suite file")
+        return path
+    known = suites()
+    if text not in known:
+        raise SuiteError(f"no suite '{text}'{did_you_mean(text, known)} known: {', '.join(known) or 'none'}, or a path")
+    return known[text]
+
+
+def read(path: Path, sets: Sequence[str] = ()) -> Draft:
+    """Read a suite file, apply `sets` ("n=16", "grid.0.n=16") and check its form. Raises SuiteError."""
+    if not re.fullmatch(r"\w[\w.+-]*", path.stem):
+        raise SuiteError(f"{path}: runs are named for the file; use letters, digits, '-', '_' and '.' in its name")
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SuiteError(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise SuiteError(f"{path}: not TOML: {error}") from None
+    for text in sets:
+        _set(document, text)
+    _known_keys(document, SUITE_KEYS, str(path))
+    grids = document.get("grid")
+    if not isinstance(grids, list) or not grids or not all(isinstance(grid, dict) for grid in grids):
+        raise SuiteError(f"{path}: a suite needs at least one [[grid]]")
+    title = _typed(document.get("title", path.stem), str, "a text", f"{path}: title")
+    metrics = None
+    if "metrics" in document:
+        metrics = _list(document["metrics"], str, "texts", f"{path}: metrics")
+    checked = tuple(_grid(grid, f"{path}: grid {i}") for i, grid in enumerate(grids))
+    return Draft(path.stem, title, metrics, checked, path)
+
+
+def _grid(table: Mapping[str, Any], place: str) -> Grid:
+    _known_keys(table, GRID_KEYS, place)
+    values = {**DEFAULTS, **table}
+    missing = [axis for axis in AXES if axis not in values]
+    if missing:
+        raise SuiteError(f"{place}: says no {', no '.join(missing)}")
+    axes = {axis: _list(values[axis], str, "specs", f"{place}: {axis}") for axis in AXES}
+    seeds = _list(values["seed"], int, "whole numbers", f"{place}: seed")
+    n = _typed(values["n"], int, "a whole number", f"{place}: n")
+    if n < 1:
+        raise SuiteError(f"{place}: n should be at least 1, got {n}")
+    controls = _list(values["controls"], str, "texts", f"{place}: controls", empty=True)
+    for control in controls:
+        if control not in CONTROLS:
+            known = ", ".join(CONTROLS)
+            raise SuiteError(f"{place}: no control '{control}'{did_you_mean(control, CONTROLS)} known: {known}")
+    return Grid(place, axes, seeds, n, controls)
+
+
+def _known_keys(table: Mapping[str, Any], known: Sequence[str], place: str) -> None:
+    for key in table:
+        if key not in known:
+            raise SuiteError(f"{place}: no key '{key}'{did_you_mean(key, known)} known: {', '.join(known)}")
+
+
+def _typed(value: Any, kind: type, words: str, place: str) -> Any:
+    if type(value) is not kind:
+        raise SuiteError(f"{place} should be {words}, got {value!r}")
+    return value
+
+
+def _list(value: Any, kind: type, words: str, place: str, empty: bool = False) -> tuple[Any, ...]:
+    """A list of `kind`; a single value is a list of one."""
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if not all(type(item) is kind for item in values) or not (values or empty):
+        raise SuiteError(f"{place} should be a list of {words}, got {value!r}")
+    return values
+
+
+def _set(document: dict[str, Any], text: str) -> None:
+    """Apply one override: a key of the suite, of one grid (grid.0.n) or of every grid (n)."""
+    key, equals, literal = text.partition("=")
+    key = key.strip()
+    if not equals:
+        raise SuiteError(f"--set {text}: write key=value, as in --set n=16")
+    value = _toml(literal.strip(), text)
+    tables = document.get("grid")
+    tables = [table for table in tables if isinstance(table, dict)] if isinstance(tables, list) else []
+    if key in ("title", "metrics"):
+        document[key] = value
+        return
+    if match := re.fullmatch(r"grid\.(\d+)\.(\w+)", key):
+        number, key = int(match[1]), match[2]
+        if number >= len(tables):
+            raise SuiteError(f"--set {text}: there is no grid {number}; the suite has {len(tables)}, counted from 0")
+        tables = [tables[number]]
+    _known_keys({key: value}, GRID_KEYS, f"--set {text}")
+    for table in tables:
+        table[key] = value
+
+
+def _toml(literal: str, text: str) -> Any:
+    """A TOML value; what is a spec as it stands needs no quotes."""
+    try:
+        return tomllib.loads(f"value = {literal}")["value"]
+    except (tomllib.TOMLDecodeError, KeyError, RecursionError, ValueError):
+        pass
+    try:
+        parse_spec(literal)
+    except RegistryError:
+        raise SuiteError(f"--set {text}: {literal} is neither a TOML value nor a spec") from None
+    return literal
+
+
+# ---- expansion ----------------------------------------------------------------------------------------------------
+
+
+def expand(draft: Draft, registry: Registry, only: Sequence[str] = ()) -> Suite:
+    """Meet the plugins: canonical specs, impossible combinations dropped, duplicates merged, `only` applied.
+
+    only: "defense=skd" keeps cells whose defense's name contains "skd" ("defense=skd(" and on: whose canonical spec
+    starts so); seed and n match exactly. Several of one key are alternatives, several keys must all hold.
+    Raises SuiteError for a filter that leaves nothing.
+    """
+    cells: dict[Cell, None] = {}
+    dropped: dict[Cell, str] = {}
+    for grid in draft.grids:
+        for cell, reason in _cells(grid, registry):
+            if reason is None:
+                cells[cell] = None
+            else:
+                dropped[cell] = reason
+    wanted = _filter(only)
+    kept = tuple(cell for cell in cells if wanted(cell))
+    out = tuple(Dropped(cell, reason) for cell, reason in dropped.items() if wanted(cell))
+    if not kept and not out:
+        raise SuiteError(f"{' '.join(f'--only {text}' for text in only)}: keeps no cell of {draft.path}")
+    asked = ("*",) if draft.metrics is None else draft.metrics
+    metrics = [name for spec in asked for name in (standard(registry) if spec == "*" else (spec,))]
+    canonical = tuple(dict.fromkeys(_canonical(registry, "metrics", spec, str(draft.path)) for spec in metrics))
+    return Suite(draft.name, draft.title, kept, out, canonical, draft.path)
+
+
+def standard(registry: Registry) -> tuple[str, ...]:
+    """The metrics of a suite that names none: those that read no image set of their own."""
+    return tuple(name for name, cls in registry.classes("metrics").items() if not extra_sets(cls))
+
+
+def _cells(grid: Grid, registry: Registry) -> list[tuple[Cell, str | None]]:
+    """The cells of one grid, defenses innermost, each with the reason for dropping it or None."""
+    canonical = {
+        axis: {_canonical(registry, kind, spec, f"{grid.place}: {axis}"): None for spec in grid.axes[axis]}
+        for axis, kind in AXES.items()
+    }
+    built = {axis: {spec: registry.build(AXES[axis], spec) for spec in specs} for axis, specs in canonical.items()}
+    found: list[tuple[Cell, str | None]] = []
+    models, attacks, triggers, targets, samplers, defenses = (canonical[axis] for axis in AXES)
+    for model, attack, trigger, target, sampler, seed, defense in itertools.product(
+        models, attacks, triggers, targets, samplers, dict.fromkeys(grid.seeds), defenses
+    ):
+        cell = Cell(model, attack, trigger, target, defense, sampler, seed, n=grid.n)
+        parts = {axis: built[axis][getattr(cell, axis)] for axis in AXES}
+        reason = impossible(parts)
+        found.append((cell, reason))
+        if "decoy" in grid.controls and "trigger" in parts["defense"].needs and reason is None:
+            found.append((replace(cell, trigger_given="decoy"), None))
+    return found
+
+
+def _canonical(registry: Registry, kind: str, spec: str, place: str) -> str:
+    try:
+        return registry.canonical(kind, spec)
+    except RegistryError as error:
+        raise type(error)(f"{place}: {error}") from None
+
+
+def impossible(parts: Mapping[str, Any]) -> str | None:
+    """Why these plugin instances (by axis) cannot make a cell, in words; None if they can.
+
+    What a part does not declare is taken as docs/plugins.md says: harness.types has the capabilities.
+    """
+    model, attack, trigger, target = (parts[axis] for axis in ("model", "attack", "trigger", "target"))
+    if trigger.modality != model.modality:
+        return f"{trigger.name} stamps {trigger.modality}, {model.name} takes triggers in {model.modality}"
+    for axis in ("attack", "defense"):
+        accepted = parts[axis].accepts_triggers
+        if trigger.modality not in accepted:
+            return (
+                f"{parts[axis].name} accepts triggers in {_words(accepted)}, {trigger.name} stamps {trigger.modality}"
+            )
+    if target.kind not in attack.accepts_targets and "any" not in attack.accepts_targets:
+        return f"{attack.name} accepts targets of kind {_words(attack.accepts_targets)}, {target.name} is {target.kind}"
+    for axis in ("trigger", "sampler"):
+        if scales_noise(parts[axis]) and not scales_noise(attack):
+            return f"{parts[axis].name} is for attacks on biased noise γ ε + μ, {attack.name} trains on unit noise"
+    if scales_noise(parts["sampler"]) and trigger.modality != "noise":
+        return f"{parts['sampler'].name} follows a trigger in noise, {trigger.name} stamps {trigger.modality}"
+    for axis in ("attack", "defense", "sampler"):
+        if missing := missing_of_trigger(parts[axis], trigger):
+            return f"{parts[axis].name} needs a trigger with {' and '.join(missing)}, {trigger.name} has none"
+    sampler: Any = parts["sampler"]
+    nfe = sampler.nfe
+    if type(nfe) is not int or nfe < 1:
+        return f"{sampler.name} takes nfe = {nfe!r} network evaluations per image; it should be a whole number"
+    family, sampled = family_of(model), family_of(parts["sampler"])
+    if sampled != family:
+        return f"{parts['sampler'].name} samples {FAMILIES[sampled]} models, {model.name} is {FAMILIES[family]}"
+    for axis in ("attack", "target", "defense"):
+        accepted = accepted_models(parts[axis])
+        if accepted is not None and model.name not in accepted:
+            return f"{parts[axis].name} accepts the models {_words(accepted)}, not {model.name}"
+    return None
+
+
+def _words(names: Sequence[str]) -> str:
+    return " or ".join(names) or "nothing"
+
+
+def _filter(only: Sequence[str]) -> Any:
+    """Cell → bool for filters as in `expand`. Raises SuiteError for an unknown key."""
+    wanted: dict[str, list[str]] = {}
+    for text in only:
+        key, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or not value:
+            raise SuiteError(f"--only {text}: write key=value, as in --only defense=skd")
+        if key not in FILTERS:
+            raise SuiteError(f"--only {text}: no key '{key}'{did_you_mean(key, FILTERS)} known: {', '.join(FILTERS)}")
+        wanted.setdefault(key, []).append(value)
+    return lambda cell: all(any(_matches(cell, key, value) for value in values) for key, values in wanted.items())
+
+
+def _matches(cell: Cell, key: str, value: str) -> bool:
+    have = getattr(cell, key)
+    if isinstance(have, int):
+        return str(have) == value
+    return have.startswith(value) if "(" in value else value in have.partition("(")[0]

@@ -1,0 +1,123 @@
+"""Whether our numbers put defenses in the order that a paper puts them in: entries of reported.toml that name the same
+`order`, beside our cells of the same attack, target and settings."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from leaderboard import reported
+from leaderboard.reported import Number
+from leaderboard.rows import Control, PooledCell
+from leaderboard.specs import arguments, bare
+
+BUDGET = ("steps", "batch", "lr")  # what a model's size decides: no part of a setting
+LEAST_SEEDS = 3  # of the attack's training; with fewer nothing is called better
+LEGEND = (
+    f"Ours is the range over cells and seeds. Two defenses are distinguished only if both have at least {LEAST_SEEDS} "
+    "seeds and their ranges do not overlap. Models, data and judges differ from the paper's."
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A paper's number and our values of the score that means most nearly the same, over cells and seeds."""
+
+    entry: Number
+    ours: tuple[float, ...]
+    seeds: int = 0  # distinct seeds of the attack's training behind `ours`
+
+    @property
+    def name(self) -> str:
+        return f"{self.entry.defense}({self.entry.settings})" if self.entry.settings else self.entry.defense
+
+    @property
+    def shown(self) -> str:
+        return span(self.entry, self.ours)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """One comparison, the paper's best first. differences: sentences, none where ours has the same order."""
+
+    paper: reported.Paper
+    title: str
+    track: str
+    places: tuple[Place, ...]
+    differences: tuple[str, ...]
+
+
+def rankings(cells: Sequence[PooledCell], numbers: reported.Reported | None = None) -> list[Ranking]:
+    """Every comparison of a paper of which we have measured at least two, as far as we have measured it."""
+    numbers = numbers or reported.shipped()
+    groups: dict[tuple[str, str], list[Number]] = defaultdict(list)
+    for entry in numbers.number:
+        if entry.order:
+            groups[entry.paper, entry.order].append(entry)
+    made = []
+    for (paper, title), entries in groups.items():
+        found = [(entry, matching(cells, entry)) for entry in entries]
+        places = [
+            Place(entry, values(mine, entry), len({seed for cell in mine for seed in cell.seeds}))
+            for entry, mine in found
+        ]
+        measured = sorted((p for p in places if p.ours), key=lambda p: -(p.entry.value or 0.0))
+        if len(measured) > 1:
+            track = next(cell.track for _, mine in found for cell in mine)
+            made.append(Ranking(numbers.paper(paper), title, track, tuple(measured), differences(measured)))
+    return made
+
+
+def matching(cells: Sequence[PooledCell], entry: Number) -> list[PooledCell]:
+    """Our cells of an entry's attack, and of its target and settings where it names them."""
+    wanted = None if entry.settings is None else arguments(f"{entry.defense}({entry.settings})")
+    return [
+        cell
+        for cell in cells
+        if bare(cell.short.defense) == entry.defense
+        if bare(cell.short.attack) in entry.attack.replace(" ", "").split(",")
+        if not entry.target or bare(cell.short.target) == entry.target
+        if wanted is None or _settings(cell) == wanted
+        if cell.control is not Control.decoy and cell.state is None
+    ]
+
+
+def _settings(cell: PooledCell) -> dict[str, str]:
+    return {name: value for name, value in arguments(cell.short.defense).items() if name not in BUDGET}
+
+
+def values(cells: Sequence[PooledCell], entry: Number) -> tuple[float, ...]:
+    """What each seed of the cells measured of the score that the entry calls ours, ascending."""
+    if entry.ours is None:
+        return ()
+    found = [record.value(entry.ours) for cell in cells for record in cell.records]
+    return tuple(sorted(value for value in found if not math.isnan(value)))
+
+
+def span(entry: Number, ours: Sequence[float]) -> str:
+    """Least and largest of our values in the entry's unit: "97–100 %"; "" where there are none."""
+    scale, unit = (100, " %") if entry.unit == "share" else (1, "")
+    return "–".join(dict.fromkeys(f"{scale * x:.4g}" for x in (ours[0], ours[-1]))) + unit if ours else ""
+
+
+def differences(places: Sequence[Place]) -> tuple[str, ...]:
+    """Where our order is not that of `places`, which is the paper's: one sentence for each pair that it has otherwise,
+    one for all that it does not tell apart."""
+    said, alike, apart = [], [], False
+    for a, b in itertools.combinations(places, 2):
+        enough = min(a.seeds, b.seeds) >= LEAST_SEEDS
+        ours = enough * ((a.ours[0] > b.ours[-1]) - (a.ours[-1] < b.ours[0]))
+        apart |= ours != 0
+        equal = a.entry.value == b.entry.value
+        if ours == 0 and not equal:
+            alike.append(f"{a.name} and {b.name}")
+        elif ours < 0 or (equal and ours > 0):
+            above, below = (a, b) if ours > 0 else (b, a)
+            there = "equal" if equal else f"{above.entry.shown} against {below.entry.shown}"
+            said.append(f"{above.name} ({above.shown}) is above {below.name} ({below.shown}), in the paper {there}")
+    if not apart:
+        return ("no two of them are distinguished",)
+    return (*said, *([f"not distinguished: {', '.join(alike)}"] if alike else []))

@@ -1,0 +1,430 @@
+"""Records → rows, for every reader: terminal, Markdown, CSV, JSON and the page.
+
+A cell is pooled over the seeds of the attack's training. A table sets the rows of one model beside each other: those of
+one setting (attack, trigger, target, sampler), or one row per defense over all the settings that it met, with the worst
+case and the mean. A defense that met one attack is never placed beside one that met five.
+
+Rows carry letters instead of ranks, which the data do not carry: two rows share a letter exactly where the 95 %
+intervals of their ranking score overlap. Defenses that were given the trigger have letters apart from blind ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from typing import Any, Literal
+
+from harness.judges import statistics
+from harness.runs import doubts
+from harness.runs.jsonable import canonical
+from harness.runs.record import Dropped, Record, Track
+from harness.types import Cell, Doubt, Score, TriggerGiven
+from leaderboard.columns import ASR, REPORT, TASKS, TRACKS, Column, Task, of_view
+from leaderboard.specs import bare, shortener
+
+SETTING = ("model", "attack", "trigger", "target", "sampler")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+Section = Literal["control", "blind", "given", "missing"]
+
+
+class Control(StrEnum):
+    """Rows that others are held against: nothing done, plain training on clean data, the defense given a decoy."""
+
+    none = "none"
+    finetune = "finetune"
+    decoy = "decoy"
+
+
+BASELINES = (Control.none, Control.finetune)
+
+
+@dataclass(frozen=True)
+class Number:
+    """A score over seeds with its 95 % interval; NaN with the reason where it was not measured."""
+
+    value: float
+    interval: tuple[float, float] | None = None
+    warning: str | None = None
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """The interval; without one the value alone."""
+        return self.interval or (self.value, self.value)
+
+    def ends(self, share: bool) -> tuple[float, ...]:
+        """The interval's ends, () for none; of a share within 0 and 1, where the interval of a mean may not lie."""
+        pair = self.interval or ()
+        return tuple(min(1.0, max(0.0, end)) for end in pair) if share else pair
+
+
+@dataclass(frozen=True)
+class State:
+    """Why a cell has no numbers: it failed, or the grid left it out."""
+
+    kind: Literal["failed", "n/a"]
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.why}"
+
+
+@dataclass(frozen=True)
+class PooledCell:
+    """A cell over its seeds. specs: of the first seed; short: the same with only what differs from the defaults.
+    knowledge: what the defense was given, by the names of `harness.types.Knowledge`."""
+
+    id: str
+    track: Track
+    tasks: tuple[Task, ...]
+    specs: Cell
+    short: Cell
+    knowledge: tuple[str, ...] = ()
+    control: Control | None = None
+    records: tuple[Record, ...] = ()
+    doubts: tuple[Doubt, ...] = ()
+    state: State | None = None
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(record.cell.seed for record in self.records)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(record.key for record in self.records)
+
+    @property
+    def trigger_given(self) -> TriggerGiven | None:
+        """Which trigger the defense was given; None for a blind one."""
+        return self.specs.trigger_given if "trigger" in self.knowledge else None
+
+    @property
+    def knows(self) -> str:
+        """What the defense was given, for people."""
+        if self.control is Control.decoy:
+            return "decoy trigger (control)"
+        if self.state is not None and not self.records:
+            return "–"
+        words = sorted(self.knowledge, key=lambda word: word != "trigger")
+        return ", ".join(word.replace("_", " ") for word in words) or "none (blind)"
+
+    @property
+    def nfe(self) -> tuple[int, ...]:
+        """Network evaluations of one sample, where known."""
+        return tuple(sorted({r.provenance.nfe for r in self.records if r.provenance.nfe is not None}))
+
+    @property
+    def place(self) -> str:
+        """The setting, for people."""
+        return f"{self.short.attack}, {self.short.trigger} → {self.short.target}, {self.short.sampler}"
+
+    def name(self, score: str) -> str:
+        """The record's own name of a score, with the judge that it used."""
+        return self.records[0].name_of(score) if self.records else score
+
+    def number(self, score: str) -> Number:
+        """The score over seeds."""
+        if self.state is not None:
+            return Number(math.nan, warning=str(self.state))
+        return pool([record.scores.get(record.name_of(score)) for record in self.records])
+
+
+@dataclass(frozen=True)
+class Row:
+    """A defense in one table, over one cell or several. worst, mean: score → number; deciding: score → the cell of the
+    worst case. Of one cell all are that cell's."""
+
+    cells: tuple[PooledCell, ...]
+    worst: Mapping[str, Number]
+    mean: Mapping[str, float]
+    deciding: Mapping[str, PooledCell]
+    letters: str = ""
+
+    @property
+    def first(self) -> PooledCell:
+        return self.cells[0]
+
+    @property
+    def defense(self) -> str:
+        return self.first.short.defense
+
+    @property
+    def control(self) -> Control | None:
+        return self.first.control
+
+    @property
+    def trigger_given(self) -> TriggerGiven | None:
+        return self.first.trigger_given
+
+    @property
+    def knows(self) -> str:
+        return self.first.knows
+
+    @property
+    def state(self) -> State | None:
+        return self.first.state
+
+    @property
+    def doubts(self) -> tuple[Doubt, ...]:
+        return tuple(dict.fromkeys(doubt for cell in self.cells for doubt in cell.doubts))
+
+    @property
+    def seeds(self) -> int:
+        return min(len(cell.seeds) for cell in self.cells)
+
+    @property
+    def section(self) -> Section:
+        if self.state is not None:
+            return "missing"
+        if self.control in BASELINES:
+            return "control"
+        return "given" if self.trigger_given else "blind"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows that may be compared, in order: controls, blind defenses, those given the trigger, each followed by its
+    decoy control, and what has no numbers. settings: what the rows share, for people."""
+
+    track: Track
+    model: str
+    settings: tuple[str, ...]
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+
+    def of(self, section: Section) -> list[Row]:
+        return [row for row in self.rows if row.section == section]
+
+    def judge(self, column: Column) -> str:
+        """What stands in the brackets of the records' names of a score: judges never mix in a column unsaid."""
+        names = {cell.name(column.score) for row in self.rows for cell in row.cells if cell.state is None}
+        return "/".join(sorted({judge_of(name) for name in names} - {""})) if column.score.endswith("[]") else ""
+
+
+def judge_of(name: str) -> str:
+    """ "digits-cnn" of "fid[digits-cnn]"."""
+    return name.partition("[")[2].rstrip("]")
+
+
+# ---- pooling --------------------------------------------------------------------------------------------------------
+
+
+def pool(scores: Sequence[Score | None]) -> Number:
+    """One seed: the score with its own interval. Several: mean and t interval over seeds, which are the unit of
+    variance; seeds that could not be measured make the mean unmeasured too."""
+    for score in scores:
+        if score is None or math.isnan(score.value):
+            return Number(math.nan, warning=(score.warning if score else None) or "not measured")
+    known = [score for score in scores if score is not None]
+    if len(known) == 1:
+        return Number(known[0].value, known[0].interval)
+    values = [score.value for score in known]
+    return Number(math.fsum(values) / len(values), statistics.mean_interval(values))
+
+
+def pooled(records: Sequence[Record], dropped: Sequence[Dropped] = ()) -> list[PooledCell]:
+    """All cells, each once, in the order in which pages list them.
+
+    Records that differ in their seed alone are one cell. A failed record stands alone, and so does one whose cell and
+    seed another version of the code has run too: those are no two seeds.
+    """
+    shorten, doubted = shortener(records, dropped), doubts.of(records)
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        name = _identity(record.cell, record.key if record.error else "")
+        again = any(record.cell.seed == other.cell.seed for other in groups.get(name, ()))
+        groups[_identity(record.cell, record.key) if again else name].append(record)
+    tracks = _tracks(records)
+    made = [_cell(identity, group, tracks, shorten, doubted) for identity, group in groups.items()]
+    left = {_identity(entry.cell, f"n/a: {entry.reason}"): entry for entry in reversed(dropped)}
+    for identity, entry in left.items():
+        track, state = tracks.get(bare(entry.cell.model), TRACKS[0]), State("n/a", entry.reason)
+        made.append(PooledCell(identity, track, TASKS[:1], entry.cell, shorten(entry.cell), state=state))
+    return sorted(made, key=_order)
+
+
+def _identity(cell: Cell, apart: str) -> str:
+    """Twelve hex digits for the cell without its seed."""
+    specs = {name: value for name, value in asdict(cell).items() if name != "seed"}
+    return hashlib.sha256(canonical([specs, apart]).encode()).hexdigest()[:12]
+
+
+def _tracks(records: Iterable[Record]) -> dict[str, Track]:
+    """Model name → its track, as its records say, else by what was measured."""
+    found: dict[str, Track] = {}
+    for record in records:
+        asked = any(_measured(record, name) for name in record.scores if name.startswith(("attribute", "clip")))
+        found[bare(record.cell.model)] = record.provenance.track or TRACKS[asked]
+    return found
+
+
+def _cell(
+    identity: str,
+    group: Sequence[Record],
+    tracks: Mapping[str, Track],
+    shorten: Callable[[Cell], Cell],
+    doubted: Mapping[str, Sequence[Doubt]],
+) -> PooledCell:
+    group = sorted(group, key=lambda record: record.cell.seed)
+    first = group[0]
+    return PooledCell(
+        id=identity,
+        track=first.provenance.track or tracks[bare(first.cell.model)],
+        tasks=_tasks(group),
+        specs=first.cell,
+        short=shorten(first.cell),
+        knowledge=first.knowledge,
+        control=control_of(first.cell),
+        records=tuple(group),
+        doubts=tuple(dict.fromkeys(doubt for record in group for doubt in doubted[record.key])),
+        state=State("failed", first.error) if first.error else None,
+    )
+
+
+def _tasks(group: Sequence[Record]) -> tuple[Task, ...]:
+    """What the defense is for: by what it says it delivers, and by what was measured."""
+    if control_of(group[0].cell) is Control.none:
+        return ("purification", "attacks")
+    delivers = {what for record in group for what in record.provenance.delivers}
+    measured = {name for record in group for name in record.scores if _measured(record, name)}
+    found = {"screening"} if "screen" in delivers or "screen_auroc" in measured else set()
+    found |= {"detection"} if "suspicion" in delivers or "suspicion" in measured else set()
+    found |= {"purification"} if not delivers or delivers & {"model", "sampler"} else set()
+    return tuple(task for task in TASKS if task in found)
+
+
+def _measured(record: Record, name: str) -> bool:
+    return not math.isnan(record.scores[name].value)
+
+
+def control_of(cell: Cell) -> Control | None:
+    if cell.trigger_given == "decoy":
+        return Control.decoy
+    return next((control for control in BASELINES if bare(cell.defense) == control), None)
+
+
+def _order(cell: PooledCell) -> tuple[Any, ...]:
+    s = cell.short
+    clean = bare(s.attack) == "none"
+    rank = BASELINES.index(cell.control) if cell.control in BASELINES else len(BASELINES)
+    place = (cell.track != TRACKS[0], s.model, clean, s.attack, s.trigger, s.target, s.sampler)
+    return (*place, cell.state is not None, rank, s.defense, cell.control is not None, cell.id)
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+def by_setting(cells: Iterable[PooledCell]) -> list[Table]:
+    """One table per (model, attack, trigger, target, sampler), one row per cell, in the order of the cells."""
+    groups: dict[tuple[str, ...], list[PooledCell]] = defaultdict(list)
+    for cell in cells:
+        groups[tuple(getattr(cell.specs, part) for part in SETTING)].append(cell)
+    return [
+        _table(group[0].track, (group[0].place,), REPORT, [row([cell], REPORT) for cell in group], TASKS[0])
+        for group in groups.values()
+    ]
+
+
+def by_task(cells: Iterable[PooledCell], track: Track, task: Task) -> list[Table]:
+    """The tables of one view of the page, those over most settings first: one row per defense. The rows of a table met
+    the same settings; controls are cut down to those."""
+    columns = of_view(track, task)
+    by_defense: dict[tuple[str, ...], list[PooledCell]] = defaultdict(list)
+    for cell in cells:
+        if cell.track == track and task in cell.tasks and cell.state is None and bare(cell.short.attack) != "none":
+            by_defense[cell.specs.model, cell.specs.defense, cell.specs.trigger_given].append(cell)
+    controls = [group for group in by_defense.values() if group[0].control in BASELINES]
+    covered: dict[tuple[str, frozenset[tuple[Any, ...]]], list[list[PooledCell]]] = defaultdict(list)
+    for group in by_defense.values():
+        if group[0].control not in BASELINES:
+            covered[group[0].specs.model, frozenset(map(_setting, group))].append(group)
+    made: list[tuple[tuple[Any, ...], Table]] = []
+    for (model, settings), groups in covered.items():
+        beside = [[c for c in g if _setting(c) in settings] for g in controls if g[0].specs.model == model]
+        whole = [group for group in beside if len({_setting(cell) for cell in group}) == len(settings)]
+        words = tuple(dict.fromkeys(cell.place for cell in groups[0]))
+        table = _table(track, words, columns, [row(group, columns) for group in (*whole, *groups)], task)
+        made.append(((-len(settings), model, sorted(settings)), table))
+    return [table for _, table in sorted(made, key=lambda pair: pair[0])]
+
+
+def _setting(cell: PooledCell) -> tuple[Any, ...]:
+    """Where a cell was measured, apart from the model."""
+    return (*(getattr(cell.specs, part) for part in SETTING[1:]), cell.specs.n)
+
+
+def row(cells: Sequence[PooledCell], columns: Sequence[Column]) -> Row:
+    """A defense over its cells. A score that any cell lacks has neither worst case nor mean."""
+    worst: dict[str, Number] = {}
+    mean: dict[str, float] = {}
+    deciding: dict[str, PooledCell] = {}
+    for column in columns:
+        found = [(cell.number(column.score), cell) for cell in cells]
+        missing = next((number for number, _ in found if math.isnan(number.value)), None)
+        if missing is not None:
+            worst[column.score], mean[column.score] = missing, math.nan
+            continue
+        number, cell = max(found, key=lambda pair: (_loss(pair[0], column), pair[1].id))
+        worst[column.score], deciding[column.score] = number, cell
+        mean[column.score] = math.fsum(number.value for number, _ in found) / len(found)
+    return Row(tuple(cells), worst, mean, deciding)
+
+
+def _loss(number: Number, column: Column) -> float:
+    """The value, turned so that more is worse."""
+    return -number.value if column.better > 0 else number.value
+
+
+def _table(
+    track: Track, settings: tuple[str, ...], columns: tuple[Column, ...], rows: Sequence[Row], task: Task
+) -> Table:
+    model = rows[0].first.short.model
+    return Table(track, model, settings, columns, _arranged(rows, columns[0], task))
+
+
+def _arranged(rows: Sequence[Row], by: Column, task: Task) -> tuple[Row, ...]:
+    """The rows in a table's order, with their letters."""
+    decoys: dict[str, list[Row]] = defaultdict(list)
+    sections: dict[Section, list[Row]] = {"control": [], "blind": [], "given": [], "missing": []}
+    for each in rows:
+        if each.control is Control.decoy and each.state is None:
+            decoys[each.first.specs.defense].append(each)
+        else:
+            sections[each.section].append(each)
+    controls = sorted(sections["control"], key=lambda r: (BASELINES.index(r.control or Control.none), r.defense))
+    out = [*controls]
+    for each in (*lettered(sections["blind"], by, task), *lettered(sections["given"], by, task)):
+        out += [each, *decoys.pop(each.first.specs.defense, ())]
+    alone = [each for group in decoys.values() for each in group]
+    return (*out, *alone, *sorted(sections["missing"], key=lambda r: (r.defense, r.control is not None)))
+
+
+def lettered(rows: Sequence[Row], by: Column = ASR, task: Task = "purification") -> list[Row]:
+    """`rows` from the best worst case to the worst, with `letters`; then those that cannot be ranked, without."""
+    ranked = sorted((r for r in rows if _ranked(r, by, task)), key=lambda r: (_loss(r.worst[by.score], by), r.defense))
+    found = letters([r.worst[by.score].span for r in ranked], falling=by.better > 0)
+    rest = sorted((r for r in rows if not _ranked(r, by, task)), key=lambda r: r.defense)
+    return [*(replace(r, letters=text) for r, text in zip(ranked, found, strict=True)), *rest]
+
+
+def _ranked(each: Row, by: Column, task: Task) -> bool:
+    """Whether a row has letters: it was measured at this task, under an attack, and did not ruin the model."""
+    broken = any(doubt.code in doubts.BROKEN for doubt in each.doubts)
+    suits = each.control is None and task in each.first.tasks and bare(each.first.specs.attack) != "none"
+    return suits and not broken and not math.isnan(each.worst[by.score].value)
+
+
+def letters(spans: Sequence[tuple[float, float]], falling: bool = False) -> list[str]:
+    """For each interval its letters, so that two intervals share one exactly where they overlap: a letter for every
+    largest set of intervals that have a point in common, from the lowest such point up (falling: down)."""
+    points = sorted({low for low, _ in spans}, reverse=falling)
+    sets = [frozenset(i for i, (low, high) in enumerate(spans) if low <= x <= high) for x in points]
+    largest = [mine for mine in dict.fromkeys(sets) if not any(mine < other for other in sets)]
+    return ["".join(_letter(k) for k, mine in enumerate(largest) if i in mine) for i in range(len(spans))]
+
+
+def _letter(k: int) -> str:
+    return LETTERS[k] if k < len(LETTERS) else f"({k + 1})"

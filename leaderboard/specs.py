@@ -1,0 +1,67 @@
+"""The text of specs, `name` or `name(key=literal, ...)`, and their short forms for tables."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from harness.runs.record import Dropped, Record
+from harness.types import Cell
+
+PARTS = ("model", "attack", "trigger", "target", "sampler", "defense")
+
+
+def bare(spec: str) -> str:
+    """The name in a spec: "elijah" of "elijah(lr=0.1)"."""
+    return spec.partition("(")[0]
+
+
+def inside(spec: str) -> str:
+    """What stands between the brackets of a spec."""
+    return spec.partition("(")[2].removesuffix(")")
+
+
+def arguments(spec: str) -> dict[str, str]:
+    """The parameters of a spec as source text; {} if there are none or if it does not parse."""
+    _, opening, rest = spec.partition("(")
+    try:
+        call = ast.parse(f"f({rest}" if opening else "f()", mode="eval").body
+    except SyntaxError:
+        return {}
+    words = call.keywords if isinstance(call, ast.Call) else []
+    return {word.arg: ast.unparse(word.value) for word in words if word.arg}
+
+
+def shortener(records: Sequence[Record], dropped: Sequence[Dropped] = ()) -> Callable[[Cell], Cell]:
+    """Cell → the same cell with short specs.
+
+    A short spec is the record's own (`provenance.short`: only what differs from the defaults) where there is one, else
+    it has the parameters in which the specs of that name differ.
+    """
+    cells = [entry.cell for entry in (*records, *dropped)]
+    words = {part: short_of(sorted({getattr(cell, part) for cell in cells})) for part in PARTS}
+    for record in records:
+        for part, short in record.provenance.short.items():
+            if part in PARTS:
+                words[part][getattr(record.cell, part)] = short
+
+    def shortened(cell: Cell) -> Cell:
+        return replace(cell, **{part: words[part].get(spec := getattr(cell, part), spec) for part in PARTS})
+
+    return shortened
+
+
+def short_of(specs: Iterable[str]) -> dict[str, str]:
+    """Each spec → its name with only the parameters in which the specs of that name differ."""
+    given = {spec: arguments(spec) for spec in specs}
+    return {spec: _shortened(spec, given) for spec in given}
+
+
+def _shortened(spec: str, specs: Mapping[str, Mapping[str, str]]) -> str:
+    given = specs[spec]
+    if not given:
+        return spec.removesuffix("()")
+    rivals = [other for name, other in specs.items() if bare(name) == bare(spec)]
+    kept = [f"{key}={value}" for key, value in given.items() if any(other.get(key) != value for other in rivals)]
+    return f"{bare(spec)}({', '.join(kept)})" if kept else bare(spec)

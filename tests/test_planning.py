@@ -1,0 +1,163 @@
+"""Which jobs a cell needs, which of them cells share, and what their keys depend on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from harness import registry
+from harness.runs import planning
+from harness.runs.job import SampleSpec
+from harness.runs.jsonable import key_of
+from harness.runs.suite import standard
+from tests.plans import cell, planned
+from tests.whole_runs import ATTACK
+
+
+@pytest.fixture(scope="module")
+def plugins() -> registry.Registry:
+    return registry.load()
+
+
+def keys(plugins: registry.Registry, kind: str, **changes: Any) -> set[str]:
+    plan = planned(plugins, cell(plugins, **changes))
+    return {key for key, job in plan.jobs.items() if job.kind == kind}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attack": ATTACK.replace("steps=2", "steps=3")},
+        {"attack": ATTACK.replace("villandiffusion(solver='ode', ", "baddiffusion(")},
+        {"trigger": "box(size=4)"},
+        {"target": "corner"},
+        {"seed": 1},
+    ],
+    ids=["parameter", "plugin", "trigger", "target", "seed"],
+)
+def test_each_ingredient_of_an_attack_is_in_its_key(change: dict[str, Any], plugins: registry.Registry) -> None:
+    assert keys(plugins, "attack") != keys(plugins, "attack", **change)
+
+
+@pytest.mark.parametrize(
+    "change", [{"defense": "elijah"}, {"sampler": "ddim(steps=4)"}, {"n": 12}], ids=["defense", "sampler", "n"]
+)
+def test_what_does_not_touch_an_attack_is_not_in_its_key(change: dict[str, Any], plugins: registry.Registry) -> None:
+    assert keys(plugins, "attack") == keys(plugins, "attack", **change)
+    assert keys(plugins, "measure") != keys(plugins, "measure", **change)
+
+
+def test_version_code_weights_and_threads_are_in_the_key(
+    plugins: registry.Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from plugins.attacks.villandiffusion import VillanDiffusion
+    from plugins.models.digits_ddpm import DigitsDDPM
+
+    before = keys(plugins, "attack")
+    with monkeypatch.context() as patch:
+        patch.setattr(VillanDiffusion, "version", 2)
+        assert keys(plugins, "attack") != before
+    with monkeypatch.context() as patch:
+        patch.setattr(planning, "closure", lambda classes, modules=(): {"edited": "0"})
+        assert keys(plugins, "attack") != before
+    with monkeypatch.context() as patch:
+        patch.setattr(DigitsDDPM, "digest", lambda self: "other weights")
+        assert keys(plugins, "attack") != before
+    other = planned(plugins, cell(plugins), threads=2)
+    assert {k for k, j in other.jobs.items() if j.kind == "attack"} != before
+    assert keys(plugins, "attack") == before
+
+
+def test_a_job_names_the_code_weights_and_parameters_that_its_key_was_made_from(plugins: registry.Registry) -> None:
+    jobs = planned(plugins, cell(plugins)).jobs.values()
+    for job in jobs:
+        assert key_of(job.ingredients) == job.key and job.ingredients["inputs"] == sorted(job.needs)
+        assert f"harness.stages.{job.kind}" in job.ingredients["code"]
+    (attack,) = (job for job in jobs if job.kind == "attack")
+    wanted = {"plugins.attacks.villandiffusion", "plugins.triggers.box", "plugins.targets.fixed_image"}
+    wanted |= {"harness.methods.noise_attacks", "harness.diffusion.training"}
+    assert wanted <= set(attack.ingredients["code"])
+    assert "plugins.defenses.finetune" not in attack.ingredients["code"]
+    assert attack.ingredients["attack"]["spec"].startswith("villandiffusion(") and attack.ingredients["seed"] == 0
+    assert len(attack.ingredients["model"]["weights"]) == 64
+
+
+def test_a_library_that_a_plugin_names_is_in_its_key_by_its_minor_version(
+    plugins: registry.Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from plugins.defenses.finetune import Finetune
+
+    before, installed = keys(plugins, "defend"), {"torch": "2.10.0"}
+    monkeypatch.setattr(Finetune, "keyed_libraries", ("torch",), raising=False)
+    monkeypatch.setattr(planning.importlib.metadata, "version", installed.__getitem__)
+    named = keys(plugins, "defend")
+    assert named != before
+    installed["torch"] = "2.10.3"
+    assert keys(plugins, "defend") == named
+    installed["torch"] = "2.11.0"
+    assert keys(plugins, "defend") != named
+
+
+def test_one_backdoored_model_serves_every_defense_sampler_and_metric(plugins: registry.Registry) -> None:
+    cells = [
+        cell(plugins, defense=d, sampler=s) for d in ("none", "finetune") for s in ("ddim(steps=3)", "ddpm(steps=3)")
+    ]
+    kinds = [job.kind for job in planned(plugins, *cells).jobs.values()]
+    assert kinds.count("attack") == 1 and kinds.count("defend") == 1
+    assert kinds.count("sample") == 2 * (2 + 3 + 2) and kinds.count("measure") == 4
+
+
+def test_only_inputs_with_a_trigger_meet_the_attackers_sampler(plugins: registry.Registry) -> None:
+    usual: dict[str, Any] = {"attack": "trojdiff(steps=2, batch=4)", "trigger": "blend", "defense": "none"}
+    cells = [cell(plugins, sampler=s, **usual) for s in ("ddim(steps=3)", "trojan-ddim(steps=3)")]
+    plan = planned(plugins, *cells)
+    samplers = {
+        given: {
+            job.spec.sampler.partition("(")[0]
+            for job in plan.jobs.values()
+            if isinstance(job.spec, SampleSpec) and job.label.startswith(f"sample {given}")
+        }
+        for given in ("clean", "triggered", "wrong")
+    }
+    both = {"ddim", "trojan-ddim"}
+    assert samplers == {"clean": {"ddim"}, "triggered": both, "wrong": both}
+    kinds = [job.kind for job in plan.jobs.values()]
+    assert kinds.count("attack") == 1 and kinds.count("sample") == 4 + 4
+
+
+def test_a_metric_that_reads_the_found_trigger_has_it_sampled_for_defenses_that_look_for_one(
+    plugins: registry.Registry,
+) -> None:
+    def found(**changes: Any) -> list[SampleSpec]:
+        plan = planned(plugins, cell(plugins, **changes), metrics=("asr", "found-trigger"))
+        specs = [job.spec for job in plan.jobs.values()]
+        return [spec for spec in specs if isinstance(spec, SampleSpec) and spec.found_by]
+
+    (spec,) = found(defense="elijah(steps=1)")
+    assert spec.attacked and spec.defended is None
+    assert found(defense="none") == [] == found(defense="elijah(invert=False)")
+    own = {"attack": "trojdiff(steps=2, batch=4)", "trigger": "blend", "sampler": "trojan-ddim(steps=3)"}
+    assert found(defense="terd", **own)[0].sampler.startswith("ddim(")
+    assert "found-trigger" not in standard(plugins)
+
+
+def test_a_defense_that_needs_no_trigger_is_the_same_job_when_it_is_given_a_decoy(plugins: registry.Registry) -> None:
+    def defends(**changes: Any) -> set[str]:
+        plan = planned(plugins, replace(cell(plugins, **changes), trigger_given="decoy"))
+        return {key for key, job in plan.jobs.items() if job.kind == "defend"}
+
+    assert defends() == keys(plugins, "defend")
+    given = "elijah(invert=False)"
+    assert defends(defense=given) != keys(plugins, "defend", defense=given)
+
+
+def test_samples_of_a_defense_that_only_samples_share_the_model_it_was_given(plugins: registry.Registry) -> None:
+    def shares(**changes: Any) -> dict[str, str | None]:
+        jobs = planned(plugins, cell(plugins, **changes)).jobs.values()
+        return {job.label: job.reuse_key for job in jobs if job.kind == "sample"}
+
+    assert len(set(shares(defense="clip").values())) == 2
+    assert len(set(shares(defense="finetune").values())) == 3
+    assert not set(shares(seed=0, defense="finetune").values()) >= set(shares(seed=1, defense="finetune").values())
