@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +20,41 @@ TASK_WORDS: dict[Task, str] = {
     "detection": "Detection",
     "attacks": "Attacks",
 }
+
+
+_RANGES: dict[tuple[float, float], tuple[str, ...]] = {  # possible values of scores, by the stems of their names
+    (0.0, 1.0): (
+        "asr", "found_asr", "clean_hits", "clean_model_hits", "false_triggers", "attribute_accuracy", "class_balance",
+        "both", "mismatch", "recognised", "flagged", "screen_auroc", "screen_tpr", "screen_fpr", "trigger_match",
+        "trigger_ratio",
+    ),
+    (0.0, math.inf): (
+        "fid", "fid_ratio", "drift", "change", "feature", "perceptual_distance", "target_mse", "spread", "trigger_l2",
+        "asr_threshold",
+    ),
+    (-1.0, 1.0): ("target_ssim", "trigger_cosine", "attribute_drop"),
+    (-math.inf, 1.0): ("removal",),
+    (-100.0, 100.0): ("clip_score", "clip_similarity", "target_clip_score"),
+}  # fmt: skip
+_BY_STEM = {stem: ends for ends, stems in _RANGES.items() for stem in stems}
+
+
+def bounds(score: str) -> tuple[float, float]:
+    """The least and the greatest value that a score of this name can have: 0 and 1 of a share, 0 and infinity of a
+    distance, of seconds and of bytes. Both are infinite for a name that is not known here."""
+    stem = re.split(r"[\[@.]", score)[0]
+    if stem.endswith(("_s", "_bytes")):
+        return 0.0, math.inf
+    return _BY_STEM.get(re.sub(r"(_triggered|_clean)?(_before)?$", "", stem), (-math.inf, math.inf))
+
+
+def possible(score: str, interval: Sequence[float] | None) -> tuple[float, float] | None:
+    """The interval within the score's bounds: Student's interval of a mean can reach beyond them."""
+    if interval is None:
+        return None
+    least, most = bounds(score)
+    low, high = (min(most, max(least, end)) for end in interval)
+    return low, high
 
 
 @dataclass(frozen=True)

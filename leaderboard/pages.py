@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from harness.runs.record import Provenance
 from leaderboard import paper_rankings, reported
-from leaderboard.columns import TASK_WORDS, TASKS, TRACK_WORDS, TRACKS, Column, of_view
+from leaderboard.columns import TASK_WORDS, TASKS, TRACK_WORDS, TRACKS, Column, of_view, possible
 from leaderboard.rendering import slug
 from leaderboard.results import protocol
 from leaderboard.rows import PooledCell
@@ -60,7 +60,7 @@ def _scores(cell: PooledCell) -> list[ScoreLine]:
         if all(math.isnan(score.value) for score in known):
             continue
         notes = dict.fromkeys(score.warning for score in known if score.warning)
-        seeds = [("n/a", "") if s is None else (_plainly(s.value), _between(s.interval)) for s in found]
+        seeds = [("n/a", "") if s is None else (_plainly(s.value), _between(possible(name, s.interval))) for s in found]
         lines.append(ScoreLine(name, seeds, known[0].n, "; ".join(notes)))
     return lines
 

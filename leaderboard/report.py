@@ -21,7 +21,7 @@ from harness.runs.printable import one_line
 from harness.runs.record import Dropped, Record
 from harness.types import Cell, Doubt, Score
 from leaderboard import population, results
-from leaderboard.columns import Column
+from leaderboard.columns import Column, possible
 from leaderboard.rows import Number, PooledCell, Row, Table, by_setting, control_of, pooled
 
 LEGEND = (
@@ -215,7 +215,7 @@ def _number(number: Number, column: Column, notes: Notes) -> str:
         return f"n/a ({notes.mark(f'n/a: {number.warning}')})"
     scale = 100 if column.percent else 1
     value = f"{number.value * scale:.{column.digits}f}"
-    said = [f"{end * scale:.{column.digits}f}" for end in number.ends(column.percent)]
+    said = [f"{end * scale:.{column.digits}f}" for end in number.ends]
     return f"{value} ({'–'.join(said)})" if column.interval and said else value
 
 
@@ -252,7 +252,7 @@ def comma_separated(records: Sequence[Record], dropped: Sequence[Dropped] = ()) 
         state = f"failed: {record.error}" if record.error else "done"
         codes = " ".join(doubt.code for doubt in doubted[record.key])
         told = [record.provenance.nfe, " ".join(record.knowledge), control_of(record.cell), letters[record.key]]
-        numbers = [value for name in names for value in _csv_score(record.scores.get(name))]
+        numbers = [value for name in names for value in _csv_score(name, record.scores.get(name))]
         writer.writerow([safe(x) for x in (record.key, *_specs(record.cell), *told, state, codes, *numbers)])
     for left in dropped:
         told = ["", "", control_of(left.cell), "", f"n/a: {left.reason}", ""]
@@ -264,10 +264,10 @@ def _specs(cell: Cell) -> list[str | int]:
     return [getattr(cell, name) for name in CELL]
 
 
-def _csv_score(score: Score | None) -> tuple[object, ...]:
+def _csv_score(name: str, score: Score | None) -> tuple[object, ...]:
     if score is None:
         return ("",) * 5
-    return (score.value, *(score.interval or ("", "")), score.n, score.warning)
+    return (score.value, *(possible(name, score.interval) or ("", "")), score.n, score.warning)
 
 
 def safe(value: object) -> str:

@@ -23,7 +23,7 @@ from harness.runs import doubts
 from harness.runs.jsonable import canonical
 from harness.runs.record import Dropped, Record, Track
 from harness.types import Cell, Doubt, Score, TriggerGiven
-from leaderboard.columns import ASR, REPORT, TASKS, TRACKS, Column, Task, of_view
+from leaderboard.columns import ASR, REPORT, TASKS, TRACKS, Column, Task, of_view, possible
 from leaderboard.specs import bare, shortener
 
 SETTING = ("model", "attack", "trigger", "target", "sampler")
@@ -44,7 +44,8 @@ BASELINES = (Control.none, Control.finetune)
 
 @dataclass(frozen=True)
 class Number:
-    """A score over seeds with its 95 % interval; NaN with the reason where it was not measured."""
+    """A score over seeds with its 95 % interval, which stays within the values that the score can have; NaN with the
+    reason where it was not measured."""
 
     value: float
     interval: tuple[float, float] | None = None
@@ -55,10 +56,10 @@ class Number:
         """The interval; without one the value alone."""
         return self.interval or (self.value, self.value)
 
-    def ends(self, share: bool) -> tuple[float, ...]:
-        """The interval's ends, () for none; of a share within 0 and 1, where the interval of a mean may not lie."""
-        pair = self.interval or ()
-        return tuple(min(1.0, max(0.0, end)) for end in pair) if share else pair
+    @property
+    def ends(self) -> tuple[float, ...]:
+        """The interval's ends, () for none."""
+        return self.interval or ()
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,8 @@ class PooledCell:
         """The score over seeds."""
         if self.state is not None:
             return Number(math.nan, warning=str(self.state))
-        return pool([record.scores.get(record.name_of(score)) for record in self.records])
+        number = pool([record.scores.get(record.name_of(score)) for record in self.records])
+        return replace(number, interval=possible(score, number.interval))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from harness.runs.printable import one_line
 from harness.runs.record import Dropped, Record, Track
 from leaderboard import figures, pages, paper_rankings, population, report, rows
 from leaderboard.attestation import Attestation
-from leaderboard.columns import TASK_WORDS, TASKS, TRACK_WORDS, TRACKS, Column, Task, of_view
+from leaderboard.columns import TASK_WORDS, TASKS, TRACK_WORDS, TRACKS, Column, Task, of_view, possible
 from leaderboard.figures import Figure
 from leaderboard.paper_rankings import Ranking
 from leaderboard.recompute import LEVELS, Level, level
@@ -365,7 +365,7 @@ def _data(site: Site) -> str:
 def _packed(number: Number, column: Column) -> list[float | None]:
     if math.isnan(number.value):
         return [None]
-    return [_five(number.value), *(_five(end) for end in number.ends(column.percent))]
+    return [_five(number.value), *(_five(end) for end in number.ends)]
 
 
 def _five(value: float) -> float:
@@ -399,7 +399,7 @@ def _entry(site: Site, cell: PooledCell) -> dict[str, Any]:
 def _brief(record: Record) -> dict[str, list[float]]:
     """The measured scores as [value, low, high]."""
     scores = record.scores.items()
-    return {name: [s.value, *(s.interval or ())] for name, s in scores if not math.isnan(s.value)}
+    return {name: [s.value, *(possible(name, s.interval) or ())] for name, s in scores if not math.isnan(s.value)}
 
 
 def _rankings(every: Sequence[Ranking]) -> list[str]:
@@ -448,5 +448,5 @@ def _line(row: Row, table: Table) -> list[str]:
 
 
 def _with_ends(number: Number, column: Column) -> str:
-    around = "–".join(shown(end, column) for end in number.ends(column.percent))
+    around = "–".join(shown(end, column) for end in number.ends)
     return f"{shown(number.value, column)} ({around})" if around else shown(number.value, column)

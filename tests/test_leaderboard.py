@@ -34,7 +34,8 @@ from leaderboard import (
     rows,
     site,
 )
-from leaderboard.rows import Control, Number
+from leaderboard.columns import bounds, possible
+from leaderboard.rows import Control
 from tests.records import changed, digest, picture, record, score, small, write_sealed, write_suite
 
 HOSTILE = "<script>window.pwned=1</script><img src=x onerror=window.pwned=1>\"'=cmd()|`x`\u202e"
@@ -762,7 +763,40 @@ def test_a_malformed_reported_number_is_named(tmp_path: Path, change_of: dict[st
         reported.read(path)
 
 
-def test_ranges_of_a_share_stay_within_it() -> None:
-    assert Number(0.99, (0.98, 1.004)).ends(share=True) == (0.98, 1.0)
-    assert Number(0.99, (0.98, 1.004)).ends(share=False) == (0.98, 1.004)
-    assert Number(0.99).ends(share=True) == ()
+@pytest.mark.parametrize(
+    ("score", "interval", "shown"),
+    [
+        ("attribute_accuracy_before", (0.994, 1.002), (0.994, 1.0)),
+        ("asr@1e-3", (-0.1, 1.1), (0.0, 1.0)),
+        ("defense_wall_s", (-52.0, 197.0), (0.0, 197.0)),
+        ("perceptual_distance_triggered[lpips]", (-0.005, 1.6), (0.0, 1.6)),
+        ("target_ssim", (-0.04, 1.007), (-0.04, 1.0)),
+        ("removal", (-3.0, 1.2), (-3.0, 1.0)),
+        ("clip_score_clean[judge]", (93.0, 100.4), (93.0, 100.0)),
+        ("kid[judge]", (-17.0, 2.0), (-17.0, 2.0)),
+        ("asr", None, None),
+    ],
+)
+def test_intervals_stay_within_what_a_score_can_be(
+    score: str, interval: tuple[float, float] | None, shown: tuple[float, float] | None
+) -> None:
+    assert possible(score, interval) == shown
+
+
+def test_every_published_value_lies_within_the_bounds_of_its_score() -> None:
+    for each in results.read():
+        for published in each.records:
+            for name, found in published.scores.items():
+                least, most = bounds(name)
+                assert math.isnan(found.value) or least <= found.value <= most, (published.key, name, found.value)
+
+
+def test_a_cell_pooled_over_seeds_shows_no_negative_cost_and_no_share_above_one() -> None:
+    seeds = [
+        record("a()", seed=seed, more={"defense_wall_s": score(cost, 1), "attribute_accuracy": score(attributes, 100)})
+        for seed, cost, attributes in ((0, 2.0, 0.98), (1, 90.0, 1.0))
+    ]
+    (found,) = rows.pooled(seeds)
+    low, high = found.number("defense_wall_s").ends
+    assert low == 0 and high > 90
+    assert found.number("attribute_accuracy").ends[1] == 1.0
