@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import nn
 
@@ -50,6 +51,80 @@ def test_a_pruned_network_of_the_digits_kind_runs_and_keeps_equal_normalisation_
         assert norm.num_channels % groups == 0
     assert done["channels"] == pytest.approx(0.25, abs=0.01) and 0.4 < done["parameters"] < 0.46
     assert model.eps(torch.randn(2, 1, 16, 16), torch.tensor([3, 900])).shape == (2, 1, 16, 16)
+
+
+SKIP: dict[str, Any] = {
+    "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D", "SkipDownBlock2D"),
+    "up_block_types": ("SkipUpBlock2D", "AttnSkipUpBlock2D", "SkipUpBlock2D"),
+    "block_out_channels": (32, 32, 64), "layers_per_block": 2,
+}  # fmt: skip
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "time scales and shifts": {"resnet_time_scale_shift": "scale_shift"},
+    "resnets resize": {"downsample_type": "resnet", "upsample_type": "resnet"},
+    "resnet blocks resize": {
+        "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    },
+    "improved DDPM": {
+        "resnet_time_scale_shift": "scale_shift", "downsample_type": "resnet", "upsample_type": "resnet",
+        "layers_per_block": 2,
+    },
+    "NCSN++": {
+        **SKIP, "attention_head_dim": None, "center_input_sample": False, "freq_shift": 0, "norm_eps": 1e-6,
+        "mid_block_scale_factor": 2**0.5, "norm_num_groups": None, "time_embedding_type": "fourier",
+    },
+    "NCSN++, time scales and shifts": {**SKIP, "resnet_time_scale_shift": "scale_shift"},
+    "not square": {"sample_size": (16, 24)},
+}  # fmt: skip
+
+
+def layout(**changes: Any) -> UNet2DModel:
+    plain: dict[str, Any] = {
+        "sample_size": 16, "in_channels": 3, "out_channels": 3, "layers_per_block": 1, "block_out_channels": (16, 32),
+        "norm_num_groups": 4, "attention_head_dim": 8, "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }  # fmt: skip
+    return UNet2DModel(**{**plain, **changes}).eval()
+
+
+@pytest.mark.parametrize("scope", ["all", "inner"])
+@pytest.mark.parametrize("changes", LAYOUTS.values(), ids=list(LAYOUTS))
+def test_every_layout_of_diffusers_runs_after_pruning_and_is_rebuilt_from_its_shapes(
+    changes: dict[str, Any], scope: pruning.Scope
+) -> None:
+    with torch.random.fork_rng(devices=[]):
+        model, empty = DiffusionModel(layout(**changes), scheduler()), layout(**changes)
+        whole = {name: layer.weight.shape[0] for name, layer in convolutions(model.denoiser)}
+        done = pruning.prune(model, pruning.magnitude(), 0.3, scope)
+        x, t = torch.randn(2, *model.shape), torch.tensor([3, 900])
+    assert done["parameters"] > 0.25
+    inside = [name for name in whole if name.endswith(".conv1")]
+    after = {name: layer.weight.shape[0] for name, layer in convolutions(model.denoiser)}
+    assert inside and all(0.5 * whole[name] <= after[name] < whole[name] for name in inside)
+    pruned_shapes.reshape(empty, pruned_shapes.reshaped(model.denoiser))
+    empty.load_state_dict(model.denoiser.state_dict())
+    again = DiffusionModel(empty, model.scheduler)
+    assert torch.equal(again.eps(x, t), model.eps(x, t)) and model.eps(x, t).shape == x.shape
+
+
+def test_a_channel_that_the_time_embedding_scales_and_shifts_goes_with_both_of_its_numbers() -> None:
+    with torch.random.fork_rng(devices=[]):
+        model = DiffusionModel(layout(resnet_time_scale_shift="scale_shift"), scheduler())
+        net: Any = model.denoiser
+        block = net.down_blocks[0].resnets[0]
+        whole = block.time_emb_proj.weight.detach().clone()
+        with torch.no_grad():
+            block.conv1.weight[[0, 5, 10, 15]] *= 1e-3  # one channel of each of the four normalisation groups
+            block.time_emb_proj.weight[[0, 5, 10, 15, 16, 21, 26, 31]] = 0.0
+            block.norm2.weight[[0, 5, 10, 15]] = 0.0
+            block.conv2.weight[:, [0, 5, 10, 15]] = 0.0
+        pruning.prune(model, pruning.magnitude(), 0.25, "inner")
+    kept = [i for i in range(16) if i not in (0, 5, 10, 15)]
+    assert torch.equal(block.time_emb_proj.weight, whole[kept + [16 + i for i in kept]])
+
+
+def convolutions(net: nn.Module) -> list[tuple[str, nn.Conv2d]]:
+    return [(name, m) for name, m in net.named_modules() if isinstance(m, nn.Conv2d)]
 
 
 def test_the_weights_that_stay_are_those_of_the_channels_with_the_larger_scores() -> None:

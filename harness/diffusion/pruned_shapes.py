@@ -25,6 +25,12 @@ def fit(net: nn.Module) -> None:
             layer.channels, layer.out_channels = layer.conv.weight.shape[1], layer.conv.weight.shape[0]
         elif kind == "ResnetBlock2D":
             layer.in_channels, layer.out_channels = layer.conv1.weight.shape[1], layer.conv2.weight.shape[0]
+            for resize in (layer.upsample, layer.downsample):
+                if type(resize).__name__ in (
+                    "Downsample2D",
+                    "Upsample2D",
+                ):  # it has no weights
+                    resize.channels = resize.out_channels = layer.in_channels
         elif kind == "Attention":
             layer.inner_dim, layer.query_dim = layer.to_q.weight.shape
             layer.inner_kv_dim, layer.cross_attention_dim = layer.to_k.weight.shape

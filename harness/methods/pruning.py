@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -51,7 +52,8 @@ def prune(
     before = _sizes(net)
     graph = _graph(model)
     chosen = []
-    for group in graph.get_all_groups(ignored_layers=_outside(net, scope), root_module_types=[nn.Conv2d, nn.Linear]):
+    for found in graph.get_all_groups(ignored_layers=_outside(net, scope), root_module_types=[nn.Conv2d, nn.Linear]):
+        group = _rooted(graph, found)
         score = importance(group)
         rows = [] if score is None else smallest(score, _parts(net, group), ratio, rounding)
         if rows:
@@ -87,9 +89,51 @@ def _graph(model: DiffusionModel) -> Any:
     model.denoiser.requires_grad_(True)  # torch-pruning reads the graph of autograd
     t = torch.zeros(1, device=model.device) if model.family == "vp" else model.sigma(torch.zeros(1).long()).flatten()
     x = torch.zeros((1, *model.shape), device=model.device)
-    return torch_pruning.DependencyGraph().build_dependency(
-        model.denoiser, example_inputs={"sample": x, "timestep": t.to(x)}
-    )
+    with _plain_filters():
+        return torch_pruning.DependencyGraph().build_dependency(
+            model.denoiser, example_inputs={"sample": x, "timestep": t.to(x)}
+        )
+
+
+@contextmanager
+def _plain_filters() -> Iterator[None]:
+    """While it holds, the filters with which blocks of NCSN++ resize images are plain resizing.
+
+    torch-pruning cannot follow channels through the reshapes of diffusers' filters. Both treat each channel alone.
+    """
+    from diffusers.models import downsampling, upsampling
+
+    def resize(tensor: Tensor, kernel: Tensor, up: int = 1, down: int = 1, pad: tuple[int, int] = (0, 0)) -> Tensor:
+        sides = zip(tensor.shape[2:], kernel.shape, strict=True)
+        return nn.functional.interpolate(tensor, size=[(n * up + sum(pad) - k) // down + 1 for n, k in sides])
+
+    users: tuple[Any, ...] = (upsampling, downsampling)
+    real = upsampling.upfirdn2d_native
+    try:
+        for module in users:
+            module.upfirdn2d_native = resize
+        yield
+    finally:
+        for module in users:
+            module.upfirdn2d_native = real
+
+
+def _rooted(graph: Any, group: Any) -> Any:
+    """The group, seen from the layer of it that has the fewest outputs.
+
+    A layer whose outputs are split (time_emb_proj, if the time embedding scales and shifts) has several outputs for
+    one channel of the others. They are removed together, and the channel has one score.
+    """
+    layers = {
+        dep.target.module: dep.handler
+        for dep, _ in group
+        if isinstance(dep.target.module, (nn.Conv2d, nn.Linear)) and graph.is_out_channel_pruning_fn(dep.handler)
+    }
+    root = group[0].dep.target.module
+    narrowest = min(layers, key=lambda layer: layer.weight.shape[0], default=root)
+    if root not in layers or narrowest.weight.shape[0] == root.weight.shape[0]:
+        return group
+    return graph.get_pruning_group(narrowest, layers[narrowest], list(range(narrowest.weight.shape[0])))
 
 
 def _outside(net: Any, scope: Scope) -> list[nn.Module]:
