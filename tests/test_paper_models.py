@@ -252,6 +252,8 @@ def test_shards_the_converted_branch_and_folders_of_pictures_are_read_too(tmp_pa
         (tmp_path / "faces" / name).write_bytes(encoded(9, side))
     pixels = to_uint8(image_folders.read(tmp_path / "faces", ("train", "validation"), 32).images)
     assert pixels[0, 1, 0].tolist() == list(range(32)) and pixels[1, 1, 0].tolist() == list(range(8, 40))
+    wide = to_uint8(image_folders.read(tmp_path / "faces", ("train",), (32, 48)).images)
+    assert wide.shape == (2, 3, 32, 48) and wide[1, 1, 0].tolist() == list(range(48))
 
 
 def test_data_that_cannot_be_read_says_where_and_why(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def run(store: Path, *words: str, expect: int = 0, env: Mapping[str, str] | None
     """The report that `bench run --json` prints."""
     command = bench(store, "run", *words, "--json")
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=env)
-    assert done.returncode == expect, done.stderr[-2000:]
+    assert done.returncode == expect, (done.stderr + done.stdout)[-2000:]
     return json.loads(done.stdout)
 
 

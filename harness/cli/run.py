@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 LABEL, REASON = 64, 84  # characters of a job's label and of the reason of a miss in the table of a plan
 
 
-REBUILDS = 5  # damaged artifacts that one run builds again while it makes records
 Again = Callable[[], Mapping[str, Any]]
 
 
@@ -290,19 +289,21 @@ def engine_of(store: Store, settings: Settings) -> LocalEngine | RayEngine:
 
 def collected(ready: Prepared, results: Mapping[str, Any], again: Again) -> tuple[list[Record], Mapping[str, Any]]:
     """The records of a run, and its results. An artifact that turns out to be damaged when a record is made of it has
-    been set aside: `again` builds it."""
+    been set aside: `again` builds it. One that is damaged again after that is an error."""
     from harness.runs.records import collect
     from harness.runs.store import CorruptArtifact, MissingArtifact
 
-    for _ in range(REBUILDS):
+    built: set[str] = set()
+    while True:
         try:
             return collect(ready.plan, results, ready.store), results
-        except CorruptArtifact as error:
-            note(f"artifact {error.key[:12]} was damaged ({error.file}); building it again")
-        except MissingArtifact as error:
-            note(f"artifact {error.key[:12]} is gone; building it again")
+        except (CorruptArtifact, MissingArtifact) as error:
+            if error.key in built:
+                raise
+            what = f"was damaged ({error.file})" if isinstance(error, CorruptArtifact) else "is gone"
+            note(f"artifact {error.key[:12]} {what}; building it again")
+            built.add(error.key)
         results = again()
-    return collect(ready.plan, results, ready.store), results
 
 
 def publish(ready: Prepared, results: Mapping[str, Any], out: Path | None, as_json: bool, again: Again) -> int:

@@ -132,7 +132,7 @@ def known(
 
     given = knowledge.Given(trigger, prompts=None if prompts is None else _lines(prompts))
     if data is not None:
-        read = image_folders.read(data, ("train",), pixels(subject.model)[-1])
+        read = image_folders.read(data, ("train",), pixels(subject.model)[1:])
         given = replace(given, data=_fitting(read, subject.model, f"--data {data}", "--like MODEL"))
     found = knowledge.draw(needs - {"clean_model"}, subject.like, seed, given)
     if data is None and subject.like is not None and found.data is not None:

@@ -24,7 +24,7 @@ from harness.runs.store import CorruptArtifact, MissingArtifact, Store
 
 TICK_S = 0.1
 TELL_S = 1.0  # between two estimates of the time left
-MAX_REBUILDS = 3  # of damaged artifacts that one job meets
+MAX_REBUILDS = 3  # of one damaged artifact that one job meets
 
 Status = Literal["hit", "done", "failed", "skipped"]
 
@@ -127,7 +127,7 @@ class _Run:
         self.locks: dict[str, Any] = {}
         self.tried: set[str] = set()
         self.retries: Counter[tuple[str, Failure]] = Counter()
-        self.rebuilds: Counter[str] = Counter()
+        self.rebuilds: Counter[tuple[str, str]] = Counter()
         self.warnings: dict[str, list[str]] = {key: [] for key in self.jobs}
         self.elsewhere: dict[str, int] = {}  # attempts that were over when another run was found at the job
         self.told: dict[str, Any] = {}
@@ -352,9 +352,9 @@ class _Run:
     def _rebuild(self, key: str, outcome: Outcome) -> bool:
         """Put the damaged artifact that the job met back among the waiting jobs."""
         bad, job = outcome.corrupt, self.jobs[key]
-        if bad is None or bad not in self.jobs or self.rebuilds[key] >= MAX_REBUILDS or self.stops:
+        if bad is None or bad not in self.jobs or self.rebuilds[key, bad] >= MAX_REBUILDS or self.stops:
             return False
-        self.rebuilds[key] += 1
+        self.rebuilds[key, bad] += 1
         self.jobs[key] = replace(job, needs=tuple({*job.needs, bad}))  # it may have been a need of a need
         if bad in self.results and not self.store.has(bad):
             del self.results[bad]

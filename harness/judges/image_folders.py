@@ -26,19 +26,21 @@ class DataError(OSError):
     """A data set that cannot be read; the message names the file and a remedy."""
 
 
-def read(directory: Path, splits: Sequence[str], side: int, most: int = 0) -> Data:
+def read(directory: Path, splits: Sequence[str], size: int | tuple[int, int], most: int = 0) -> Data:
     """The first `most` examples (0 = all) of `splits`, in the order of their files.
 
-    Images are (N, 3, side, side) in [-1, 1]; other sizes are cropped to the middle square and resized. Labels and
-    captions are read if the data have them in every split. A parquet file belongs to a split if its name or the name of
-    one of its folders begins with the split (train-00000-of-00001.parquet, train/0000.parquet). Without parquet files,
-    the image files in a folder with the name of the split are read, or those in `directory` itself. Raises DataError.
+    size: (height, width) in pixels, one number for a square. Images are (N, 3, height, width) in [-1, 1]; others are
+    cropped around their middle to this shape and resized. Labels and captions are read if the data have them in every
+    split. A parquet file belongs to a split if its name or the name of one of its folders begins with the split
+    (train-00000-of-00001.parquet, train/0000.parquet). Without parquet files, the image files in a folder with the name
+    of the split are read, or those in `directory` itself. Raises DataError.
     """
     files = [file for split in splits for file in _parquets(directory, split)]
     rows = _rows(files) if files else _pictures(directory, splits)
+    height, width = (size, size) if isinstance(size, int) else size
     images, labels, captions = [], [], []
     for raw, label, caption, place in rows:
-        images.append(_picture(raw, side, place))
+        images.append(_picture(raw, (width, height), place))
         labels.append(label)
         captions.append(caption)
         if most and len(images) == most:
@@ -134,8 +136,8 @@ def _pictures(directory: Path, splits: Sequence[str]) -> Iterator[tuple[bytes, N
             yield path.read_bytes(), None, None, str(path)
 
 
-def _picture(raw: bytes, side: int, place: str) -> Tensor:
-    """An encoded image as (3, side, side) uint8."""
+def _picture(raw: bytes, size: tuple[int, int], place: str) -> Tensor:
+    """An encoded image as (3, height, width) uint8. size: (width, height)."""
     import numpy as np
     from PIL import Image, ImageOps
 
@@ -143,6 +145,6 @@ def _picture(raw: bytes, side: int, place: str) -> Tensor:
         picture = Image.open(io.BytesIO(raw)).convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{place}: not an image that can be read ({error})") from None
-    if picture.size != (side, side):
-        picture = ImageOps.fit(picture, (side, side), Image.Resampling.BICUBIC)
+    if picture.size != size:
+        picture = ImageOps.fit(picture, size, Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
