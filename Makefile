@@ -17,8 +17,7 @@ check: $(STAMP)
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-fast: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow"
+fast: fast-1 fast-2
 
 # The fast tests in two parts: the first takes with the linters about as long on one core as the second on another.
 FIRST := tests/test_[a-e]*.py

@@ -16,13 +16,12 @@ from typing import TypeVar
 
 from harness.runs import doubts
 from harness.runs.doubts import CONTROLS, DoubtCode
-from harness.runs.record import Record, Source
+from harness.runs.record import Record, Source, bare
 from harness.types import Doubt
 from leaderboard import recompute, reported, results
 from leaderboard.paired import Place, attack_jobs, place
 from leaderboard.rendering import picture_size
 from leaderboard.results import Results, ResultsError
-from leaderboard.specs import bare
 
 OWN = "diffusion-defense-bench"
 LIMIT = 25_000_000  # bytes of all results

@@ -11,13 +11,13 @@ from markupsafe import Markup
 
 from harness.judges import statistics
 from harness.runs.printable import one_line
-from harness.runs.record import Record
+from harness.runs.record import Record, bare
 from leaderboard import charts, columns, population
 from leaderboard.columns import Task
 from leaderboard.population import Population
 from leaderboard.recompute import samples
 from leaderboard.rows import Control, Row, Table
-from leaderboard.specs import arguments, bare, short_of
+from leaderboard.specs import arguments, short_of
 
 Draw = Callable[[bool], str]
 

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from harness.runs.record import Provenance
+from harness.runs.record import Provenance, bare
 from leaderboard import paper_rankings, reported
 from leaderboard.columns import TASK_WORDS, TASKS, TRACK_WORDS, TRACKS, Column, of_view, possible
 from leaderboard.rendering import slug
 from leaderboard.results import protocol
 from leaderboard.rows import PooledCell
-from leaderboard.specs import PARTS, arguments, bare
+from leaderboard.specs import PARTS, arguments
 
 if TYPE_CHECKING:
     from leaderboard.site import Site

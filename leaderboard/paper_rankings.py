@@ -9,10 +9,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from harness.runs.record import bare
 from leaderboard import reported
 from leaderboard.reported import Number
 from leaderboard.rows import Control, PooledCell
-from leaderboard.specs import arguments, bare
+from leaderboard.specs import arguments
 
 BUDGET = ("steps", "batch", "lr")  # what a model's size decides: no part of a setting
 LEAST_SEEDS = 3  # of the attack's training; with fewer nothing is called better

@@ -23,10 +23,10 @@ from functools import cache
 from typing import Literal
 
 from harness.judges import statistics
-from harness.runs.record import Record
+from harness.runs.record import Record, bare
 from harness.types import Cell
 from leaderboard.rows import PooledCell
-from leaderboard.specs import arguments, bare
+from leaderboard.specs import arguments
 
 Rule = Literal["own", "quantile", "forest"]
 Features = tuple[tuple[float, ...], ...]  # one row per model

@@ -16,11 +16,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from harness.runs.printable import one_line
-from harness.runs.record import Provenance
+from harness.runs.record import Provenance, bare
 from leaderboard import rows
 from leaderboard.columns import Column
 from leaderboard.rows import Row
-from leaderboard.specs import bare, inside
+from leaderboard.specs import inside
 
 ASSETS = Path(__file__).parent / "assets"
 BESIDE = "'self' file:"

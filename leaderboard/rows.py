@@ -21,10 +21,10 @@ from typing import Any, Literal
 from harness.judges import statistics
 from harness.runs import doubts
 from harness.runs.jsonable import canonical
-from harness.runs.record import Dropped, Record, Track
+from harness.runs.record import Dropped, Record, Track, bare
 from harness.types import Cell, Doubt, Score, TriggerGiven
 from leaderboard.columns import ASR, REPORT, TASKS, TRACKS, Column, Task, of_view, possible
-from leaderboard.specs import bare, shortener
+from leaderboard.specs import shortener
 
 SETTING = ("model", "attack", "trigger", "target", "sampler")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

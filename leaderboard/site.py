@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from harness.runs.jsonable import to_jsonable
 from harness.runs.printable import one_line
-from harness.runs.record import Dropped, Record, Track
+from harness.runs.record import Dropped, Record, Track, bare
 from leaderboard import figures, pages, paper_rankings, population, report, rows
 from leaderboard.attestation import Attestation
 from leaderboard.columns import TASK_WORDS, TASKS, TRACK_WORDS, TRACKS, Column, Task, of_view, possible
@@ -30,7 +30,7 @@ from leaderboard.recompute import LEVELS, Level, level
 from leaderboard.rendering import asset, environment, picture_size, policy, script_json, shown
 from leaderboard.results import Results, ResultsError, protocol, write_text
 from leaderboard.rows import BASELINES, Control, Number, PooledCell, Row, Section, Table, judge_of
-from leaderboard.specs import bare, inside
+from leaderboard.specs import inside
 
 GIVEN_WORDS = (("any", "Any"), ("blind", "Blind"), ("given", "Given"))
 SECTIONS: tuple[tuple[Section, str], ...] = (

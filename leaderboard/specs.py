@@ -6,15 +6,10 @@ import ast
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from harness.runs.record import Dropped, Record
+from harness.runs.record import Dropped, Record, bare
 from harness.types import Cell
 
 PARTS = ("model", "attack", "trigger", "target", "sampler", "defense")
-
-
-def bare(spec: str) -> str:
-    """The name in a spec: "elijah" of "elijah(lr=0.1)"."""
-    return spec.partition("(")[0]
 
 
 def inside(spec: str) -> str:

@@ -16,9 +16,10 @@ from harness.diffusion.model import DiffusionModel
 from harness.diffusion.seeds import generator, image_noise, image_seeds
 from harness.judges import statistics
 from harness.judges.evidence import Verdict
+from harness.methods import prompt_screening
 from harness.types import Inputs, Knowledge
 from leaderboard import recompute
-from plugins.defenses import bias_scan, disdet, terd, ufid
+from plugins.defenses import bias_scan, disdet, terd
 from plugins.defenses.bias_scan import BiasScan
 from plugins.defenses.disdet import DisDet
 from plugins.defenses.terd import TERD
@@ -310,7 +311,7 @@ def test_disdet_separates_boxes_and_not_trojdiffs_small_patch(score: Literal["hi
 def test_density_is_the_mean_cosine_over_pairs() -> None:
     """Three features, two alike and one at a right angle: cosines 1, 0, 0."""
     features = torch.tensor([[[2.0, 0.0], [1.0, 0.0], [0.0, 3.0]], [[1.0, 1.0]] * 3])
-    assert ufid.density(features).tolist() == pytest.approx([1 / 3, 1.0])
+    assert prompt_screening.density(features).tolist() == pytest.approx([1 / 3, 1.0])
 
 
 def test_copies_are_unit_noise_again_unless_the_trigger_shall_keep_its_size() -> None:

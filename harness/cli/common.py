@@ -155,3 +155,10 @@ def seconds(value: float) -> str:
     if value < 100:
         return f"{value:.0f} s"
     return f"{value / 60:.0f} min" if value < 5400 else f"{value / 3600:.1f} h"
+
+
+def words_of(value: object) -> str:
+    """A fact about a plugin, for people: yes and no, and the items of a list."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) or "nothing" if isinstance(value, (list, tuple)) else str(value)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import click
 
 from harness.cli import bench
+from harness.cli.common import words_of
 from harness.registry import HOOKS, Entry
 
 TITLES = {
@@ -35,19 +36,13 @@ def _anchor(entry: Entry) -> str:
 def _entry(entry: Entry) -> str:
     parts = [f"## `{entry.name}` {{ #{_anchor(entry)} }}"]
     parts += [f"```text\n{entry.docstring}\n```"] if entry.docstring else []
-    facts = {name.replace("_", " "): _words(value) for name, value in entry.facts.items()}
+    facts = {name.replace("_", " "): words_of(value) for name, value in entry.facts.items()}
     facts["version"] = str(entry.version)
     parts.append("\n".join(f"- {name}: {words}" for name, words in facts.items()))
     if entry.fields:
         rows = [f"| `{f.name}` | `{_cell(f.default)}` | `{_cell(f.type)}` | {_cell(f.comment)} |" for f in entry.fields]
         parts.append("\n".join(["| parameter | default | type | meaning |", "|---|---|---|---|", *rows]))
     return "\n\n".join(parts)
-
-
-def _words(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return ", ".join(map(str, value)) or "nothing" if isinstance(value, (list, tuple)) else str(value)
 
 
 def _cell(text: str) -> str:

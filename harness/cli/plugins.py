@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from harness.cli.common import as_json, columns, echo, index_of, plugin_files, print_json, strict_option
+from harness.cli.common import as_json, columns, echo, index_of, plugin_files, print_json, strict_option, words_of
 from harness.registry import KINDS, Entry, kind_of, unknown_name
 
 
@@ -68,19 +68,13 @@ def show(name: str, kind: str | None, files: tuple[Path, ...], as_json: bool) ->
 def _described(entry: Entry) -> str:
     parts = [f"{entry.kind[:-1]} {entry.name}, version {entry.version}"]
     parts += [entry.docstring] if entry.docstring else []
-    facts = {name.replace("_", " "): _words(value) for name, value in entry.facts.items()}
+    facts = {name.replace("_", " "): words_of(value) for name, value in entry.facts.items()}
     parts += ["\n".join(f"{name}: {words}" for name, words in facts.items())] if facts else []
     if entry.fields:
         rows = [(f"{f.name} = {f.default}", f.type, f.comment) for f in entry.fields]
         parts.append(f"parameters:\n{columns(rows, '  ')}")
     parts.append(f"from {entry.distribution}: {entry.file}")
     return "\n\n".join(parts)
-
-
-def _words(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return ", ".join(map(str, value)) or "nothing" if isinstance(value, (list, tuple)) else str(value)
 
 
 @click.command(short_help="Where plugins come from; what could not be loaded.")

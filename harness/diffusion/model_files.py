@@ -120,7 +120,7 @@ class ModelFiles:
         except (ValueError, RecursionError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise CheckpointError(f"{self.path(name)}: not JSON ({_short(error)}); fetch it again") from None
+            raise CheckpointError(f"{self.path(name)}: not JSON ({short(error)}); fetch it again") from None
         if not isinstance(found, dict):
             raise CheckpointError(f"{self.path(name)}: a JSON {type(found).__name__}, not an object; fetch it again")
         return found
@@ -144,9 +144,7 @@ class ModelFiles:
                 slices = {tensor: opened.get_slice(tensor) for tensor in names}
                 found = {tensor: (str(s.get_dtype()), tuple(s.get_shape())) for tensor, s in slices.items()}
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{self.path(name)}: truncated or damaged ({_short(error)}); fetch it again"
-            ) from None
+            raise CheckpointError(f"{self.path(name)}: truncated or damaged ({short(error)}); fetch it again") from None
         for tensor, (dtype, _) in found.items():
             if dtype not in DTYPES:
                 raise CheckpointError(f"{self.path(name)}: {tensor} is of type {dtype}; give weights in fp32 or fp16")
@@ -160,9 +158,7 @@ class ModelFiles:
         try:
             return load_file(self._real(name))
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{self.path(name)}: truncated or damaged ({_short(error)}); fetch it again"
-            ) from None
+            raise CheckpointError(f"{self.path(name)}: truncated or damaged ({short(error)}); fetch it again") from None
 
     def digest(self, names: list[str]) -> str:
         """sha256 over the names and the bytes of listed files."""
@@ -236,5 +232,6 @@ def _no_constant(word: str) -> Any:
     raise ValueError(f"{word} is no number")
 
 
-def _short(error: BaseException) -> str:
+def short(error: BaseException) -> str:
+    """What an error of a library says, on one line of at most 200 characters."""
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from harness.diffusion.checkpoint import CheckpointError
 from harness.diffusion.images import as_rgb, to_uint8
+from harness.diffusion.model_files import short
 from harness.judges.hub import Source
 
 RELEASED = "released"  # the weights of the torch-fidelity release: the 2015 network of the first FID
@@ -76,7 +77,7 @@ def _inception_state(weights: str) -> dict[str, Tensor]:
         return load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # HTTP, pickle, safetensors and the system each raise their own errors
         raise CheckpointError(
-            f"Inception-v3 weights '{weights}' cannot be had ({_short(error)}); "
+            f"Inception-v3 weights '{weights}' cannot be had ({short(error)}); "
             "give a .safetensors or .pth file, or inception='' to do without FID"
         ) from error
 
@@ -145,11 +146,7 @@ def load_clip(source: Source) -> OpenClip:
         size = pre.get("size", cfg["vision_cfg"]["image_size"])
         side, mean, std = size if isinstance(size, int) else size[-1], tuple(pre["mean"]), tuple(pre["std"])
     except Exception as error:
-        raise CheckpointError(f"{directory}: cannot be read as an open_clip network: {_short(error)}") from error
+        raise CheckpointError(f"{directory}: cannot be read as an open_clip network: {short(error)}") from error
     network = network.eval().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
     tokens = SimpleTokenizer(context_length=cfg["text_cfg"].get("context_length", 77))
     return OpenClip("clip-vit-b32", network, tokens, side, mean, std)
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

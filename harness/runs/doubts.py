@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 
-from harness.runs.record import Record
+from harness.runs.record import Record, bare
 from harness.types import WRONG, Cell, Doubt
 
 CONTROLS = ("none", "finetune")  # defenses that every other one has to beat
@@ -37,7 +37,7 @@ BROKEN = frozenset({DoubtCode.utility_broken_by_defense, DoubtCode.collapsed})  
 
 
 def attack_failed(record: Record) -> Doubt | None:
-    if name_of(record.cell.attack) != "none" and record.value("asr_before") < 0.5:
+    if bare(record.cell.attack) != "none" and record.value("asr_before") < 0.5:
         text = "the attack did not take: fewer than half of the triggered samples showed the target before the defense"
         return Doubt(DoubtCode.attack_failed, text)
     return None
@@ -54,7 +54,7 @@ def clean_model_hits(record: Record) -> Doubt | None:
 def unchanged(record: Record) -> Doubt | None:
     """The images are those of the attacked model, without the trigger and with it: a defense that only acts on inputs
     with the trigger leaves the others as they were."""
-    if name_of(record.cell.defense) == "none" or not _purifies(record):
+    if bare(record.cell.defense) == "none" or not _purifies(record):
         return None
     if record.value("change") == 0 and _same_values(record, "asr", "asr_before"):
         text = "the defended model's images are identical to the attacked model's: the defense changed nothing"
@@ -82,7 +82,7 @@ def tree_dirty(record: Record) -> Doubt | None:
 
 
 def utility_broken_by_attack(record: Record) -> Doubt | None:
-    if name_of(record.cell.attack) == "none":
+    if bare(record.cell.attack) == "none":
         return None
     if record.value("fid_ratio_before[]") > 1.3 or record.value("attribute_drop_before") > 0.03:
         text = "the attack had already broken the model's clean utility before the defense"
@@ -91,7 +91,7 @@ def utility_broken_by_attack(record: Record) -> Doubt | None:
 
 
 def utility_broken_by_defense(record: Record) -> Doubt | None:
-    if name_of(record.cell.defense) == "none":
+    if bare(record.cell.defense) == "none":
         return None
     if record.value("fid_ratio[]") > 2 or record.value("attribute_drop") > 0.2:
         text = "removal may be forgetting: the defended model's clean utility is broken"
@@ -103,9 +103,9 @@ def control_missing(record: Record, beside: Sequence[Record]) -> Doubt | None:
     """A defense without `none`, `finetune` or, where it was given the trigger, the control with a decoy trigger. One
     that only detects or screens removes nothing and needs `none` alone."""
     cell = record.cell
-    if name_of(cell.defense) in CONTROLS or cell.trigger_given == "decoy":
+    if bare(cell.defense) in CONTROLS or cell.trigger_given == "decoy":
         return None
-    there = {name_of(other.cell.defense) for other in beside if not other.error}
+    there = {bare(other.cell.defense) for other in beside if not other.error}
     purifies = _purifies(record)
     missing = [name for name in (CONTROLS if purifies else CONTROLS[:1]) if name not in there]
     if purifies and "trigger" in record.knowledge and _decoy(cell, beside) is None:
@@ -164,11 +164,6 @@ def _doubts(record: Record, beside: Sequence[Record]) -> tuple[Doubt, ...]:
         return ()
     found = [check(record) for check in ALONE] + [check(record, beside) for check in COMPARED]
     return tuple(doubt for doubt in found if doubt is not None)
-
-
-def name_of(spec: str) -> str:
-    """The plugin name of a spec: "elijah" of "elijah(lr=0.1)"."""
-    return spec.partition("(")[0]
 
 
 def _same_values(record: Record, one: str, other: str) -> bool:

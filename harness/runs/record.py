@@ -18,6 +18,11 @@ from harness.types import Cell, Score
 Track = Literal["unconditional", "text-to-image"]
 
 
+def bare(spec: str) -> str:
+    """The plugin name of a spec: "elijah" of "elijah(lr=0.1)"."""
+    return spec.partition("(")[0]
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 

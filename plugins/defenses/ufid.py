@@ -29,9 +29,19 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from harness import SAMPLERS, Defended, Inputs, Knowledge, PositiveInt, derive, hookimpl, image_noise, image_seeds
+from harness import (
+    SAMPLERS,
+    Defended,
+    Inputs,
+    Knowledge,
+    PositiveInt,
+    derive,
+    hookimpl,
+    image_noise,
+    image_seeds,
+    prompt_screening,
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,7 @@ class UFID:
 
         def screen(inputs: Inputs) -> Tensor:
             images = model.sample(self.perturbed(inputs), SAMPLERS[self.sampler](steps=self.sampling_steps))
-            return density(encoder(images).unflatten(0, (len(inputs), self.copies + 1)))
+            return prompt_screening.density(encoder(images).unflatten(0, (len(inputs), self.copies + 1)))
 
         seeds = image_seeds(int(torch.randint(2**62, (), generator=rng)), "ufid", self.queries)
         clean = screen(Inputs(image_noise(seeds, model.shape), None, seeds))
@@ -73,13 +83,6 @@ class UFID:
         shrink = (1 + self.strength**2) ** -0.5 if self.rescale else 1.0
         is_copy = (torch.arange(len(x), device=x.device) % (self.copies + 1) > 0).view(-1, 1, 1, 1)
         return Inputs(torch.where(is_copy, shrink * (x + self.strength * eps), x), None, seeds)
-
-
-def density(features: Tensor) -> Tensor:
-    """(B,) mean cosine over the pairs of each row's K features (B, K, D), K at least 2."""
-    unit = normalize(features, dim=2)
-    k = features.shape[1]
-    return ((unit @ unit.transpose(1, 2)).sum((1, 2)) - k) / (k * (k - 1))
 
 
 @hookimpl
