@@ -79,6 +79,8 @@ class Column:
 
 
 ASR = Column("ASR", "asr", percent=True, better=-1, interval=True)
+AUROC = Column("AUROC", "screen_auroc", 3, better=1)
+RANKING = {each.score: each.better for each in (ASR, AUROC)} | {"removal": 1}  # what rows are compared by
 COST = Column("Cost", "defense_wall_s", 0, better=-1, minor=True)
 UTILITY: dict[Track, Column] = {
     "unconditional": Column("FD ratio", "fid_ratio[]", 2, better=-1),
@@ -103,7 +105,7 @@ def of_view(track: Track, task: Task) -> tuple[Column, ...]:
     """The columns of a table of the page; its rows are grouped by the first."""
     if task == "screening":
         return (
-            Column("AUROC", "screen_auroc", 3, better=1),
+            AUROC,
             Column("TPR at 1 % FPR", "screen_tpr@1%fpr", percent=True, better=1),
             Column("TPR, own threshold", "screen_tpr", percent=True, better=1, minor=True),
             Column("FPR, own threshold", "screen_fpr", percent=True, better=-1, minor=True),

@@ -9,17 +9,17 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from harness.runs.record import bare
-from leaderboard import reported
+from harness.runs.record import Record, bare
+from leaderboard import paired, reported
 from leaderboard.reported import Number
 from leaderboard.rows import Control, PooledCell
 from leaderboard.specs import arguments
 
 BUDGET = ("steps", "batch", "lr")  # what a model's size decides: no part of a setting
-LEAST_SEEDS = 3  # of the attack's training; with fewer nothing is called better
 LEGEND = (
-    f"Ours is the range over cells and seeds. Two defenses are distinguished only if both have at least {LEAST_SEEDS} "
-    "seeds and their ranges do not overlap. Models, data and judges differ from the paper's."
+    "Ours is the range over cells and seeds. Two defenses are distinguished by the rule of the tables' letters: if they "
+    f"share at least {paired.LEAST_SEEDS} seeds of the attack and the 95 % interval of their paired difference excludes "
+    "0. Models, data and judges differ from the paper's."
 )
 
 
@@ -29,7 +29,7 @@ class Place:
 
     entry: Number
     ours: tuple[float, ...]
-    seeds: int = 0  # distinct seeds of the attack's training behind `ours`
+    records: tuple[Record, ...] = ()  # behind `ours`
 
     @property
     def name(self) -> str:
@@ -62,7 +62,7 @@ def rankings(cells: Sequence[PooledCell], numbers: reported.Reported | None = No
     for (paper, title), entries in groups.items():
         found = [(entry, matching(cells, entry)) for entry in entries]
         places = [
-            Place(entry, values(mine, entry), len({seed for cell in mine for seed in cell.seeds}))
+            Place(entry, values(mine, entry), tuple(record for cell in mine for record in cell.records))
             for entry, mine in found
         ]
         measured = sorted((p for p in places if p.ours), key=lambda p: -(p.entry.value or 0.0))
@@ -109,8 +109,7 @@ def differences(places: Sequence[Place]) -> tuple[str, ...]:
     one for all that it does not tell apart."""
     said, alike, apart = [], [], False
     for a, b in itertools.combinations(places, 2):
-        enough = min(a.seeds, b.seeds) >= LEAST_SEEDS
-        ours = enough * ((a.ours[0] > b.ours[-1]) - (a.ours[-1] < b.ours[0]))
+        ours = _sign(a, b)
         apart |= ours != 0
         equal = a.entry.value == b.entry.value
         if ours == 0 and not equal:
@@ -122,3 +121,9 @@ def differences(places: Sequence[Place]) -> tuple[str, ...]:
     if not apart:
         return ("no two of them are distinguished",)
     return (*said, *([f"not distinguished: {', '.join(alike)}"] if alike else []))
+
+
+def _sign(a: Place, b: Place) -> int:
+    """1 where the paired rule shows a above b, -1 where it shows it below, else 0."""
+    found = paired.difference(a.entry.ours or "", paired.placed(a.records), paired.placed(b.records), better=1)
+    return 0 if found is None or not found.differs else int(math.copysign(1, found.difference))

@@ -25,11 +25,12 @@ from leaderboard.columns import Column, possible
 from leaderboard.rows import Number, PooledCell, Row, Table, by_setting, control_of, pooled
 
 LEGEND = (
-    "Letters go by ASR: two rows share a letter where the 95 % intervals of their ASR overlap, so that the data do not "
-    "tell them apart; A is the best. Blind defenses and those that were given the trigger have letters of their own. "
-    "Controls and defenses that broke clean utility have none. Brackets are 95 % intervals: over samples (Wilson) for "
-    "one seed, over seeds (t) for several. FD is compared at equal n and extractor only. NFE: network evaluations of "
-    "one sample."
+    "Letters go by ASR: two rows share a letter where they are not shown to differ. They are shown to differ if they "
+    "share at least three seeds and the 95 % interval of their paired difference excludes 0, as bench compare computes "
+    "it. Blind defenses and those that were given the trigger have letters of their own. Controls, defenses that broke "
+    "clean utility and rows with fewer than three seeds in common with another row have none. Brackets are 95 % "
+    "intervals: over samples (Wilson) for one seed, over seeds (t) for several. FD is compared only at equal n and "
+    "extractor. NFE: network evaluations of one sample."
 )
 CELL = ("model", "attack", "trigger", "target", "defense", "sampler", "seed", "trigger_given", "n")
 MARKS = "abcdefghijklmnopqrstuvwxyz"
@@ -49,7 +50,8 @@ def terminal(records: Iterable[Record], dropped: Iterable[Dropped] = (), width: 
             body = _render(table, columns, notes, one_line, "simple")
         states = [f"  {one_line(r.defense)} [{one_line(r.knows)}]: {one_line(r.state)}" for r in table.of("missing")]
         footnotes = [f"  {mark}: {one_line(words)}" for mark, words in notes.legend()]
-        parts.append("\n".join([_title(table, one_line), "", body, *states, *footnotes]))
+        remark = [f"  {one_line(table.remark)}"] if table.remark else []
+        parts.append("\n".join([_title(table, one_line), "", body, *states, *footnotes, *remark]))
     detection = population.sentences(cells, one_line)
     parts += ["\n".join(["detection over populations of models", "", *detection])] if detection else []
     return "\n\n\n".join([*parts, textwrap.fill(LEGEND, width)]) if parts else "no records"
@@ -146,6 +148,7 @@ def every_cell(cells: Sequence[PooledCell], sheets: Mapping[str, str]) -> str:
         parts += [f"### {_title(table, escape)}", _render(table, _measured(table), notes, escape, "pipe")]
         lines = [f"- **{escape(r.defense)}** ({escape(r.knows)}): {escape(r.state)}" for r in table.of("missing")]
         lines += [f"- <sup>{mark}</sup> {escape(words)}" for mark, words in notes.legend()]
+        lines += [f"- letters: {escape(table.remark)}"] if table.remark else []
         named, links = _named(table), _links(table, sheets)
         lines += [f"- triggers found: {named}"] if named else []
         lines += [f"- contact sheets: {links}"] if links else []

@@ -4,16 +4,18 @@ A cell is pooled over the seeds of the attack's training. A table sets the rows 
 one setting (attack, trigger, target, sampler), or one row per defense over all the settings that it met, with the worst
 case and the mean. A defense that met one attack is never placed beside one that met five.
 
-Rows carry letters instead of ranks, which the data do not carry: two rows share a letter exactly where the 95 %
-intervals of their ranking score overlap. Defenses that were given the trigger have letters apart from blind ones.
+Rows carry letters instead of ranks, which the data do not carry: two rows share a letter exactly where the rule of
+`leaderboard.paired`, which `bench compare` applies too, does not show them to differ. Defenses that were given the
+trigger have letters apart from blind ones.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any, Literal
@@ -23,6 +25,7 @@ from harness.runs import doubts
 from harness.runs.jsonable import canonical
 from harness.runs.record import Dropped, Record, Track, bare
 from harness.types import Cell, Doubt, Score, TriggerGiven
+from leaderboard import paired
 from leaderboard.columns import ASR, REPORT, TASKS, TRACKS, Column, Task, of_view, possible
 from leaderboard.specs import shortener
 
@@ -137,13 +140,15 @@ class PooledCell:
 @dataclass(frozen=True)
 class Row:
     """A defense in one table, over one cell or several. worst, mean: score → number; deciding: score → the cell of the
-    worst case. Of one cell all are that cell's."""
+    worst case. Of one cell all are that cell's. letters: rows of a table that share one are not shown to differ.
+    uncompared: the row has no letters, only because it shares too few seeds with other rows."""
 
     cells: tuple[PooledCell, ...]
     worst: Mapping[str, Number]
     mean: Mapping[str, float]
     deciding: Mapping[str, PooledCell]
     letters: str = ""
+    uncompared: bool = False
 
     @property
     def first(self) -> PooledCell:
@@ -199,6 +204,15 @@ class Table:
 
     def of(self, section: Section) -> list[Row]:
         return [row for row in self.rows if row.section == section]
+
+    @property
+    def remark(self) -> str:
+        """Why rows have no letters that could have some; "" where none lacks them for want of seeds."""
+        left = [row.defense for row in self.rows if row.uncompared]
+        if not left:
+            return ""
+        some = any(row.letters for row in self.rows)
+        return f"{paired.FEW} of {', '.join(left)}" if some else paired.FEW
 
     def judge(self, column: Column) -> str:
         """What stands in the brackets of the records' names of a score: judges never mix in a column unsaid."""
@@ -405,11 +419,28 @@ def _arranged(rows: Sequence[Row], by: Column, task: Task) -> tuple[Row, ...]:
 
 
 def lettered(rows: Sequence[Row], by: Column = ASR, task: Task = "purification") -> list[Row]:
-    """`rows` from the best worst case to the worst, with `letters`; then those that cannot be ranked, without."""
+    """`rows` from the best worst case to the worst, with `letters`; then those that cannot be ranked, without. A row
+    has letters if it shares enough seeds with at least one other ranked row."""
     ranked = sorted((r for r in rows if _ranked(r, by, task)), key=lambda r: (_loss(r.worst[by.score], by), r.defense))
-    found = letters([r.worst[by.score].span for r in ranked], falling=by.better > 0)
     rest = sorted((r for r in rows if not _ranked(r, by, task)), key=lambda r: r.defense)
-    return [*(replace(r, letters=text) for r, text in zip(ranked, found, strict=True)), *rest]
+    differ = _differing(ranked, by)
+    able = [i for i, others in enumerate(differ) if others]
+    found = letters([[k for k, j in enumerate(able) if not differ[i].get(j)] for i in able])
+    for i, text in zip(able, found, strict=True):
+        ranked[i] = replace(ranked[i], letters=text)
+    alone = len(ranked) == 1 and ranked[0].seeds >= paired.LEAST_SEEDS
+    return [*(replace(r, uncompared=not r.letters and not alone) for r in ranked), *rest]
+
+
+def _differing(rows: Sequence[Row], by: Column) -> list[dict[int, bool]]:
+    """For each row the rows that share enough seeds with it → whether they are shown to differ from it."""
+    places = [paired.placed(record for cell in each.cells for record in cell.records) for each in rows]
+    found: list[dict[int, bool]] = [{} for _ in rows]
+    for i, j in itertools.combinations(range(len(rows)), 2):
+        made = paired.difference(by.score, places[i], places[j], by.better)
+        if made is not None and len(made.by_seed) >= paired.LEAST_SEEDS:
+            found[i][j] = found[j][i] = made.differs
+    return found
 
 
 def _ranked(each: Row, by: Column, task: Task) -> bool:
@@ -419,13 +450,27 @@ def _ranked(each: Row, by: Column, task: Task) -> bool:
     return suits and not broken and not math.isnan(each.worst[by.score].value)
 
 
-def letters(spans: Sequence[tuple[float, float]], falling: bool = False) -> list[str]:
-    """For each interval its letters, so that two intervals share one exactly where they overlap: a letter for every
-    largest set of intervals that have a point in common, from the lowest such point up (falling: down)."""
-    points = sorted({low for low, _ in spans}, reverse=falling)
-    sets = [frozenset(i for i, (low, high) in enumerate(spans) if low <= x <= high) for x in points]
-    largest = [mine for mine in dict.fromkeys(sets) if not any(mine < other for other in sets)]
-    return ["".join(_letter(k) for k, mine in enumerate(largest) if i in mine) for i in range(len(spans))]
+def letters(alike: Sequence[Collection[int]]) -> list[str]:
+    """For each row its letters, so that two rows share one exactly where each is in the other's `alike`: a letter for
+    every largest set of rows that are all alike (a maximal clique), in the order of their first rows."""
+    neighbours = [set(others) - {i} for i, others in enumerate(alike)]
+    cliques = sorted(map(sorted, _cliques(set(), set(range(len(alike))), set(), neighbours)))
+    return ["".join(_letter(k) for k, mine in enumerate(cliques) if i in mine) for i in range(len(alike))]
+
+
+def _cliques(
+    chosen: set[int], candidates: set[int], done: set[int], neighbours: Sequence[set[int]]
+) -> Iterator[set[int]]:
+    """The maximal cliques that hold all of `chosen`, some of `candidates` and none of `done` (Bron & Kerbosch 1973,
+    with the pivot of Tomita et al. 2006)."""
+    if not candidates and not done:
+        yield chosen
+        return
+    pivot = max(candidates | done, key=lambda i: (len(candidates & neighbours[i]), -i))
+    for i in sorted(candidates - neighbours[pivot]):
+        near = neighbours[i]
+        yield from _cliques(chosen | {i}, candidates & near, done & near, neighbours)
+        candidates, done = candidates - {i}, done | {i}
 
 
 def _letter(k: int) -> str:

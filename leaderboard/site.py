@@ -430,6 +430,7 @@ def markdown(site: Site) -> str:
                     f"## {TASK_WORDS[task]}: {report.escape(table.model)}, {len(table.settings)} settings",
                     "; ".join(report.escape(words) for words in table.settings),
                     tabulate([_line(row, table) for row in table.rows], head, tablefmt="pipe", disable_numparse=True),
+                    *([f"Letters: {report.escape(table.remark)}."] if table.remark else []),
                 ]
     parts += _rankings(site.rankings)
     found = population.rendered(site.cells, report.escape)

@@ -32,8 +32,9 @@ def compare(a: str, b: str, scores: tuple[str, ...], root: Path | None, as_json:
 
     A and B are defenses as the tables show them (skd-cag, "skd-cag(target='black')"), followed by :decoy for its
     control with a decoy trigger, or the first digits of a record's key. The difference A - B and its interval come
-    first; p values are corrected after Holm over all lines. One seed: exact McNemar (Wilcoxon for means); several:
-    Student's t over seeds.
+    first; p values are corrected after Holm over all lines, intervals are not corrected. One seed: exact McNemar
+    (Wilcoxon for means); several: Student's t over seeds, or the samples' own interval where that is wider. A and B
+    are shown to differ from three seeds on, if the interval excludes 0: the rule of the tables' letters.
     """
     from leaderboard import paired
     from leaderboard.results import distinct
@@ -54,9 +55,9 @@ def compare(a: str, b: str, scores: tuple[str, ...], root: Path | None, as_json:
         print_json(found)
         return
     for setting in dict.fromkeys(each.setting for each in found):
-        echo(", ".join(str(value) for name, value in setting if name != "n") + f", n = {dict(setting)['n']}")
+        echo(", ".join(f"n = {value}" if name == "n" else str(value) for name, value in setting))
         lines = [_line(each) for each in found if each.setting == setting]
-        head = ("score", "A - B", "95 % interval", "A", "B", "p (Holm)", "test", "over")
+        head = ("score", "A - B", "95 % interval", "A", "B", "p (Holm)", "test", "over", "shown to differ")
         echo(columns([head, *lines], "  "))
     for remark in dict.fromkeys(each.note for each in found if each.note):
         echo(f"note: {remark}")
@@ -65,8 +66,8 @@ def compare(a: str, b: str, scores: tuple[str, ...], root: Path | None, as_json:
 def _line(each: Comparison) -> tuple[str, ...]:
     interval = "none" if each.low is None else f"{each.low:+.4g} to {each.high:+.4g}"
     p = "none" if each.p_holm is None else f"{each.p_holm:.3g}"
-    over = f"{each.n} {each.unit}"
-    return (each.score, f"{each.difference:+.4g}", interval, f"{each.a:.4g}", f"{each.b:.4g}", p, each.test, over)
+    numbers = (f"{each.difference:+.4g}", interval, f"{each.a:.4g}", f"{each.b:.4g}", p)
+    return (each.score, *numbers, each.test, f"{each.n} {each.unit}", "yes" if each.differs else "no")
 
 
 def chosen(records: Sequence[Record], text: str, elsewhere: str = "") -> list[Record]:
