@@ -9,8 +9,8 @@ LEAST_SEEDS seeds and the 95 % interval of their paired difference excludes 0. T
                   are averaged over the seeds first, and the interval is normal over the n averages
 
 The interval over samples keeps seeds that agree by chance (0 of 100 hits against 1 of 100, three times) from counting
-as proof. A score without per-sample values has the interval over seeds alone; where its seeds do not vary either, it
-has none.
+as proof. For a share without per-sample values it follows from the counts. Any other score without them has the
+interval over seeds alone; where its seeds do not vary either, it has none.
 
 With one seed, `bench compare` describes the one checkpoint: the exact McNemar test for hits (Agresti & Min's interval
 for the difference), the t interval and Wilcoxon's signed-rank test for other values. This shows no difference between
@@ -19,6 +19,7 @@ defenses. p values are corrected after Holm; intervals are not corrected. The ef
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -37,6 +38,7 @@ Placed = Mapping[Place, Mapping[int, Record]]
 SETTING = ("model", "attack", "trigger", "target", "sampler", "n")
 DEFAULT_SCORES = ("asr", "drift", "attribute_accuracy", "screen_auroc")
 LEAST_SEEDS = 3  # of the attack's training; with fewer nothing is called better
+ROUNDING = 1e-9  # of the numbers; differences that vary by less are equal
 FEW = "fewer than three seeds: no comparison"
 
 
@@ -200,7 +202,8 @@ def over_seeds(score: str, rows: Sequence[Pair]) -> Made:
     p values."""
     d = [a.value(score) - b.value(score) for a, b in rows]
     mean = math.fsum(d) / len(d)
-    tests = {"t over seeds": _t_test(d), "normal over samples": _z_test(mean, _sampling_error(score, rows))}
+    size = max(abs(record.value(score)) for pair in rows for record in pair)
+    tests = {"t over seeds": _t_test(d, size), "normal over samples": _z_test(mean, _sampling_error(score, rows), size)}
     made = [(*found, name) for name, found in tests.items() if found is not None]
     if not made:
         note = "every seed gives the same difference: no variance, no interval"
@@ -210,20 +213,23 @@ def over_seeds(score: str, rows: Sequence[Pair]) -> Made:
     return mean, mean - half, mean + half, p, test, "seeds", len(d), None
 
 
-def _t_test(d: Sequence[float]) -> tuple[float, float] | None:
-    """Half the 95 % t interval of a mean, and its p; None without variance."""
-    from scipy.stats import ttest_1samp
+def _t_test(d: Sequence[float], size: float) -> tuple[float, float] | None:
+    """Half the 95 % t interval of a mean of differences of numbers up to `size`, and its p; None where the differences
+    vary by rounding alone."""
+    import numpy as np
+    from scipy.stats import t
 
     ends = statistics.mean_interval(d)
-    if ends is None:
+    if ends is None or np.ptp(d) <= ROUNDING * size:
         return None
-    test: Any = ttest_1samp(d, 0.0)
-    return (ends[1] - ends[0]) / 2, float(test.pvalue)
+    error = np.std(d, ddof=1) / math.sqrt(len(d))
+    return (ends[1] - ends[0]) / 2, float(2 * t.sf(abs(np.mean(d)) / error, len(d) - 1))
 
 
-def _z_test(mean: float, error: float) -> tuple[float, float] | None:
-    """Half the 95 % normal interval of a mean with this standard error, and its p; None without an error."""
-    if not error > 0:
+def _z_test(mean: float, error: float, size: float) -> tuple[float, float] | None:
+    """Half the 95 % normal interval of a mean with this standard error, and its p; None where the error is unknown or
+    rounding alone."""
+    if not error > ROUNDING * size:
         return None
     return statistics.Z * error, math.erfc(abs(mean) / error / math.sqrt(2))
 
@@ -231,14 +237,16 @@ def _z_test(mean: float, error: float) -> tuple[float, float] | None:
 def _sampling_error(score: str, rows: Sequence[Pair]) -> float:
     """The standard error that the samples alone give the mean difference over the seeds of `rows`: that of the samples'
     differences, averaged over the seeds. Shares have half a pair added to each cell of the 2×2 table, as in
-    `paired_shares`. NaN where the records keep no values of the same number of samples."""
+    `paired_shares`. Where the records keep no values of the same number of samples, that of shares follows from their
+    counts, and others have none (NaN)."""
     import numpy as np
 
+    share = score.partition("@")[0] in (*SHARES, "removal")
     sides = [[parts(record, score) for record in pair] for pair in rows]
     shapes = {tuple(map(len, side)) for pair in sides for side in pair}
     if len(shapes) != 1 or shapes == {()}:
-        return math.nan
-    extra = 1 if score.partition("@")[0] in (*SHARES, "removal") else 0
+        return _counting_error(score, rows) if share else math.nan
+    extra = 1 if share else 0
     variance = 0.0
     for k in range(len(sides[0][0])):
         d = np.mean([np.subtract(a[k], b[k]) for a, b in sides], axis=0)
@@ -248,6 +256,17 @@ def _sampling_error(score: str, rows: Sequence[Pair]) -> float:
         m = len(d) + 2 * extra
         variance += float((d @ d + extra - d.sum() ** 2 / m) / (m * (m if extra else m - 1)))
     return math.sqrt(max(0.0, variance))
+
+
+def _counting_error(score: str, rows: Sequence[Pair]) -> float:
+    """The standard error of a difference of two shares of which only the counts are known: as if the two sides had
+    independent samples, but every seed the same ones. One hit and one miss are added to each share."""
+    variance = 0.0
+    for record in itertools.chain.from_iterable(rows):
+        n = record.scores[record.name_of(score)].n
+        share = (n * min(1.0, max(0.0, record.value(score))) + 1) / (n + 2)
+        variance += share * (1 - share) / (n + 2) / len(rows)
+    return math.sqrt(variance)
 
 
 def parts(record: Record, score: str) -> list[Sequence[float]]:

@@ -17,9 +17,9 @@ from leaderboard.specs import arguments
 
 BUDGET = ("steps", "batch", "lr")  # what a model's size decides: no part of a setting
 LEGEND = (
-    "Ours is the range over cells and seeds. Two defenses are distinguished by the rule of the tables' letters: if they "
-    f"share at least {paired.LEAST_SEEDS} seeds of the attack and the 95 % interval of their paired difference excludes "
-    "0. Models, data and judges differ from the paper's."
+    "Ours is the range over cells and seeds. The tables' rule distinguishes two defenses: they share at least "
+    f"{paired.LEAST_SEEDS} seeds of the attack, and the 95 % interval of their paired difference excludes 0. Models, "
+    "data and judges differ from the paper's."
 )
 
 

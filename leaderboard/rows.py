@@ -208,11 +208,10 @@ class Table:
     @property
     def remark(self) -> str:
         """Why rows have no letters that could have some; "" where none lacks them for want of seeds."""
-        left = [row.defense for row in self.rows if row.uncompared]
-        if not left:
-            return ""
+        left = sum(row.uncompared for row in self.rows)
         some = any(row.letters for row in self.rows)
-        return f"{paired.FEW} of {', '.join(left)}" if some else paired.FEW
+        of = f" of {left} row{'s' if left > 1 else ''} without letters" if some else ""
+        return f"{paired.FEW}{of}" if left else ""
 
     def judge(self, column: Column) -> str:
         """What stands in the brackets of the records' names of a score: judges never mix in a column unsaid."""

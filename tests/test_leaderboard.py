@@ -455,13 +455,31 @@ def test_defenses_that_met_other_attacks_are_never_in_one_table() -> None:
     assert all(len(table.of("control")) == 2 for table in found)
 
 
-def test_rows_whose_intervals_overlap_share_a_letter_instead_of_a_rank() -> None:
-    made = [record("none"), *(record(f"d{i}()", hits) for i, hits in enumerate((2, 6, 30, 34, 90)))]
-    made.append(record("broken()", 0, ratio=3.0))
+def test_rows_that_are_not_shown_to_differ_share_a_letter_instead_of_a_rank() -> None:
+    rates = {"d0": (2, 3, 1), "d1": (4, 3, 5), "d2": (30, 33, 31), "d3": (34, 28, 36), "d4": (90, 91, 89)}
+    made = [record(f"{name}()", k, seed=seed) for name, hits in rates.items() for seed, k in enumerate(hits)]
+    made += [record("broken()", 0, ratio=3.0, seed=seed) for seed in range(3)]
     (table,) = purification(made)
     assert [(row.first.specs.defense, row.letters) for row in table.of("blind")] == [
         ("d0()", "A"), ("d1()", "A"), ("d2()", "B"), ("d3()", "B"), ("d4()", "C"), ("broken()", ""),
     ]  # fmt: skip
+
+
+def test_over_several_settings_rows_are_compared_by_their_worst_at_each_seed() -> None:
+    """a and b differ on the easy attack alone; what counts at each seed is the hard one, where they do not."""
+    made = [
+        record(defense, hits, attack=attack, seed=seed)
+        for seed in range(3)
+        for defense, attack, hits in (
+            ("a()", "easy()", 0), ("a()", "hard()", 50 + seed), ("b()", "easy()", 40), ("b()", "hard()", 52 - seed),
+            ("c()", "easy()", 95), ("c()", "hard()", 10),
+        )
+    ]  # fmt: skip
+    (table,) = purification(made)
+    assert {row.defense: row.letters for row in table.rows} == {"a": "A", "b": "A", "c": "B"}
+    without = [each for each in made if (each.cell.defense, each.cell.attack, each.cell.seed) != ("c()", "hard()", 2)]
+    (table,) = purification(without)
+    assert {row.defense: row.letters for row in table.rows} == {"a": "A", "b": "A", "c": ""}, "two seeds have both"
 
 
 def test_a_rows_level_says_how_far_it_was_checked() -> None:
@@ -635,32 +653,22 @@ def test_places_that_our_seeds_do_not_tell_apart_are_named() -> None:
         for name, value in zip("xyz", (0.9, 0.8, 0.8), strict=True)
     ]
     x, y, z = entries
-    same = [
-        paper_rankings.Place(x, (0.5, 0.9), 3),
-        paper_rankings.Place(y, (0.6, 0.7), 3),
-        paper_rankings.Place(z, (0.7,), 3),
-    ]
+
+    def place(entry: reported.Number, *removed: int) -> paper_rankings.Place:
+        made = [record(f"{entry.defense}()", 100 - k, seed=seed) for seed, k in enumerate(removed)]
+        return paper_rankings.Place(entry, tuple(k / 100 for k in sorted(removed)), tuple(made))
+
+    same = [place(x, 50, 90, 70), place(y, 60, 70, 65), place(z, 70, 60, 65)]
     assert paper_rankings.differences(same) == ("no two of them are distinguished",)
-    assert (
-        paper_rankings.differences(
-            [
-                paper_rankings.Place(x, (0.9,), 3),
-                paper_rankings.Place(y, (0.6, 0.7), 3),
-                paper_rankings.Place(z, (0.65,), 3),
-            ]
-        )
-        == ()
-    )
-    found = paper_rankings.differences(
-        [
-            paper_rankings.Place(x, (0.7, 0.9), 3),
-            paper_rankings.Place(y, (0.6, 0.7), 3),
-            paper_rankings.Place(z, (0.5,), 3),
-        ]
-    )
-    assert found == ("y (60–70 %) is above z (50 %), in the paper equal", "not distinguished: x and y")
-    few = [paper_rankings.Place(x, (0.7, 0.9), 2), paper_rankings.Place(z, (0.5,), 3)]
+    assert paper_rankings.differences([place(x, 90, 90, 90), place(y, 60, 70, 65), place(z, 65, 65, 65)]) == ()
+    found = paper_rankings.differences([place(x, 70, 90, 65), place(y, 70, 69, 71), place(z, 40, 41, 40)])
+    assert found == ("y (69–71 %) is above z (40–41 %), in the paper equal", "not distinguished: x and y")
+    few = [place(x, 90, 90), place(z, 50, 50)]
     assert paper_rankings.differences(few) == ("no two of them are distinguished",)
+    overlapping = [place(z, 50, 60, 70), place(x, 59, 70, 81)]
+    assert paper_rankings.differences(overlapping) == (
+        "x (59–81 %) is above z (50–70 %), in the paper 90 % against 80 %",
+    )
 
 
 def test_a_defenses_page_shows_what_papers_report_beside_ours(page: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, strategies as st
 
 from harness.runs import doubts
 from harness.runs.doubts import DoubtCode
@@ -125,32 +127,76 @@ def test_failed_and_dropped_cells_are_rows_with_their_reason() -> None:
 # ---- letters --------------------------------------------------------------------------------------------------------
 
 
+def seeds(hits: Sequence[int], **more: Any) -> list[Record]:
+    """A record for each seed from 0 on, with that many of 100 hits."""
+    name = str(sorted(more.items()))
+    return [record(f"{name} {seed}", seed=seed, scores={"asr": share(k, 100)}, **more) for seed, k in enumerate(hits)]
+
+
 def test_blind_defenses_and_those_given_the_trigger_have_letters_apart() -> None:
-    given: dict[str, Any] = {"defense": "sighted()", "knowledge": ("trigger", "data")}
+    given: dict[str, Any] = {"knowledge": ("trigger", "data")}
     (table,) = tables(
-        record("aa"),
-        record("bb", defense="finetune()", scores={"asr": share(50, 100)}, knowledge=("data",)),
-        record("cc", defense="weak()", scores={"asr": share(70, 100)}),
-        record("dd", defense="blind()", scores={"asr": share(30, 100)}),
-        record("ee", **given, scores={"asr": share(0, 100)}),
-        record("ff", **given, trigger_given="decoy", scores={"asr": share(0, 100)}),
+        *seeds([97] * 3),
+        *seeds([50] * 3, defense="finetune()", knowledge=("data",)),
+        *seeds([70, 68, 72], defense="weak()"),
+        *seeds([30, 29, 33], defense="blind()"),
+        *seeds([0] * 3, defense="sighted()", **given),
+        *seeds([0] * 3, defense="sighted()", trigger_given="decoy", **given),
+        *seeds([40] * 3, defense="short()", **given),
     )
     assert [(row.defense, row.letters, row.knows) for row in table.rows] == [
         ("none", "", "none (blind)"), ("finetune", "", "data"), ("blind", "A", "none (blind)"),
         ("weak", "B", "none (blind)"), ("sighted", "A", "trigger, data"), ("sighted", "", "decoy trigger (control)"),
+        ("short", "B", "trigger, data"),
     ]  # fmt: skip
-    assert [row.control for row in table.rows] == [Control.none, Control.finetune, None, None, None, Control.decoy]
-    assert [row.trigger_given for row in table.rows] == [None, None, None, None, "true", "decoy"]
+    controls = [Control.none, Control.finetune, None, None, None, Control.decoy, None]
+    assert [row.control for row in table.rows] == controls and table.remark == ""
+    assert [row.trigger_given for row in table.rows] == [None, None, None, None, "true", "decoy", "true"]
 
 
-def test_two_rows_share_a_letter_exactly_where_their_intervals_overlap() -> None:
-    spans = [(0.0, 0.2), (0.1, 0.4), (0.3, 0.6), (0.35, 0.5), (0.7, 0.8), (0.8, 0.9), (0.95, 0.95)]
-    for falling in (False, True):
-        found = rows.letters(spans, falling)
-        for i, (low, high) in enumerate(spans):
-            for j, (start, end) in enumerate(spans):
-                assert bool(set(found[i]) & set(found[j])) == (low <= end and start <= high), (i, j, found)
-    assert rows.letters(spans) == ["A", "AB", "B", "B", "C", "C", "D"]
+@st.composite
+def graphs(draw: st.DrawFn) -> list[set[int]]:
+    """For each of up to 9 vertices its neighbours."""
+    n = draw(st.integers(0, 9))
+    pairs = list(itertools.combinations(range(n), 2))
+    edges = {pair for pair in pairs if draw(st.booleans())}
+    return [{j for j in range(n) if (min(i, j), max(i, j)) in edges} for i in range(n)]
+
+
+@given(graphs())
+def test_letters_are_the_largest_sets_of_rows_that_are_all_alike(alike: list[set[int]]) -> None:
+    found, everyone = rows.letters(alike), set(range(len(alike)))
+    for i, j in itertools.combinations(everyone, 2):
+        assert bool(set(found[i]) & set(found[j])) == (j in alike[i]), (i, j, found)
+    used = sorted(set("".join(found)))
+    sets = [{i for i in everyone if letter in found[i]} for letter in used]
+    for mine in sets:
+        assert not any(mine <= alike[i] for i in everyone - mine), "a row that is like all of them has the letter too"
+    assert used == list(rows.LETTERS[: len(used)]) and len({frozenset(mine) for mine in sets}) == len(sets)
+    assert not found or found[0][0] == "A", "A is a letter of the first row"
+
+
+def test_a_row_that_is_like_two_others_that_differ_has_both_of_their_letters() -> None:
+    assert rows.letters([{1}, {0, 2}, {1}, set()]) == ["A", "AB", "B", "C"]
+
+
+@pytest.mark.parametrize("few", [1, 2])
+def test_below_three_seeds_no_row_has_letters_and_the_table_says_so(few: int) -> None:
+    made = [*seeds([97] * few), *seeds([0] * few, defense="a()"), *seeds([90] * few, defense="b()")]
+    (table,) = tables(*made)
+    assert [row.letters for row in table.rows] == ["", "", ""]
+    assert table.remark == "fewer than three seeds: no comparison"
+    for text in (report.terminal(made, width=200), report.markdown(made)):
+        assert "fewer than three seeds: no comparison" in text
+
+
+def test_a_row_with_fewer_seeds_than_the_others_has_no_letters() -> None:
+    made = [*seeds([0] * 3, defense="a()"), *seeds([90] * 3, defense="b()"), *seeds([40, 40], defense="c()")]
+    (table,) = tables(*made)
+    assert [(row.defense, row.letters) for row in table.rows] == [("a", "A"), ("c", ""), ("b", "B")]
+    assert table.remark == "fewer than three seeds: no comparison of 1 row without letters"
+    apart = [record(str(k), seed=k, defense="d()", scores={"asr": share(0, 100)}) for k in (3, 4, 5)]
+    assert lettered(*made[3:6], *apart) == {"b": "", "d": ""}, "three seeds each, none in common"
 
 
 def test_rows_are_never_rounded_before_they_are_put_in_order() -> None:
@@ -164,7 +210,7 @@ def test_rows_are_never_rounded_before_they_are_put_in_order() -> None:
 
 
 def test_in_sealing_pixel_three_percent_of_hits_stand_below_none(committed: Mapping[str, Sequence[Table]]) -> None:
-    found = [row for table in committed["sealing-pixel"] for row in table.of("given") if row.letters]
+    found = [row for table in committed["sealing-pixel"] for row in table.of("given") if row.control is None]
     rates = {row.first.short.defense: row.worst["asr"].value for row in found}
     order = list(rates)
     worse = next(name for name in order if name.startswith("skd-cag") and "random_words" in name)
@@ -173,31 +219,39 @@ def test_in_sealing_pixel_three_percent_of_hits_stand_below_none(committed: Mapp
 
 
 def test_only_what_the_defense_itself_broke_takes_its_letters_away() -> None:
-    taken = {"asr": share(0, 100)}
-    before = {**taken, "fid_ratio_before[digits-cnn]": score(1.9)}
+    def three(defense: str, **scores: Score) -> list[Record]:
+        taken = {"asr": share(0, 100), **scores}
+        return [record(f"{defense} {seed}", seed=seed, defense=defense, scores=taken) for seed in range(3)]
+
+    before = {"fid_ratio_before[digits-cnn]": score(1.9)}
     found = lettered(
-        record(scores={"fid_ratio_before[digits-cnn]": score(1.9)}),
-        record("bb", defense="eraser()", scores={**taken, "fid_ratio[digits-cnn]": score(9.0)}),
-        record("cc", defense="flattener()", scores={**taken, "spread": score(0.1)}),
-        record("dd", defense="elijah()", scores=before),
+        *three("none()", **before),
+        *three("eraser()", **{"fid_ratio[digits-cnn]": score(9.0)}),
+        *three("flattener()", spread=score(0.1)),
+        *three("elijah()", **before),
+        *three("other()"),
     )
-    assert found == {"none": "", "elijah": "A", "eraser": "", "flattener": ""}
+    assert found == {"none": "", "elijah": "A", "other": "A", "eraser": "", "flattener": ""}
 
 
-def test_elijahs_rows_keep_their_letters_where_the_attack_had_broken_the_model(
+def test_elijahs_rows_are_compared_where_the_attack_had_broken_the_model(
     committed: Mapping[str, Sequence[Table]],
 ) -> None:
     every = [row for table in committed["baddiffusion"] for row in table.rows]
     mine = [row for row in every if row.defense.startswith("elijah") and row.control is None]
     broken = [row for row in mine if DoubtCode.utility_broken_by_attack in {doubt.code for doubt in row.doubts}]
-    assert broken and all(row.letters for row in broken)
+    assert broken and all(row.uncompared and not row.letters for row in broken), "for want of seeds alone"
 
 
 def test_what_does_not_purify_or_meets_no_attack_has_no_letters() -> None:
     screen = {"track": "unconditional", "delivers": ["screen"]}
-    assert lettered(record(), record("bb", defense="screen()", provenance=screen))["screen"] == ""
-    clean = {"attack": "none()", "scores": {"asr": share(0, 100)}}
-    assert lettered(record(**clean), record("bb", defense="x()", **clean))["x"] == ""
+    beside = [*seeds([0] * 3, defense="x()"), *seeds([9] * 3, defense="y()")]
+    (table,) = tables(*beside, *seeds([0] * 3, defense="screen()", provenance=screen))
+    assert [(row.defense, bool(row.letters)) for row in table.rows] == [("x", True), ("y", True), ("screen", False)]
+    assert table.remark == ""
+    clean = {"attack": "none()"}
+    (table,) = tables(*seeds([0] * 3, defense="x()", **clean), *seeds([90] * 3, defense="y()", **clean))
+    assert [(row.letters, row.uncompared) for row in table.rows] == [("", False), ("", False)]
 
 
 # ---- words ----------------------------------------------------------------------------------------------------------
@@ -252,14 +306,16 @@ def test_csv_cells_never_become_formulas_and_numbers_stay_numbers() -> None:
 
 def test_the_report_folder_holds_markdown_json_csv_and_the_records(tmp_path: Path) -> None:
     nan = record("bb", defense="x()", scores={"drift": score(None), "asr_before": score(0.2)})
+    letters = [*seeds([0, 0, 1], defense="y()"), *seeds([50, 50, 50], defense="z()")]
     (tmp_path / "sheets").mkdir()
     (tmp_path / "sheets" / "aaaaaaaa.webp").write_bytes(picture())
-    paths = report.write([changed(record("aa"), sheet="sheets/aaaaaaaa.webp"), nan], [], tmp_path)
-    assert {path.stem for path in paths["records"].iterdir()} == {digest("aa"), digest("bb")}
+    paths = report.write([changed(record("aa"), sheet="sheets/aaaaaaaa.webp"), nan, *letters], [], tmp_path)
+    assert {path.stem for path in paths["records"].iterdir()} == {digest("aa"), digest("bb"), *(r.key for r in letters)}
     whole = json.loads(paths["json"].read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
     assert whole["records"][1]["scores"]["drift"]["value"] is None and "doubts" not in whole["records"][1]
     said = {row["defense"]: row for row in whole["rows"]}
-    assert said["x"]["letters"] == "A" and said["x"]["doubts"][0]["code"] == "attack-failed"
+    assert said["x"]["letters"] == "" and said["x"]["doubts"][0]["code"] == "attack-failed"
+    assert (said["y"]["letters"], said["z"]["letters"]) == ("A", "B")
     assert said["none"]["control"] == "none" and said["none"]["keys"] == [digest("aa")]
     assert "(sheets/aaaaaaaa.webp)" in paths["md"].read_text()
     assert paths["csv"].read_text().startswith("key,model,attack")
