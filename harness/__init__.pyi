@@ -22,6 +22,7 @@ from harness.capabilities import (
     OfFamily as OfFamily,
     OnBiasedNoise as OnBiasedNoise,
     PastedTarget as PastedTarget,
+    PerSampleMetric as PerSampleMetric,
     PictureTarget as PictureTarget,
     PlacedTrigger as PlacedTrigger,
     ProbabilityJudge as ProbabilityJudge,

@@ -387,6 +387,15 @@ class ExtraSetsMetric(Metric, Protocol):
     sets: ClassVar[Sequence[str]]
 
 
+@runtime_checkable
+class PerSampleMetric(Metric, Protocol):
+    """A metric that says which of its scores keep per-sample values, by their names without brackets: measuring and
+    `bench leaderboard check` ask for them, and refuse such a score without its values; without it a score may come
+    without them."""
+
+    per_sample: ClassVar[Sequence[str]]
+
+
 @dataclass(frozen=True)
 class Capability:
     """What plugins of `kinds` may offer. claimed_by: attributes any of which says that a plugin means to offer it, so
@@ -439,6 +448,7 @@ CAPABILITIES: tuple[Capability, ...] = (
     ),
     Capability(DeliveringDefense, ("defenses",), ("delivers",)),
     Capability(ExtraSetsMetric, ("metrics",), ("sets",)),
+    Capability(PerSampleMetric, ("metrics",), ("per_sample",)),
 )
 TRIGGER_CAPABILITIES: dict[str, type] = {
     "text": TokenTrigger,
@@ -489,6 +499,11 @@ def accepted_models(part: object) -> tuple[str, ...] | None:
 def keyed_libraries(part: object) -> tuple[str, ...]:
     """Libraries whose minor versions are part of the keys of a plugin's jobs."""
     return tuple(part.keyed_libraries) if offers(part, LibraryDependent) else ()
+
+
+def keeps_per_sample(part: object) -> tuple[str, ...]:
+    """The scores, without brackets, of which a metric keeps per-sample values."""
+    return tuple(part.per_sample) if offers(part, PerSampleMetric) else ()
 
 
 def missing_of_trigger(part: Any, trigger: Trigger) -> tuple[str, ...]:

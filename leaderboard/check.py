@@ -5,25 +5,31 @@ protocol per table, controls, nothing dirty or partial. `bench leaderboard check
 from __future__ import annotations
 
 import filecmp
-import math
 import re
+import subprocess
 import tempfile
+import tomllib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
 from harness.runs import doubts
+from harness.runs.declared import Declared
 from harness.runs.doubts import CONTROLS, DoubtCode
 from harness.runs.record import Record, Source, bare
 from harness.types import Doubt
-from leaderboard import recompute, reported, results
+from leaderboard import attestation, claims, copies, recompute, reported, results, wellformed
 from leaderboard.paired import Place, attack_jobs, place
 from leaderboard.rendering import picture_size
 from leaderboard.results import Results, ResultsError
+from leaderboard.specs import PARTS
 
 OWN = "diffusion-defense-bench"
+OLDER = Path(__file__).parent / "older.toml"
+SEAL_DIGITS = 16
 LIMIT = 25_000_000  # bytes of all results
 PER_RECORD = 25_000  # bytes of a packed record and its contact sheet, on average
 T = TypeVar("T")
@@ -56,16 +62,21 @@ class Outcome:
 # ---- the checks -----------------------------------------------------------------------------------------------------
 
 
-def check(root: Path, page: Path | None = None) -> Outcome:
-    """Check the results below `root`, and the built page if one is given. Raises ResultsError only where `root` holds
-    no results at all."""
+def check(root: Path, page: Path | None = None, declared: Declared | None = None) -> Outcome:
+    """Check the results below `root`, and the built page if one is given. declared: what the plugins and the suites
+    say; without it, records are held against each other alone. Raises ResultsError only where `root` holds no results
+    at all."""
     outcome = Outcome()
     every = []
+    for path in results.irregular(root):
+        outcome.problems.append(Problem(str(path), results.IRREGULAR))
     for folder in results.folders(root):
         suite = _read(folder, outcome)
         if suite is not None:
             every.append(suite)
-            _suite(suite, outcome)
+            _suite(suite, outcome, declared)
+    _copies(every, outcome)
+    _commits(every, root, outcome)
     _reported(outcome)
     _size(root, outcome)
     if page is not None and not outcome.problems:
@@ -75,12 +86,15 @@ def check(root: Path, page: Path | None = None) -> Outcome:
 
 def _read(folder: Path, outcome: Outcome) -> Results | None:
     """A suite in which everything can be read and every record is as it was sealed; None, and what is wrong said."""
-    for name in results.strays(folder):
+    odd = {path.relative_to(folder).as_posix() for path in results.irregular(folder)}
+    for name in sorted(set(results.strays(folder)) - odd):
         outcome.problems.append(Problem(str(folder / name), "no part of the results; move it elsewhere"))
     files = results.record_files(folder)
-    records = [found for path in files if (found := _try(results.read_record, path, outcome)) is not None]
-    if len(records) < len(files):
+    sealed = [found for path in files if (found := _try(results.read_sealed, path, outcome)) is not None]
+    if len(sealed) < len(files) or odd:
         return None
+    records = [record for record, _ in sealed]
+    _ages(folder, sealed, outcome)
     return _try(lambda folder: results.read_suite(folder, records), folder, outcome)
 
 
@@ -93,11 +107,74 @@ def _try(read: Callable[[Path], T], path: Path, outcome: Outcome) -> T | None:
         return None
 
 
-def _suite(suite: Results, outcome: Outcome) -> None:
+def _ages(folder: Path, sealed: Sequence[tuple[Record, str]], outcome: Outcome) -> None:
+    """A record whose key nobody can compute again is believed only as it was published."""
+    known, older = _older(), 0
+    for record, seal in sealed:
+        if wellformed.unverifiable(record):
+            older += 1
+            if seal[:SEAL_DIGITS] not in known:
+                file = str(folder / "records" / f"{record.key}.json")
+                words = "holds no ingredients from which its key is computed again, and is no row as it was published "
+                outcome.problems.append(Problem(file, f"{words}before they were kept; run it again"))
+    if older:
+        words = f"unverifiable: {older} rows were made before records held the ingredients of their keys"
+        outcome.notes.append(Problem(str(folder), words))
+
+
+@cache
+def _older() -> frozenset[str]:
+    """The first digits of the seals of all records that were published without ingredients."""
+    return frozenset(tomllib.loads(OLDER.read_text(encoding="utf-8"))["seals"])
+
+
+def _claims(suite: Results, declared: Declared, outcome: Outcome) -> None:
+    """What the plugins and the suite say otherwise."""
+    for record in suite.records:
+        file = str(suite.record_file(record.key))
+        wrong, unknown = claims.problems(record, declared)
+        outcome.problems += [Problem(file, words) for words in wrong]
+        outcome.notes += [Problem(file, words) for words in unknown]
+    wrong, unknown = claims.rows(suite, declared)
+    outcome.problems += [Problem(str(suite.folder), words) for words in wrong]
+    outcome.notes += [Problem(str(suite.folder), words) for words in unknown]
+
+
+def _copies(every: Sequence[Results], outcome: Outcome) -> None:
+    """Nothing of one record stands in another that cannot have it."""
+    files = {record.key: str(suite.record_file(record.key)) for suite in every for record in suite.records}
+    records = [record for suite in every for record in suite.records]
+    found = [*copies.across(records), *copies.attacks(records)]
+    for suite in every:
+        found += copies.sheets(suite.records)
+    outcome.problems += [Problem(files[record.key], words) for record, words in found]
+    by_file = [(str(suite.record_file(record.key)), record) for suite in every for record in suite.records]
+    outcome.problems += [Problem(file, words) for file, words in copies.twins(by_file)]
+
+
+def _commits(every: Sequence[Results], root: Path, outcome: Outcome) -> None:
+    """Commits that the checkout around `root` does not have: nobody can say there what they hold."""
+    named = sorted({r.provenance.commit for suite in every for r in suite.records if r.provenance.commit} - {""})
+    unknown = [commit for commit in named if re.fullmatch(r"[0-9a-f]{40}", commit)]
+    asked = ["git", "-C", str(root), "cat-file", "--batch-check"]
+    try:
+        done = subprocess.run(asked, input="\n".join(unknown), capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return
+    if done.returncode == 0:
+        for line in done.stdout.splitlines():
+            commit, _, kind = line.partition(" ")
+            if not kind.startswith("commit"):
+                words = f"unverifiable: the commit {commit[:12]} is not in this checkout"
+                outcome.notes.append(Problem(str(root), words))
+
+
+def _suite(suite: Results, outcome: Outcome, declared: Declared | None) -> None:
     doubted = doubts.of(suite.records)
     for record in suite.records:
         file = str(suite.record_file(record.key))
-        found = _whole(suite, record) + _honest(record) + _controls(record, suite.records)
+        found = wellformed.problems(record) + _whole(suite, record) + _honest(record)
+        found += _controls(record, suite.records)
         again = recompute.recompute(record.scores)
         outcome.problems += [Problem(file, words) for words in (*found, *again.problems)]
         outcome.notes += [Problem(file, words) for words in _remarks(record, doubted[record.key])]
@@ -105,6 +182,8 @@ def _suite(suite: Results, outcome: Outcome) -> None:
         outcome.recomputed += len(again.recomputed)
         outcome.measured += len(again.recomputed) + len(again.unsupported)
     outcome.problems += [Problem(str(file), words) for file, words in results.twins([suite])]
+    if declared is not None:
+        _claims(suite, declared, outcome)
     _together(suite, outcome)
     _attestations(suite, outcome)
     _sheets(suite, outcome)
@@ -123,16 +202,12 @@ def _sheets(suite: Results, outcome: Outcome) -> None:
 
 
 def _whole(suite: Results, record: Record) -> list[str]:
-    """Nothing of a row is missing: every unmeasured score says why, and every picture is there."""
+    """Nothing of a row is missing, and every picture is there."""
     found = []
     if not record.error and not record.scores:
         found.append("a row without scores and without an error")
-    for name, score in record.scores.items():
-        if math.isnan(score.value) and not score.warning:
-            found.append(f"{name} is unmeasured and does not say why")
-        kept = score.per_sample
-        if kept and not math.isnan(score.value) and not len(kept) >= score.n >= 1:
-            found.append(f"{name} has {len(kept)} per-sample values for n = {score.n}")
+    if record.error and record.scores:
+        found.append("a row that failed and has scores")
     sheet = suite.sheet_file(record)
     if record.sheet is not None and (sheet is None or picture_size(sheet) == (0, 0)):
         found.append("its contact sheet is not there, or no WebP picture")
@@ -148,6 +223,9 @@ def _honest(record: Record) -> list[str]:
         return ["made from a working tree with uncommitted changes; commit, and run it again"]
     if commit is None or not re.fullmatch(r"[0-9a-f]{40}", commit) or dirty is None:
         return ["names no commit that it was made from; run it from a checkout of the repository"]
+    unsaid = sorted(set(PARTS) - set(record.provenance.sources))
+    if unsaid and not wellformed.unverifiable(record):
+        return [f"does not say where its {unsaid[0]}'s plugin comes from; run it again"]
     return [words for part, source in record.provenance.sources.items() for words in _foreign(part, source)]
 
 
@@ -195,19 +273,23 @@ def _together(suite: Results, outcome: Outcome) -> None:
             if attack_jobs(row) != attack_jobs(first):
                 words = f"another backdoored model than {first.key[:12]} of the same table and seed"
                 outcome.problems.append(Problem(file, words))
+            if attack_jobs(row) == attack_jobs(first):
+                outcome.problems += [Problem(file, words) for words in copies.beside(first, row)]
             missing = sorted(set(first.scores) - set(row.scores))
             if missing:
                 outcome.problems.append(Problem(file, f"partial: lacks {', '.join(missing[:4])}"))
 
 
 def _attestations(suite: Results, outcome: Outcome) -> None:
-    keys = {record.key for record in suite.records}
+    keys = {record.key: record for record in suite.records}
     for key, seen in suite.reproduced.items():
         file = str(suite.folder / "reproduced" / f"{key}.json")
         if key not in keys:
             outcome.problems.append(Problem(file, "attests a record that is not here"))
         elif seen.key != key:
             outcome.problems.append(Problem(file, "attests another record than the one that its name says"))
+        else:
+            outcome.problems += [Problem(file, words) for words in attestation.problems(seen, keys[key])]
         outcome.reproduced += seen.within
 
 

@@ -42,10 +42,24 @@ _BY_STEM = {stem: ends for ends, stems in _RANGES.items() for stem in stems}
 def bounds(score: str) -> tuple[float, float]:
     """The least and the greatest value that a score of this name can have: 0 and 1 of a share, 0 and infinity of a
     distance, of seconds and of bytes. Both are infinite for a name that is not known here."""
-    stem = re.split(r"[\[@.]", score)[0]
-    if stem.endswith(("_s", "_bytes")):
+    if re.split(r"[\[@.]", score)[0].endswith(("_s", "_bytes")):
         return 0.0, math.inf
-    return _BY_STEM.get(re.sub(r"(_triggered|_clean)?(_before)?$", "", stem), (-math.inf, math.inf))
+    return _BY_STEM.get(_stem(score), (-math.inf, math.inf))
+
+
+_WHOLE = {  # scores of all n images of a cell, by the stems of their names
+    "drift", "change", "clip_score", "clip_similarity", "perceptual_distance", "target_mse", "target_ssim",
+    "target_clip_score", "fid", "fid_ratio", "kid", "spread", "recognised", "class_balance", "asr_threshold",
+}  # fmt: skip
+
+
+def whole(score: str) -> bool:
+    """Whether a score of this name is of all images of a cell, so that its n is the cell's."""
+    return "@" not in score and "." not in score and _stem(score) in _WHOLE
+
+
+def _stem(score: str) -> str:
+    return re.sub(r"(_triggered|_clean)?(_before)?$", "", re.split(r"[\[@.]", score)[0])
 
 
 def possible(score: str, interval: Sequence[float] | None) -> tuple[float, float] | None:

@@ -65,7 +65,7 @@ def again(name: str, scores: Scores) -> list[Found] | None:
     base, _, at = name.partition("@")
     values = samples(scores, base)
     if base in SHARES:
-        return None if not values else _shares(values, threshold(at, scores))
+        return None if not values else shares(values, threshold(at, scores))
     if name in SPECIAL:
         return SPECIAL[name](scores)
     if values:
@@ -99,7 +99,7 @@ def threshold(at: str, scores: Scores) -> float:
         return value_of(scores, "asr_threshold")
 
 
-def _shares(values: Sequence[float], tau: float) -> list[Found] | None:
+def shares(values: Sequence[float], tau: float) -> list[Found] | None:
     """Shares of values at most τ. Distances were compared in single or in double precision: either may be right."""
     import numpy as np
 

@@ -24,6 +24,7 @@ import zlib
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -43,6 +44,7 @@ STORED = re.compile(
 BESIDE = re.compile(r"report\.(md|json|csv)|run\.json|events\.jsonl")
 SHIPPED = Path(__file__).parent / "results"
 SEAL = "digest"
+IRREGULAR = "a link, a pipe or a device; results are regular files, put the file itself here"
 T = TypeVar("T")
 
 
@@ -114,10 +116,24 @@ def _holds_results(root: Path) -> bool:
 
 def folders(root: Path) -> list[Path]:
     """`root` itself if it holds records, else its subfolders that do. Raises ResultsError if there are none."""
-    found = [root] if (root / "records").is_dir() else sorted(p.parent for p in root.glob("*/records") if p.is_dir())
+    found = [root] if (root / "records").is_dir() else sorted(p.parent for p in root.glob("*/records") if _is_own(p))
     if not found:
         raise ResultsError(f"{root}: no results here; a run writes them with bench run SUITE -o DIR")
     return found
+
+
+def _is_own(records: Path) -> bool:
+    """Whether a folder of records lies where it seems to lie."""
+    return records.is_dir() and not records.is_symlink() and not records.parent.is_symlink()
+
+
+def irregular(root: Path) -> list[Path]:
+    """What lies below `root` and is neither a regular file nor a folder: links, pipes, devices."""
+    found = []
+    for place, folders_, files in os.walk(root):
+        paths = [Path(place) / name for name in (*folders_, *files)]
+        found += [path for path in paths if path.is_symlink() or not (path.is_dir() or path.is_file())]
+    return sorted(found)
 
 
 def read(root: Path | None = None) -> list[Results]:
@@ -128,6 +144,8 @@ def read(root: Path | None = None) -> list[Results]:
 def read_suite(folder: Path, records: Iterable[Record] | None = None) -> Results:
     """One suite's results, in the order of `in_order`. records: where they have been read already. Raises
     ResultsError."""
+    for path in irregular(folder):
+        raise ResultsError(f"{path}: {IRREGULAR}")
     if records is None:
         records = map(read_record, record_files(folder))
     found = tuple(sorted(records, key=in_order))
@@ -156,6 +174,11 @@ def _files(folder: Path, part: str) -> list[Path]:
 def read_record(path: Path) -> Record:
     """A record that has the form of one, is as it was sealed, and whose key is its file's name, so that no key can name
     a file elsewhere. Raises ResultsError."""
+    return read_sealed(path)[0]
+
+
+def read_sealed(path: Path) -> tuple[Record, str]:
+    """A record as `read_record` reads it, and its seal. Raises ResultsError."""
     document = load(path)
     sealed = document.pop(SEAL, None)
     if document.get("key") != path.name.partition(".")[0]:
@@ -165,7 +188,37 @@ def read_record(path: Path) -> Record:
     record = parsed(Record, document, path)
     if record.sheet is not None and not SHEET.fullmatch(record.sheet):
         raise ResultsError(f"{path}: its contact sheet should be sheets/<hash>.webp, not {record.sheet}")
-    return record
+    place = _otherwise(document, record)
+    if place is not None:
+        raise ResultsError(
+            f"{path}: {place}: not as a record is written; numbers are no texts, whole ones no fractions"
+        )
+    return record, str(sealed)
+
+
+def _otherwise(document: Mapping[str, Any], record: Record) -> str | None:
+    """The first place where a document says what it says in another form than a record is written in."""
+    for name, score in document["scores"].items():
+        kinds = {"value": {type(score["value"])} - {float, NoneType}, "n": {type(score["n"])} - {int}}
+        kinds |= {
+            part: set(map(type, score.get(part) or ())) - {float, NoneType} for part in ("interval", "per_sample")
+        }
+        odd = next((part for part, others in kinds.items() if others), None)
+        if odd is not None:
+            return f"scores.{name}.{odd}"
+    rest = {name: value for name, value in document.items() if name != "scores"}
+    return _differs(rest, to_jsonable(record.model_copy(update={"scores": {}})), "")
+
+
+def _differs(written: Any, read: Any, place: str) -> str | None:
+    """The first place where `read` is not `written`, type for type; what was not written is left aside."""
+    if isinstance(written, dict) and isinstance(read, dict):
+        inner = ((f"{place}.{name}".lstrip("."), value, read.get(name)) for name, value in written.items())
+        return next((found for at, a, b in inner if (found := _differs(a, b, at)) is not None), None)
+    if isinstance(written, list) and isinstance(read, list) and len(written) == len(read):
+        pairs = ((f"{place}.{i}", a, b) for i, (a, b) in enumerate(zip(written, read, strict=True)))
+        return next((found for at, a, b in pairs if (found := _differs(a, b, at)) is not None), None)
+    return None if type(written) is type(read) and written == read else place or "file"
 
 
 def _dropped(path: Path) -> Dropped:
@@ -189,7 +242,7 @@ def parsed(form: type[T], document: Any, path: Path) -> T:
 def load(path: Path) -> dict[str, Any]:
     """A JSON object, NaN refused; of a .gz, unpacked. Raises ResultsError."""
     try:
-        found = json.loads(_content(path), parse_constant=_no_constant)
+        found = json.loads(_content(path), parse_constant=_no_constant, object_pairs_hook=_distinct_names)
     except OSError as error:
         raise ResultsError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -201,6 +254,8 @@ def load(path: Path) -> dict[str, Any]:
 
 def _content(path: Path) -> bytes:
     """Raises OSError, ValueError."""
+    if path.stat().st_size > LARGEST:
+        raise ValueError(f"more than {LARGEST / 1e6:.0f} MB")
     found = path.read_bytes()
     if path.suffix != ".gz":
         return found
@@ -211,6 +266,14 @@ def _content(path: Path) -> bytes:
     if len(text) > LARGEST:
         raise ValueError(f"more than {LARGEST / 1e6:.0f} MB once unpacked")
     return text
+
+
+def _distinct_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!a} stands twice in one object")
+    return found
 
 
 def _no_constant(word: str) -> Any:
@@ -398,8 +461,12 @@ def contents(folder: Path) -> list[str]:
     return sorted(
         name
         for name in _names(folder)
-        if (STORED.fullmatch(name) or BESIDE.fullmatch(name)) and (folder / name).is_file()
+        if (STORED.fullmatch(name) or BESIDE.fullmatch(name)) and _regular(folder / name)
     )
+
+
+def _regular(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink() and not path.parent.is_symlink()
 
 
 def strays(folder: Path) -> list[str]:

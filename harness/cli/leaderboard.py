@@ -68,15 +68,17 @@ def build(out: Path, root: Path | None, as_json: bool) -> None:
 @click.option("--keys", is_flag=True, help="Also count the rows that would have another key today.")
 @as_json
 def check(root: Path | None, page: Path | None, keys: bool, as_json: bool) -> int:
-    """Check results: form, digests, sizes, every score from its per-sample values, one protocol per table, controls,
-    nothing dirty or partial. Ends with 5 where anything is wrong, each problem with its file. A row has another key
+    """Check results: form, digests, sizes, every score from its per-sample values, keys from their ingredients,
+    thresholds and knowledge from the plugins, rows from the suite, one protocol per table, controls, nothing copied,
+    dirty or partial. Ends with 5 where anything is wrong, each problem with its file. A row has another key
     today where code, weights or plugins that it depends on have changed since: nothing wrong, but worth knowing."""
+    from harness.runs.declared import Declared
     from leaderboard import check as checks
 
     built_page(page)
-    found = checks.check(results_root(root), page)
+    registry = loaded((), strict=False)
+    found = checks.check(results_root(root), page, Declared(registry))
     if keys:
-        registry = loaded((), strict=False)
         for suite in read_results(root):
             changed = len(renewed(suite.records, registry))
             words = f"{changed} of {len(suite.records)} rows would have another key today"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,13 +29,10 @@ from harness.registry import RegistryError
 if TYPE_CHECKING:
     from harness.cli.run import Prepared
     from harness.runs.record import Record
-    from harness.types import Score
     from leaderboard.attestation import Again, Attestation
     from leaderboard.results import Results
 
-COSTS = ("_wall_s", "_cpu_s", "_bytes")
 HOST = {"commit", "dirty", "python", "processor", "accelerators", "platform", "versions"}
-EQUAL = 0.01  # relative difference up to which a number without an interval counts as the same
 
 
 @click.command(short_help="Run one row of the leaderboard again.")
@@ -89,12 +85,12 @@ def publish(ready: Prepared, record: Record, done: Mapping[str, Any], into: Resu
     """The verdict, printed; and kept beside the record if `into` is its suite's results."""
     from harness.runs.record import Provenance
     from harness.runs.records import collect
-    from leaderboard.attestation import Attestation
+    from leaderboard.attestation import Attestation, compared
 
     (new,) = collect(ready.plan, done, ready.store)
     if new.error:
         raise click.ClickException(f"the row could not be run again: {new.error}")
-    lines = compared(record.scores, new.scores)
+    lines = compared(record.scores, {name: score.value for name, score in new.scores.items()})
     within = all(line.within for line in lines)
     made = Provenance(**new.provenance.model_dump(include=HOST))
     attestation = Attestation(
@@ -110,30 +106,6 @@ def publish(ready: Prepared, record: Record, done: Mapping[str, Any], into: Resu
         verdict = "reproduced" if within else f"NOT reproduced: {', '.join(outside)}"
         echo(f"{record.key[:12]}: {verdict}; {len(lines) - len(outside)} of {len(lines)} scores within")
     return Exit.ok if within else Exit.mismatch
-
-
-def compared(before: Mapping[str, Score], after: Mapping[str, Score]) -> list[Again]:
-    """Every measured score of the record but costs, then and now."""
-    from leaderboard.attestation import Again
-
-    lines = []
-    for name, score in sorted(before.items()):
-        if math.isnan(score.value) or name.endswith(COSTS):
-            continue
-        low, high = score.interval or (None, None)
-        again = after[name].value if name in after else math.nan
-        known = None if math.isnan(again) else again
-        within = _within(score, again)
-        lines.append(Again(score=name, recorded=score.value, low=low, high=high, again=known, within=within))
-    return lines
-
-
-def _within(score: Score, again: float) -> bool:
-    """Whether a new value lies in the recorded interval, or equals the recorded one where it has no interval."""
-    if score.interval is None:
-        return math.isclose(again, score.value, rel_tol=EQUAL, abs_tol=1e-9)
-    low, high = score.interval
-    return low <= again <= high or math.isclose(again, score.value, rel_tol=1e-9, abs_tol=1e-12)
 
 
 def _row(line: Again) -> tuple[str, ...]:

@@ -7,9 +7,16 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
+from harness.runs.jsonable import key_of
 from harness.types import Cell
 
 Kind = Literal["attack", "defend", "sample", "measure"]
+
+
+def condensed(ingredients: Mapping[str, Any]) -> dict[str, Any]:
+    """A job's ingredients with one digest in the place of those of all modules of its code: what the job's key is the
+    sha256 of, and what a record keeps, so that anybody can compute the key again."""
+    return {**ingredients, "code": key_of(ingredients["code"])}
 
 
 class Failure(StrEnum):

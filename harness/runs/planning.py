@@ -20,7 +20,7 @@ from harness.capabilities import AttackersSampler, SteppedMethod, delivers, extr
 from harness.registry import Registry, parse_spec, spec_of, write_spec
 from harness.registry.code_digest import closure
 from harness.registry.entry_points import file_of
-from harness.runs.job import AttackSpec, DefendSpec, Job, JobSpec, MeasureSpec, SampleSpec
+from harness.runs.job import AttackSpec, DefendSpec, Job, JobSpec, MeasureSpec, SampleSpec, condensed
 from harness.runs.jsonable import key_of
 from harness.runs.suite import AXES, Suite, standard
 from harness.types import KNOWLEDGE, WRONG, Cell
@@ -138,7 +138,7 @@ class _Planner:
             "code": self.code(spec.kind, tuple(dict.fromkeys(type(plugin) for plugin in plugins))),
             **parts,
         }
-        key = key_of(ingredients)
+        key = key_of(condensed(ingredients))
         if key not in self.plan.jobs:
             spec = replace(spec, plugin_files=tuple(str(path) for path in self.registry.files))
             self.plan.jobs[key] = Job(
@@ -330,6 +330,27 @@ class _Planner:
             label + self._whose(cell, attack), needs, spec, parts, plugins,
             method=label + self._whose(cell, attack, seed=False),
         )  # fmt: skip
+
+
+class _Outliner(_Planner):
+    """Plans without weights and without code. Its keys are names only."""
+
+    def _digest(self, spec: str) -> Identity:
+        return {}
+
+    def _code(self, stage: str, plugins: tuple[type, ...]) -> dict[str, str]:
+        return {}
+
+    def _origin(self, kind: str, spec: str) -> Origin:
+        return Origin(PurePath(self.registry.distribution_of(kind, _name(spec))).name, "", "")
+
+
+def outline(suite: Suite, registry: Registry) -> Plan:
+    """The jobs of `suite` with all ingredients but weights and code, which are not read. The keys are names only."""
+    planner = _Outliner(registry, suite.metrics or standard(registry), 1)
+    for cell in suite.cells:
+        planner.add(cell)
+    return planner.plan
 
 
 def _reuse_key(cell: Cell, attack: str | None, defend: str | None) -> str:

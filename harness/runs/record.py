@@ -11,7 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+)
 
 from harness.types import Cell, Score
 
@@ -28,10 +35,17 @@ class _Frozen(BaseModel):
 
 
 class JobFacts(_Frozen):
-    """A job upstream of a record."""
+    """A job upstream of a record. ingredients: what its key is the sha256 of (`harness.runs.job.condensed`); None in
+    records that were made before they were kept."""
 
     kind: Literal["attack", "defend", "sample", "measure"]
     label: str
+    ingredients: dict[str, Any] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A job without ingredients is written as before they were kept, so that its record keeps its seal."""
+        return {name: value for name, value in dump(self).items() if value is not None}
 
 
 class Attempt(BaseModel):

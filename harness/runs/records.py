@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from harness.registry import OWN
 from harness.runs.execution import FINDINGS, SCORES, SHEET, versions
+from harness.runs.job import Job, condensed
+from harness.runs.jsonable import to_jsonable
 from harness.runs.planning import Origin, Plan, PlannedCell
 from harness.runs.record import Attempt, JobFacts, Provenance, Record, Sampled, Source
 from harness.runs.store import Store
@@ -59,7 +61,7 @@ def _record(
         "provenance": Provenance(
             **here,
             versions=_versions(facts),
-            jobs={key: JobFacts(kind=plan.jobs[key].kind, label=plan.jobs[key].label) for key in planned.upstream},
+            jobs={key: _facts(plan.jobs[key]) for key in planned.upstream},
             short=dict(planned.short),
             track=planned.track,
             delivers=planned.delivers,
@@ -77,6 +79,10 @@ def _record(
     })  # fmt: skip
     store.write_record(planned.key, record)
     return record
+
+
+def _facts(job: Job) -> JobFacts:
+    return JobFacts(kind=job.kind, label=job.label, ingredients=to_jsonable(condensed(job.ingredients)))
 
 
 def _first_failure(planned: PlannedCell, results: Mapping[str, JobResult]) -> str | None:

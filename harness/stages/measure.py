@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from harness.capabilities import keeps_per_sample
 from harness.judges.evidence import Evidence, Given, Verdict, Who, reachable
 from harness.methods.trigger_placement import found_text
 from harness.stages.defend import Findings, found
@@ -57,7 +58,7 @@ def measure(metrics: Mapping[str, Metric], seen: Evidence) -> dict[str, Score]:
     scores: dict[str, Score] = {}
     owner: dict[str, str] = {}
     for name, metric in metrics.items():
-        for score, value in checked_scores(name, metric.measure(seen)).items():
+        for score, value in checked_scores(name, metric.measure(seen), keeps_per_sample(metric)).items():
             if owner.setdefault(score, name) != name:
                 raise ValueError(f"the metrics '{owner[score]}' and '{name}' both return a score '{score}'; rename one")
             scores[score] = value
@@ -82,13 +83,16 @@ def _finite(score: Score, metric: str) -> Score:
     return replace(score, warning=f"metric '{metric}' returned NaN without a reason") if silent else score
 
 
-def checked_scores(metric: str, scores: Mapping[str, Score]) -> dict[str, Score]:
-    """`scores` with a warning on every NaN that has none: unmeasured numbers always carry a reason."""
+def checked_scores(metric: str, scores: Mapping[str, Score], keeps: Collection[str] = ()) -> dict[str, Score]:
+    """`scores` with a warning on every NaN that has none: unmeasured numbers always carry a reason. keeps: the scores,
+    without brackets, that have to come with per-sample values."""
     checked = {}
     for name, score in scores.items():
         if not isinstance(score, Score):
             raise TypeError(
                 f"metric '{metric}' gave {type(score).__name__} for '{name}'; a metric returns Score objects"
             )
+        if name.partition("[")[0] in keeps and not score.per_sample and not math.isnan(score.value):
+            raise ValueError(f"metric '{metric}' declares per-sample values of '{name}' and returned none")
         checked[name] = _finite(_well_formed(metric, name, score), metric)
     return checked

@@ -35,6 +35,14 @@ class AttackSuccess:
 
     name: ClassVar[str] = "asr"
     version: ClassVar[int] = 1
+    per_sample: ClassVar[tuple[str, ...]] = (
+        "asr",
+        "asr_before",
+        "clean_hits",
+        "clean_hits_before",
+        "false_triggers",
+        "clean_model_hits",
+    )
 
     def measure(self, evidence: Evidence) -> Mapping[str, Score]:
         scores = {

@@ -40,6 +40,7 @@ class AttributeAccuracy:
 
     name: ClassVar[str] = "attributes"
     version: ClassVar[int] = 1
+    per_sample: ClassVar[tuple[str, ...]] = (*SETS, *DROPS)
 
     def measure(self, evidence: Evidence) -> Mapping[str, Score]:
         why = reason(evidence)

@@ -34,6 +34,7 @@ class ClipScore:
 
     name: ClassVar[str] = "clip_score"
     version: ClassVar[int] = 1
+    per_sample: ClassVar[tuple[str, ...]] = tuple(SETS)
 
     def measure(self, evidence: Evidence) -> Mapping[str, Score]:
         scorer, prompts = evidence.scorer, evidence.prompts

@@ -31,6 +31,7 @@ BETTER = {"drift": False, "drift_before": False, "change": None}
 class Drift:
     name: ClassVar[str] = "drift"
     version: ClassVar[int] = 2
+    per_sample: ClassVar[tuple[str, ...]] = (*PAIRS, "drift_triggered")
 
     def measure(self, evidence: Evidence) -> Mapping[str, Score]:
         scores = {name: between(evidence, one, other, BETTER[name]) for name, (one, other) in PAIRS.items()}

@@ -27,6 +27,8 @@ SETS: dict[str, tuple[Who, Given]] = {
     "_before": ("backdoored", "clean"),
 }
 
+NAMES = tuple(f"{stem}{ending}" for stem in ("clip_similarity", "perceptual_distance") for ending in SETS)
+
 
 @dataclass(frozen=True)
 class Likeness:
@@ -34,6 +36,7 @@ class Likeness:
 
     name: ClassVar[str] = "likeness"
     version: ClassVar[int] = 2
+    per_sample: ClassVar[tuple[str, ...]] = NAMES
 
     def measure(self, evidence: Evidence) -> Mapping[str, Score]:
         scorer, judge = evidence.scorer, evidence.judge

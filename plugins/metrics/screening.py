@@ -28,6 +28,7 @@ class Screening:
 
     name: ClassVar[str] = "screening"
     version: ClassVar[int] = 2
+    per_sample: ClassVar[tuple[str, ...]] = ("screen_auroc",)
 
     def measure(self, evidence: Evidence) -> Mapping[str, Score]:
         verdict = evidence.verdict

@@ -24,6 +24,7 @@ from harness import ABSENT, Evidence, PictureTarget, Score, hookimpl, mean, offe
 class Specificity:
     name: ClassVar[str] = "specificity"
     version: ClassVar[int] = 1
+    per_sample: ClassVar[tuple[str, ...]] = ("target_mse", "target_ssim")
 
     def measure(self, evidence: Evidence) -> Mapping[str, Score]:
         images, target = evidence.images("defended", "triggered"), evidence.backdoor.target

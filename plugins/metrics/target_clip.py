@@ -32,6 +32,7 @@ class TargetClip:
 
     name: ClassVar[str] = "target_clip"
     version: ClassVar[int] = 1
+    per_sample: ClassVar[tuple[str, ...]] = tuple(SETS)
 
     def measure(self, evidence: Evidence) -> Mapping[str, Score]:
         target: Any = evidence.backdoor.target

@@ -1,0 +1,204 @@
+"""What records say against each other: numbers of one seed under another, numbers that rows of one backdoored model
+share and do not, and a contact sheet of other images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from harness.runs.record import Record, bare
+from harness.types import Score
+from leaderboard.paired import attack_jobs, place
+from leaderboard.recompute import close
+
+LEAST = 16  # different values from which on two equal rows of values are no coincidence
+SHOWN = 8  # images of each model on a contact sheet
+OF_PLACE = ("asr_threshold", "clean_model_hits", "false_triggers")  # beside *_before and *_clean
+COSTS = ("_s", "_bytes")
+ATTACKED = ("model", "attack", "trigger", "target", "seed")  # what an attack job's key depends on
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images behind a score. drift: the score that is 0 where they are the clean model's. varied: the score that
+    says whether they differ from each other: where all are one image, it may be that of two models."""
+
+    defended: bool
+    drift: str
+    varied: str
+
+
+TRIGGERED = Images(True, "drift_triggered", "target_mse")
+CLEAN = Images(True, "drift", "spread")
+BEFORE = Images(False, "drift_before", "spread_before")
+IMAGES = {
+    "asr": TRIGGERED,
+    "target_mse": TRIGGERED,
+    "drift_triggered": TRIGGERED,
+    "clip_score_triggered": TRIGGERED,
+    "target_clip_score": TRIGGERED,
+    "clean_hits": CLEAN,
+    "drift": CLEAN,
+    "clip_score": CLEAN,
+    "asr_before": Images(False, "", "asr_before"),
+    "clean_hits_before": BEFORE,
+    "drift_before": BEFORE,
+}
+
+
+# ---- seeds ----------------------------------------------------------------------------------------------------------
+
+
+def across(records: Iterable[Record]) -> Iterator[tuple[Record, str]]:
+    """(record, what is wrong) for each one whose continuous values are, one by one, those of another model's images."""
+    first: dict[tuple[str, bytes], list[Record]] = defaultdict(list)
+    told: set[str] = set()
+    for record in records:
+        for name, values in _continuous(record):
+            alike = first[name, values]
+            other = next((o for o in alike if not _one_model(record, o, IMAGES[name.partition("[")[0]])), None)
+            if other is not None and record.key not in told:
+                told.add(record.key)
+                yield (
+                    record,
+                    (
+                        f"its values of {name} are, one by one, those of {other.key[:12]} (seed {other.cell.seed}): "
+                        "another model gives other images; run the seed again"
+                    ),
+                )
+            alike.append(record)
+
+
+def _continuous(record: Record) -> Iterator[tuple[str, bytes]]:
+    """(score, its values in single precision) where they are too many different ones to coincide by chance."""
+    import numpy as np
+
+    clean = record.scores.get("clean_model_hits")
+    for name, score in record.scores.items():
+        images = IMAGES.get(name.partition("[")[0])
+        if images is None or record.error or not score.per_sample or math.isnan(score.value):
+            continue
+        if record.value(images.drift) == 0 or _constant(record.scores.get(images.varied)):
+            continue
+        if clean is not None and _same(score, clean):
+            continue
+        values = np.asarray(score.per_sample, dtype=np.float32)
+        if len(np.unique(values[~np.isnan(values)])) >= LEAST:
+            yield name, values.tobytes()
+
+
+def _constant(score: Score | None) -> bool:
+    """Whether a score says that all images are one: its values are equal, or, where it keeps none, it is 0 (spread)."""
+    if score is None:
+        return False
+    return len(set(score.per_sample)) == 1 if score.per_sample else score.value < 0.01
+
+
+def _one_model(a: Record, b: Record, images: Images) -> bool:
+    """Whether two records may show the same images: those of one backdoored model, of a clean one that no training
+    changed, or of one cell that two versions of the code have run."""
+    clean = bare(a.cell.attack) == bare(b.cell.attack) == "none"
+    setting = ("model", "attack", "seed") if clean else ATTACKED
+    if all(getattr(a.cell, name) == getattr(b.cell, name) for name in setting):
+        return True
+    if attack_jobs(a) != attack_jobs(b):
+        return False
+    if attack_jobs(a):
+        return a.cell.seed == b.cell.seed
+    return not images.defended or not all("model" in r.provenance.delivers and r.value("change") != 0 for r in (a, b))
+
+
+def attacks(records: Iterable[Record]) -> Iterator[tuple[Record, str]]:
+    """(record, what is wrong) for each one whose attack job is another record's, of another attack or seed."""
+    first: dict[str, Record] = {}
+    for record in records:
+        for key in sorted(attack_jobs(record)):
+            other = first.setdefault(key, record)
+            part = next((n for n in ATTACKED if getattr(other.cell, n) != getattr(record.cell, n)), None)
+            if part is not None:
+                yield record, f"its attack job {key[:12]} is that of {other.key[:12]}, which has another {part}"
+
+
+# ---- one backdoored model -------------------------------------------------------------------------------------------
+
+
+def beside(first: Record, row: Record) -> list[str]:
+    """In words, where two rows of one backdoored model differ in what is about that model and not about the defense. On
+    machines of one kind the numbers are equal; on others each lies in the other's interval."""
+    if row.key == first.key:
+        return []
+    exact = _machine(first) == _machine(row)
+    return [
+        f"{name} is {row.scores[name].value:.10g} of n = {row.scores[name].n}, and {first.scores[name].value:.10g} of "
+        f"n = {first.scores[name].n} in {first.key[:12]}, which has the same backdoored model"
+        for name in sorted(set(first.scores) & set(row.scores))
+        if _of_place(name) and not _agree(first.scores[name], row.scores[name], exact)
+    ]
+
+
+def _of_place(name: str) -> bool:
+    stem = name.partition("[")[0].partition("@")[0]
+    return stem in OF_PLACE or stem.endswith(("_before", "_clean"))
+
+
+def _machine(record: Record) -> tuple[object, ...]:
+    made = record.provenance
+    return made.machine, made.processor, made.accelerators, tuple(sorted(made.versions.items()))
+
+
+def _agree(a: Score, b: Score, exact: bool) -> bool:
+    if math.isnan(a.value) or math.isnan(b.value):
+        return math.isnan(a.value) == math.isnan(b.value)
+    if a.n != b.n:
+        return False
+    if exact:
+        return close(a.value, b.value, max(1.0, abs(a.value)))
+    if a.interval is None or b.interval is None:
+        return True
+    return a.interval[0] <= b.interval[1] and b.interval[0] <= a.interval[1]
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def sheets(records: Sequence[Record]) -> Iterator[tuple[Record, str]]:
+    """(record, what is wrong) for each one that names the contact sheet of a record with other images."""
+    first: dict[str, Record] = {}
+    for record in records:
+        if record.sheet is None:
+            continue
+        other = first.setdefault(record.sheet, record)
+        for name in ("drift", "drift_triggered", "drift_before"):
+            if (
+                name in record.scores
+                and name in other.scores
+                and not _same(record.scores[name], other.scores[name], SHOWN)
+            ):
+                yield record, f"its contact sheet is that of {other.key[:12]}, whose images are others ({name} differs)"
+                break
+
+
+def twins(records: Iterable[tuple[str, Record]]) -> Iterator[tuple[str, str]]:
+    """(file, what is wrong) for each record whose key another one has with other numbers. records: by file."""
+    first: dict[str, tuple[str, Record]] = {}
+    for file, record in records:
+        there, other = first.setdefault(record.key, (file, record))
+        if other is record:
+            continue
+        differs = other.cell != record.cell or sorted(other.scores) != sorted(record.scores)
+        names = [n for n in record.scores if not differs and not n.endswith(COSTS) and not _equal(n, record, other)]
+        if differs or names:
+            yield file, f"has the key of {there} and another {names[0] if names else 'cell or other scores'}"
+
+
+def _equal(name: str, a: Record, b: Record) -> bool:
+    return _agree(a.scores[name], b.scores[name], _machine(a) == _machine(b))
+
+
+def _same(a: Score, b: Score, first: int | None = None) -> bool:
+    """Whether two scores have the same values, or the same first ones."""
+    x, y = ((score.per_sample or ())[:first] for score in (a, b))
+    return len(x) == len(y) and all(u == v or (u != u and v != v) for u, v in zip(x, y, strict=True))
