@@ -1,11 +1,11 @@
-"""What a record claims, held against what the plugins of its cell and the suite say: knowledge, thresholds, which inputs
-count, per-sample values, jobs, and the rows that must be there.
+"""What a record claims, held against what the plugins of its cell and the suite say: knowledge, thresholds, which
+inputs count, per-sample values, jobs, and the rows that must be there.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -48,11 +48,9 @@ def _names(record: Record, declared: Declared) -> Iterator[str]:
         if name not in known and near:
             yield f"its {part} {printable(name)} looks like {near[0]}, and is none"
         source = record.provenance.sources.get(part)
-        if source is not None and name in known and source.distribution != declared.of(record.cell).distributions[part]:
-            yield (
-                f"says that its {part} is of {printable(source.distribution)}; {name} is of "
-                f"{declared.of(record.cell).distributions[part]}"
-            )
+        if source is not None and name in known and source.distribution != declared.distribution(kind, name):
+            theirs = declared.distribution(kind, name)
+            yield f"says that its {part} is of {printable(source.distribution)}; {name} is of {theirs}"
 
 
 def _skeleton(name: str) -> str:
@@ -144,7 +142,7 @@ def _jobs(record: Record, declared: Declared) -> Iterator[str]:
         yield f"has {len(mine)} jobs that are not the {len(planned)} of its cell"
         return
     for key, other in paired.items():
-        wanted, found = _bare(_renamed(planned[key], paired)), _bare(mine[other])
+        wanted, found = _bare(renamed(planned[key], paired)), _bare(mine[other])
         if isinstance(wanted.get("inputs"), list):
             wanted["inputs"] = sorted(wanted["inputs"])
         odd = next((n for n in sorted({*wanted, *found}) if wanted.get(n) != found.get(n)), None)
@@ -164,11 +162,12 @@ def _paired(record: Record, mine: Mapping[str, Any], planned: Mapping[str, Any])
     return {key: other for key, other in found.items() if other in mine}
 
 
-def _renamed(value: Any, names: Mapping[str, str]) -> Any:
+def renamed(value: Any, names: Mapping[str, str]) -> Any:
+    """Ingredients with other keys for the jobs that they name."""
     if isinstance(value, dict):
-        return {name: _renamed(inner, names) for name, inner in value.items()}
+        return {name: renamed(inner, names) for name, inner in value.items()}
     if isinstance(value, list):
-        return [_renamed(inner, names) for inner in value]
+        return [renamed(inner, names) for inner in value]
     return names.get(value, value) if isinstance(value, str) else value
 
 
@@ -197,7 +196,7 @@ def _identities(jobs: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 
 def rows(suite: Results, declared: Declared) -> tuple[list[str], list[str]]:
-    """(what is wrong, what cannot be verified): a row for each cell of the suite, and no cell left out that it plans."""
+    """(what is wrong, what cannot be verified): a row for each cell of the suite, none left out."""
     try:
         planned = declared.suite(suite.suite)
     except Unknown as error:
@@ -235,8 +234,3 @@ def _cell(cell: Cell) -> str:
         f"{printable(cell.defense)}{decoy} on {cell.model} attacked by {bare(cell.attack)} ({bare(cell.trigger)} to "
         f"{bare(cell.target)}, {bare(cell.sampler)}), seed {cell.seed}, n = {cell.n}"
     )
-
-
-def metrics(suite: Results, declared: Declared) -> Sequence[str]:
-    """The metrics of a suite's plan. Raises Unknown."""
-    return declared.suite(suite.suite).metrics

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from harness.runs.record import Record, bare
 from harness.types import Score
-from leaderboard.paired import attack_jobs, place
+from leaderboard.paired import attack_jobs
 from leaderboard.recompute import close
 
 LEAST = 16  # different values from which on two equal rows of values are no coincidence
@@ -85,7 +85,8 @@ def _continuous(record: Record) -> Iterator[tuple[str, bytes]]:
             continue
         if clean is not None and _same(score, clean):
             continue
-        values = np.asarray(score.per_sample, dtype=np.float32)
+        with np.errstate(over="ignore"):
+            values = np.asarray(score.per_sample, dtype=np.float32)
         if len(np.unique(values[~np.isnan(values)])) >= LEAST:
             yield name, values.tobytes()
 

@@ -106,7 +106,8 @@ def shares(values: Sequence[float], tau: float) -> list[Found] | None:
     if math.isnan(tau):
         return None
     exact = np.asarray(values, dtype=np.float64)
-    counts = {int((exact <= tau).sum()), int((exact.astype(np.float32) <= np.float32(tau)).sum())}
+    with np.errstate(over="ignore"):
+        counts = {int((exact <= tau).sum()), int((exact.astype(np.float32) <= np.float32(tau)).sum())}
     return [_share(k, len(exact)) for k in sorted(counts)]
 
 

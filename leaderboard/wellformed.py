@@ -68,13 +68,9 @@ def _within(value: float, least: float, most: float) -> bool:
 def _range(least: float, most: float) -> str:
     if math.isinf(least) and math.isinf(most):
         return "no larger than what single precision holds"
-    return (
-        f"at least {least:g}"
-        if math.isinf(most)
-        else f"at most {most:g}"
-        if math.isinf(least)
-        else f"{least:g} to {most:g}"
-    )
+    if math.isinf(most):
+        return f"at least {least:g}"
+    return f"at most {most:g}" if math.isinf(least) else f"{least:g} to {most:g}"
 
 
 def _interval(name: str, score: Score) -> Iterator[str]:

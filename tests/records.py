@@ -6,16 +6,22 @@ import hashlib
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from harness.judges.statistics import mean_interval, wilson
+from harness.runs.declared import Declared
+from harness.runs.job import condensed
+from harness.runs.jsonable import key_of, to_jsonable
 from harness.runs.record import Dropped, Record
 from harness.types import Cell, Score
+from leaderboard import claims
 from leaderboard.results import sheet_name
+from leaderboard.specs import PARTS
 
 TAU = 0.01
+SOURCE = {"distribution": "diffusion-defense-bench", "version": "0.1.0", "code": "0123456789abcdef"}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -46,6 +52,64 @@ def changed(record: Record, /, **parts: Any) -> Record:
     return Record.model_validate(document)
 
 
+def jobs_of(cell: Cell, version: int = 1) -> dict[str, dict[str, Any]]:
+    """Key → job: that of the clean model's images, of the attack if there is one, and of the measurement. version: of
+    the code that measured."""
+    jobs: dict[str, dict[str, Any]] = {}
+
+    def job(kind: str, label: str, inputs: Sequence[str] = (), **parts: Any) -> str:
+        ingredients = {"kind": kind, "inputs": sorted(inputs), "code": digest("code", kind), **parts}
+        key = key_of(ingredients)
+        jobs[key] = {"kind": kind, "label": label, "ingredients": ingredients}
+        return key
+
+    clean = job("sample", f"sample clean inputs, clean {cell.model}", of=[cell.model, cell.sampler, cell.n])
+    inputs = [clean]
+    if cell.attack != "none":
+        label = f"attack {cell.attack} on {cell.model}, seed {cell.seed}"
+        inputs.append(job("attack", label, of=[cell.model, cell.attack, cell.trigger, cell.target], seed=cell.seed))
+    job(
+        "measure", f"measure {cell.defense}", inputs, cell=asdict(cell), samples={"clean/clean": clean}, version=version
+    )
+    return jobs
+
+
+def published(suite: str, to: Path) -> Path:
+    """A copy of a published suite, its records not packed: alone it may be larger than all of them are on average."""
+    import gzip
+    import shutil
+
+    from leaderboard import results
+
+    folder = shutil.copytree(results.SHIPPED / suite, to / suite)
+    for path in results.record_files(folder):
+        path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
+        path.unlink()
+    return folder
+
+
+def of_version(made: Record, version: int) -> Record:
+    """The record as another version of the code that measures would have made it."""
+    jobs = jobs_of(made.cell, version)
+    document = made.model_dump() | {"key": next(k for k, job in jobs.items() if job["kind"] == "measure")}
+    document["provenance"]["jobs"], document["attempts"] = jobs, []
+    return Record.model_validate(document)
+
+
+def verifiable(made: Record, declared: Declared) -> Record:
+    """The record with the jobs that its cell plans today, each with its ingredients, and keys that are theirs."""
+    keys: dict[str, str] = {}
+    jobs: dict[str, dict[str, Any]] = {}
+    for name, job in declared.jobs(made.cell, made.provenance.metrics).items():
+        ingredients = claims.renamed(to_jsonable(condensed(job.ingredients)), keys)
+        ingredients["inputs"] = sorted(ingredients["inputs"])
+        keys[name] = key_of(ingredients)
+        jobs[keys[name]] = {"kind": job.kind, "label": job.label, "ingredients": ingredients}
+    document = made.model_dump() | {"key": keys[name], "attempts": []}
+    document["provenance"] |= {"jobs": jobs, "sources": {part: SOURCE for part in PARTS}}
+    return Record.model_validate(document)
+
+
 def record(
     defense: str = "none",
     hits: int = 97,
@@ -59,15 +123,17 @@ def record(
     delivers: Sequence[str] = ("model",),
     more: Mapping[str, Score] | None = None,
     sheet: bool = True,
+    version: int = 1,
     **cell: str,
 ) -> Record:
-    """One cell's record. hits: triggered samples of the defended model that show the target, of n."""
+    """One cell's record. hits: triggered samples of the defended model that show the target, of n. version: of the
+    code that measured."""
     plain = Cell(
         "digits-ddpm", attack, "box(size=5)", "hat(background=-0.4)", defense, "ddim(steps=50)", seed, trigger_given, n
     )
     whole = replace(plain, **cell)
-    key = digest(whole)
-    clean, attacked = digest("clean", whole.model, whole.sampler, n), digest("attack", attack, seed)
+    jobs = jobs_of(whole, version)
+    key = next(key for key, job in jobs.items() if job["kind"] == "measure")
     before = 97 * n // 100 if attack != "none" else 0
     low, high = wilson(hits, n)
     scores = {
@@ -84,7 +150,7 @@ def record(
         "fid_before[digits-cnn]": score(9.0, n),
         "fid_ratio[digits-cnn]": score(ratio * 9.0 / 9.0, n),
         "fid_ratio_before[digits-cnn]": score(1.0, n),
-        "drift": average([0.001 + 0.0001 * ((i * 7 + hits) % 11) for i in range(n)]),
+        "drift": average([0.001 + 0.0001 * ((i * 7 + (hits if i >= 8 else 0)) % 11) for i in range(n)]),
         "spread": score(0.9, n),
         "change": score(0.5, n),
         "attribute_accuracy": score(None, 0, warning="the model takes no prompts"),
@@ -92,19 +158,16 @@ def record(
         "defense_wall_s": score(None, 0, warning="no defense was run") if defense == "none" else score(25.0, 1),
         **(more or {}),
     }
-    jobs = {clean: {"kind": "sample", "label": f"sample clean inputs, clean {whole.model}"},
-            key: {"kind": "measure", "label": f"measure {defense}"}}  # fmt: skip
-    if attack != "none":
-        jobs[attacked] = {"kind": "attack", "label": f"attack {attack} on {whole.model}, seed {seed}"}
     attempt = {"job": key, "attempt": 1, "status": "done", "error": None, "wall_s": 1.5, "cpu_s": 1.4,
                "peak_rss_bytes": 5e8}  # fmt: skip
     return Record.model_validate({
         "key": key, "cell": whole, "scores": scores, "attempts": [attempt], "knowledge": knowledge,
         "sheet": sheet_name(picture()) if sheet else None,
+        "warnings": sorted(f"{name}: {kept.warning}" for name, kept in scores.items() if kept.warning),
         "provenance": {
             "commit": COMMIT, "dirty": False, "jobs": jobs, "track": "unconditional", "delivers": delivers,
             "versions": {"torch": "2.14.1"}, "machine": "x86_64", "platform": "linux", "processor": "a processor",
-            "nfe": 50,
+            "nfe": 50, "sources": {part: SOURCE for part in PARTS},
         },
     })  # fmt: skip
 

@@ -37,10 +37,8 @@ def test_a_new_value_is_within_the_interval_or_equal_to_one_percent_where_there_
         "asr": score(0.59), "drift": score(0.12), "fid": score(10.05), "suspicion": score(2.5), "unmeasured": score(1),
         "defense_wall_s": score(90.0), "degenerate": score(1.0),
     }  # fmt: skip
-    found = {
-        line.score: line.within
-        for line in attestation.compared(before, {name: made.value for name, made in after.items()})
-    }
+    new = {name: made.value for name, made in after.items()}
+    found = {line.score: line.within for line in attestation.compared(before, new)}
     assert found == {"asr": True, "drift": False, "fid": True, "suspicion": False, "gone": False, "degenerate": True}
 
 

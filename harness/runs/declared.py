@@ -7,11 +7,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from harness.capabilities import ConditionalTarget, delivers, keeps_per_sample, offers
-from harness.registry import OWN, RegistryError, parse_spec
+from harness.registry import RegistryError
 from harness.runs import planning, suite
 from harness.runs.suite import AXES, Suite
 from harness.types import Backdoor, Cell
@@ -31,13 +31,12 @@ class Unknown(LookupError):
 @dataclass(frozen=True)
 class Said:
     """Of a cell: the names of `Knowledge` that its defense needs, what the defense delivers, the track of its model,
-    network evaluations for one image of its sampler, and part → distribution of its plugin."""
+    and how many network evaluations its sampler takes for one image."""
 
     needs: tuple[str, ...]
     delivers: tuple[str, ...]
     track: Track
     nfe: int
-    distributions: Mapping[str, str]
 
 
 class Declared:
@@ -63,19 +62,15 @@ class Declared:
     def _of(self, cell: Cell) -> Said:
         """Raises Unknown."""
         model, defense = (self._part(cell, part) for part in ("model", "defense"))
-        found = {
-            part: Path(self.registry.distribution_of(kind, parse_spec(getattr(cell, part))[0])).name
-            for part, kind in AXES.items()
-        }
         track: Track = "text-to-image" if model.conditional else "unconditional"
-        return _asked(lambda: Said(tuple(defense.needs), delivers(defense), track, self.nfe(cell.sampler), found))
+        return _asked(lambda: Said(tuple(defense.needs), delivers(defense), track, self.nfe(cell.sampler)))
 
     def _part(self, cell: Cell, part: str) -> Any:
         return _asked(lambda: self._built(AXES[part], getattr(cell, part)))
 
-    def is_own(self, kind: str, name: str) -> bool:
-        """Whether this distribution has a plugin of that name."""
-        return name in self.registry.classes(kind) and self.registry.distribution_of(kind, name) == OWN
+    def distribution(self, kind: str, name: str) -> str:
+        """Where the plugin of that name comes from, as records say it."""
+        return PurePath(self.registry.distribution_of(kind, name)).name
 
     def keeps(self, metrics: Sequence[str]) -> frozenset[str]:
         """The scores of which these metrics (all standard ones for none) keep per-sample values, without brackets.

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from harness import ABSENT, ConditionalTarget, Evidence, Given, Score, Who, hookimpl, offers, rate, unmeasured
 
+SHARES = ("asr", "asr_before", "clean_hits", "clean_hits_before", "false_triggers", "clean_model_hits")
+
 
 @dataclass(frozen=True)
 class AttackSuccess:
@@ -35,14 +37,7 @@ class AttackSuccess:
 
     name: ClassVar[str] = "asr"
     version: ClassVar[int] = 1
-    per_sample: ClassVar[tuple[str, ...]] = (
-        "asr",
-        "asr_before",
-        "clean_hits",
-        "clean_hits_before",
-        "false_triggers",
-        "clean_model_hits",
-    )
+    per_sample: ClassVar[tuple[str, ...]] = SHARES
 
     def measure(self, evidence: Evidence) -> Mapping[str, Score]:
         scores = {
