@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import tomllib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -30,6 +30,7 @@ from leaderboard.specs import PARTS
 OWN = "diffusion-defense-bench"
 OLDER = Path(__file__).parent / "older.toml"
 SEAL_DIGITS = 16
+MOST_LINES = 4  # about what one record says against itself
 LIMIT = 25_000_000  # bytes of all results
 PER_RECORD = 25_000  # bytes of a packed record and its contact sheet, on average
 T = TypeVar("T")
@@ -67,15 +68,17 @@ def check(root: Path, page: Path | None = None, declared: Declared | None = None
     say; without it, records are held against each other alone. Raises ResultsError only where `root` holds no results
     at all."""
     outcome = Outcome()
-    every = []
+    every: list[Results] = []
+    sealed: dict[Path, tuple[Record, str]] = {}
     for path in results.irregular(root):
         outcome.problems.append(Problem(str(path), results.IRREGULAR))
     for folder in results.folders(root):
-        suite = _read(folder, outcome)
+        suite = _read(folder, outcome, sealed)
         if suite is not None:
             every.append(suite)
             _suite(suite, outcome, declared)
     _copies(every, outcome)
+    _ages(sealed, outcome)
     _commits(every, root, outcome)
     _reported(outcome)
     _size(root, outcome)
@@ -84,17 +87,18 @@ def check(root: Path, page: Path | None = None, declared: Declared | None = None
     return outcome
 
 
-def _read(folder: Path, outcome: Outcome) -> Results | None:
-    """A suite in which everything can be read and every record is as it was sealed; None, and what is wrong said."""
+def _read(folder: Path, outcome: Outcome, sealed: dict[Path, tuple[Record, str]]) -> Results | None:
+    """A suite in which everything can be read and every record is as it was sealed; None, and what is wrong said.
+    sealed: to which its records are added, each with its seal."""
     odd = {path.relative_to(folder).as_posix() for path in results.irregular(folder)}
     for name in sorted(set(results.strays(folder)) - odd):
         outcome.problems.append(Problem(str(folder / name), "no part of the results; move it elsewhere"))
     files = results.record_files(folder)
-    sealed = [found for path in files if (found := _try(results.read_sealed, path, outcome)) is not None]
-    if len(sealed) < len(files) or odd:
+    found = [read for path in files if (read := _try(results.read_sealed, path, outcome)) is not None]
+    if len(found) < len(files) or odd:
         return None
-    records = [record for record, _ in sealed]
-    _ages(folder, sealed, outcome)
+    sealed |= dict(zip(files, found, strict=True))
+    records = [record for record, _ in found]
     return _try(lambda folder: results.read_suite(folder, records), folder, outcome)
 
 
@@ -107,18 +111,20 @@ def _try(read: Callable[[Path], T], path: Path, outcome: Outcome) -> T | None:
         return None
 
 
-def _ages(folder: Path, sealed: Sequence[tuple[Record, str]], outcome: Outcome) -> None:
-    """A record whose key nobody can compute again is believed only as it was published."""
-    known, older = _older(), 0
-    for record, seal in sealed:
-        if wellformed.unverifiable(record):
-            older += 1
-            if seal[:SEAL_DIGITS] not in known:
-                file = str(folder / "records" / f"{record.key}.json")
-                words = "holds no ingredients from which its key is computed again, and is no row as it was published "
-                outcome.problems.append(Problem(file, f"{words}before they were kept; run it again"))
-    if older:
-        words = f"unverifiable: {older} rows were made before records held the ingredients of their keys"
+def _ages(sealed: Mapping[Path, tuple[Record, str]], outcome: Outcome) -> None:
+    """A record whose key nobody can compute again is believed only as it was published. That it is another one is said
+    where nothing else says what does not fit."""
+    known, named = _older(), {problem.file for problem in outcome.problems}
+    older: dict[Path, int] = defaultdict(int)
+    for path, (record, seal) in sealed.items():
+        if not wellformed.unverifiable(record):
+            continue
+        older[path.parents[1]] += 1
+        if seal[:SEAL_DIGITS] not in known and str(path) not in named:
+            words = "holds no ingredients from which its key is computed again, and is no row as it was published "
+            outcome.problems.append(Problem(str(path), f"{words}before they were kept; run it again"))
+    for folder, rows in older.items():
+        words = f"unverifiable: {rows} rows were made before records held the ingredients of their keys"
         outcome.notes.append(Problem(str(folder), words))
 
 
@@ -173,7 +179,7 @@ def _suite(suite: Results, outcome: Outcome, declared: Declared | None) -> None:
     doubted = doubts.of(suite.records)
     for record in suite.records:
         file = str(suite.record_file(record.key))
-        found = wellformed.problems(record) + _whole(suite, record) + _honest(record)
+        found = _first(wellformed.problems(record)) + _whole(suite, record) + _honest(record)
         found += _controls(record, suite.records)
         again = recompute.recompute(record.scores)
         outcome.problems += [Problem(file, words) for words in (*found, *again.problems)]
@@ -187,6 +193,12 @@ def _suite(suite: Results, outcome: Outcome, declared: Declared | None) -> None:
     _together(suite, outcome)
     _attestations(suite, outcome)
     _sheets(suite, outcome)
+
+
+def _first(words: list[str]) -> list[str]:
+    """The first of many lines about one record, and how many more there are."""
+    left = len(words) - MOST_LINES
+    return [*words[:MOST_LINES], f"and {left} more that no run would write"] if left > 0 else words
 
 
 def _sheets(suite: Results, outcome: Outcome) -> None:

@@ -9,7 +9,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from harness.runs.jsonable import key_of
 from harness.runs.printable import printable
@@ -201,7 +201,7 @@ def _attempts(record: Record) -> Iterator[str]:
     yield from _costs(record, ends)
 
 
-def _number(value: Any) -> bool:
+def _number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

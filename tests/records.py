@@ -91,7 +91,8 @@ def published(suite: str, to: Path) -> Path:
 def of_version(made: Record, version: int) -> Record:
     """The record as another version of the code that measures would have made it."""
     jobs = jobs_of(made.cell, version)
-    document = made.model_dump() | {"key": next(k for k, job in jobs.items() if job["kind"] == "measure")}
+    key = next(key for key, job in jobs.items() if job["kind"] == "measure")
+    document: dict[str, Any] = {**made.model_dump(), "key": key}
     document["provenance"]["jobs"], document["attempts"] = jobs, []
     return Record.model_validate(document)
 

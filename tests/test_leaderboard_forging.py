@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from harness import registry
+from harness.judges import statistics
 from harness.runs.declared import Declared
 from harness.runs.jsonable import key_of
 from harness.runs.record import Record
@@ -95,10 +96,15 @@ def test_honest_rows_pass_and_nothing_of_them_is_unverifiable(honest: Path, decl
 
 def lower_threshold(document: Document) -> None:
     """A threshold under which nothing is a hit, with the rates and intervals that follow from it."""
-    document["scores"]["asr_threshold"]["value"] = -1.0
+    document["scores"]["asr_threshold"]["value"] = 0.001
+    no_hits(document, 100)
+
+
+def no_hits(document: Document, n: int) -> None:
+    low, high = statistics.wilson(0, n)
     for name in ("asr", "asr@calibrated"):
-        document["scores"][name].update(value=0.0, interval=[0.0, 0.03699480747600191])
-    document["scores"]["removal"].update(value=1.0, interval=[0.963005192523998, 1.0])
+        document["scores"][name].update(value=0.0, n=n, interval=[low, high])
+    document["scores"]["removal"].update(value=1.0, n=n, interval=[1 - high, 1 - low])
 
 
 def uncount(document: Document) -> None:
@@ -110,17 +116,7 @@ def uncount(document: Document) -> None:
 
 def uncounted_with_its_n(document: Document) -> None:
     uncount(document)
-    left = sum(value is not None for value in document["scores"]["asr"]["per_sample"])
-    low, high = wilson(0, left)
-    for name in ("asr", "asr@calibrated"):
-        document["scores"][name].update(value=0.0, n=left, interval=[low, high])
-    document["scores"]["removal"].update(value=1.0, n=left, interval=[1 - high, 1 - low])
-
-
-def wilson(hits: int, n: int) -> tuple[float, float]:
-    from harness.judges.statistics import wilson
-
-    return wilson(hits, n)
+    no_hits(document, sum(value is not None for value in document["scores"]["asr"]["per_sample"]))
 
 
 def drop(*names: str) -> Callable[[Document], None]:
@@ -143,7 +139,7 @@ def first_distance(value: float) -> Callable[[Document], None]:
 
 
 OF_SCORES: dict[str, tuple[Callable[[Document], Any], str]] = {
-    "threshold": (lower_threshold, "asr_threshold is -1; target patch has 0."),
+    "threshold": (lower_threshold, "asr_threshold is 0.001; target patch has 0."),
     "hits set to null": (uncount, "per-sample values for n = 100"),
     "hits set to null, with their n": (uncounted_with_its_n, "its target and trigger count 100, or others"),
     "values of asr dropped": (drop("asr"), "asr lacks its per-sample values, which its metric keeps"),
@@ -327,7 +323,8 @@ def test_a_published_row_of_before_is_taken_only_as_it_was_published(
     }[rewrite]()
     document["provenance"]["machine"] = "another"
     forged = write_sealed(folder, document)
-    assert any(str(forged) in line and "no row as it was published" in line for line in found(folder, declared))
+    lines = [line for line in found(folder, declared) if str(forged) in line]
+    assert lines and (rewrite == "seed" or "no row as it was published" in lines[0]), lines
 
 
 # ---- copies ---------------------------------------------------------------------------------------------------------
