@@ -122,7 +122,7 @@ class Target(Protocol):
         ...
 
     def distances(self, images: Tensor, context: TargetContext) -> Tensor:
-        """(B,) float, the quantity that is compared with a threshold; smaller is closer to the target."""
+        """(B,) float, at least 0, the quantity that is compared with a threshold; smaller is closer to the target."""
         ...
 
     def thresholds(self, context: TargetContext) -> Mapping[str, float]:

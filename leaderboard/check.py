@@ -21,7 +21,7 @@ from harness.runs.declared import Declared
 from harness.runs.doubts import CONTROLS, DoubtCode
 from harness.runs.record import Record, Source, bare
 from harness.types import Doubt
-from leaderboard import attestation, claims, copies, recompute, reported, results, wellformed
+from leaderboard import attestation, claims, copies, pictures, recompute, reported, results, wellformed
 from leaderboard.paired import Place, attack_jobs, place
 from leaderboard.rendering import picture_size
 from leaderboard.results import Results, ResultsError
@@ -225,6 +225,8 @@ def _whole(suite: Results, record: Record) -> list[str]:
         found.append("its contact sheet is not there, or no WebP picture")
     elif sheet is not None and results.sheet_name(sheet.read_bytes()) != record.sheet:
         found.append(f"its contact sheet is not what its name {record.sheet} was made from")
+    elif sheet is not None and not record.error and (name := pictures.differs(sheet, record)) is not None:
+        found.append(f"its contact sheet shows other images than its scores are of: {name} differs")
     return found
 
 

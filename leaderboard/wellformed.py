@@ -22,7 +22,7 @@ from leaderboard.specs import PARTS, arguments
 LARGEST = 3.4028235e38  # of single precision, in which images and per-sample values are
 ROUNDING = 1e-5  # by which a distance or a share may lie beyond its bounds
 AHEAD = 86_400.0  # seconds by which another machine's clock may be ahead
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
 COST = re.compile(r"(attack|defense)_(wall|cpu)_s")
 
@@ -144,10 +144,10 @@ def _names(record: Record) -> Iterator[str]:
 
 
 def _spec(part: str, spec: str) -> Iterator[str]:
-    """A plugin's name is of small ASCII letters; only texts in quotes have others, and none that nobody sees."""
+    """A plugin's name is of ASCII letters; only texts in quotes have others, and none that nobody sees."""
     outside = QUOTED.sub("''", spec)
     if not NAME.fullmatch(bare(spec)) or not outside.isascii():
-        yield f"its {part} {spec!a} has letters that look like others; names are of a-z, 0-9, '.', '_' and '-'"
+        yield f"its {part} {spec!a} has letters that look like others; names are of A-Z, a-z, 0-9, '.', '_' and '-'"
     elif not spec.isprintable():
         yield f"its {part} {spec!a} has characters that nobody sees; a spec writes them as escapes"
 

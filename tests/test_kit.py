@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -343,3 +344,17 @@ def test_one_built_in_plugin_of_each_kind_keeps_the_contract(which: str, plugins
     kind, name = which.split()
     tried = checks.case_of(kind, plugins.find(kind, name), {}, plugins)
     assert [found for found in checks.examine_all(tried) if found.state in ("broken", "open")] == []
+
+
+def test_a_negative_distance_to_a_target_is_a_fault() -> None:
+    import torch
+
+    from harness.testing import parts
+
+    target: Any = SimpleNamespace(name="t", hit_threshold="near")
+    found = torch.full((parts.N,), -0.5)
+    hits, images = torch.ones(parts.N, dtype=torch.bool), torch.zeros(parts.N, 1, 2, 2)
+    context: Any = None
+    faults = [fault for fault, _ in parts._target_faults(target, images, context, found, {"near": 0.1}, hits)]
+    assert faults == ["a distance is negative"]
+    assert list(parts._target_faults(target, images, context, -found, {"near": 1.0}, hits)) == []

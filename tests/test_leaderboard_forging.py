@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from harness.judges import statistics
 from harness.runs.declared import Declared
 from harness.runs.jsonable import key_of
 from harness.runs.record import Record
-from leaderboard import attestation, check, claims, results
+from leaderboard import attestation, check, claims, pictures, results
 from tests.records import digest, published, verifiable, write_sealed
 
 Document = dict[str, Any]
@@ -371,6 +372,37 @@ def test_a_contact_sheet_of_other_images_is_refused(folder: Path, declared: Decl
     other = results.read_record(row(folder, "none")).sheet
     path = forge(row(folder, "skd-cag"), lambda document: document.update(sheet=other))
     assert any("whose images are others" in line for line in found(folder, declared)), path
+
+
+def test_two_rows_that_change_their_contact_sheets_are_refused(folder: Path, declared: Declared) -> None:
+    """Each sheet is named by one row and is of a row: only the images say whose."""
+    paths = [row(folder, "skd-cag"), row(folder, "none")]
+    sheets = [results.read_record(path).sheet for path in paths]
+    for path, sheet in zip(paths, reversed(sheets), strict=True):
+        forge(path, lambda document, sheet=sheet: document.update(sheet=sheet))
+    lines = found(folder, declared)
+    for path in paths:
+        assert any(str(path) in line and "shows other images than its scores are of" in line for line in lines), lines
+
+
+@pytest.mark.parametrize("size", [(16, 16), (32, 32), (64, 64), (28, 20)])
+def test_a_contact_sheet_gives_the_drift_that_the_metric_measures(tmp_path: Path, size: tuple[int, int]) -> None:
+    import torch
+
+    from harness.diffusion.images import save_png
+    from harness.judges.evidence import contact_sheet
+    from plugins.metrics.drift import Drift
+    from tests.test_evidence import evidence
+
+    rng = torch.Generator().manual_seed(0)
+    images = {tuple(name.split("/")): torch.rand(9, 3, *size, generator=rng) * 2 - 1 for name in pictures.SETS}
+    made = {name: partial(images.__getitem__, name) for name in images}
+    seen = evidence(made)
+    save_png(contact_sheet(seen), tmp_path / "sheet.png")
+    shown = pictures.shown(tmp_path / "sheet.png", pictures.SETS)
+    assert shown is not None
+    for name, values in shown.items():
+        assert Drift().measure(seen)[name].per_sample[:8] == pytest.approx(values, abs=0.01), name  # type: ignore[index]
 
 
 def test_one_key_with_other_numbers_in_two_suites_is_refused(folder: Path, declared: Declared) -> None:

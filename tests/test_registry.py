@@ -257,6 +257,7 @@ def test_every_module_below_a_package_is_a_plugin_and_stands_alone(distribution)
         ('("data",)\n', '("date",)\n', "needs 'date'; did you mean 'data'"),
         ("asks: bool = False", "asks: bool", "Error: "),
         ('"NAME"', '"a name"', "cannot be written in a spec"),
+        ('"NAME"', '"skd-c\u0430g"', "cannot be written in a spec; use A-Z, a-z"),
     ],
 )
 def test_a_class_that_lacks_something_is_left_out_with_the_reason(

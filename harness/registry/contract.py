@@ -133,8 +133,8 @@ def _attribute_faults(kind: str, instance: Any) -> list[str]:
         found += [f"{type(instance).__name__}.{name}: {fault}"] if fault else []
     if found:
         return found
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", instance.name):
-        found.append(f"the name {instance.name!r} cannot be written in a spec; use letters, digits, '-', '_' and '.'")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", instance.name, re.ASCII):
+        found.append(f"the name {instance.name!r} cannot be written in a spec; use A-Z, a-z, 0-9, '-', '_' and '.'")
     if kind == "defenses":
         found += [
             f"needs {need!r}{did_you_mean(need, KNOWLEDGE)} a defense may need: {', '.join(KNOWLEDGE)}"

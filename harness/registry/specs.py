@@ -19,7 +19,7 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     """`name(key=literal, ...)` → (name, parameters); lists become tuples. Raises InvalidSpec."""
     if len(spec) > LONGEST:
         raise InvalidSpec(f"a spec of {len(spec):,} characters; at most {LONGEST:,} are read")
-    match = re.fullmatch(r"\s*([A-Za-z0-9][\w.-]*)\s*(?:\((.*)\))?\s*", spec, re.DOTALL)
+    match = re.fullmatch(r"\s*([A-Za-z0-9][\w.-]*)\s*(?:\((.*)\))?\s*", spec, re.DOTALL | re.ASCII)
     if match is None:
         raise InvalidSpec(f"cannot read the spec {spec!r}; write name or name(key=value, ...)")
     name, arguments = match.groups()

@@ -171,6 +171,8 @@ def _target_faults(
     if not isinstance(found, Tensor) or tuple(found.shape) != (N,) or not torch.isfinite(found).all():
         yield "distances are not N finite numbers", "return (B,) floats, smaller is closer to the target"
         return
+    if (found < -1e-5).any():
+        yield "a distance is negative", "return distances of at least 0; the leaderboard refuses others"
     if plugin.hit_threshold not in gates:
         yield (
             f"the gate {plugin.hit_threshold!r} is not among the thresholds {', '.join(gates)}",
