@@ -150,7 +150,7 @@ def _copies(every: Sequence[Results], outcome: Outcome) -> None:
     """Nothing of one record stands in another that cannot have it."""
     files = {record.key: str(suite.record_file(record.key)) for suite in every for record in suite.records}
     records = [record for suite in every for record in suite.records]
-    found = [*copies.across(records), *copies.attacks(records)]
+    found = [*copies.across(records), *copies.near(records), *copies.attacks(records)]
     for suite in every:
         found += copies.sheets(suite.records)
     outcome.problems += [Problem(files[record.key], words) for record, words in found]

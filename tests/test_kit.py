@@ -347,8 +347,6 @@ def test_one_built_in_plugin_of_each_kind_keeps_the_contract(which: str, plugins
 
 
 def test_a_negative_distance_to_a_target_is_a_fault() -> None:
-    import torch
-
     from harness.testing import parts
 
     target: Any = SimpleNamespace(name="t", hit_threshold="near")

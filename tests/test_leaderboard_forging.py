@@ -7,11 +7,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from harness import registry
 from harness.judges import statistics
@@ -349,6 +351,28 @@ def test_a_seed_under_another_number_is_refused_though_every_key_is_its_own(fold
         assert any(copy.key in line and "are, one by one, those of" in line for line in lines), copy.cell.defense
 
 
+def shaken(record: Record, by: float) -> Record:
+    """The record with every drift changed by up to the share `by`, and with the means that follow."""
+    made = {}
+    for name in ("drift", "drift_before", "drift_triggered", "change"):
+        kept = record.scores[name].per_sample or ()
+        values = torch.tensor(kept, dtype=torch.float64) * (1 + by * torch.linspace(-1, 1, len(kept)))
+        made[name] = replace(statistics.mean(values, False), higher_is_better=record.scores[name].higher_is_better)
+    for name, score in record.scores.items():
+        if score.per_sample and name not in made:
+            made[name] = replace(score, per_sample=tuple(v * 1.0001 for v in score.per_sample))
+    return record.model_copy(update={"scores": {**record.scores, **made}})
+
+
+def test_a_seed_that_was_copied_and_shaken_is_refused(folder: Path, declared: Declared) -> None:
+    for by, refused in ((0.003, True), (0.2, False)):
+        copy = shaken(as_seed(results.read_record(row(folder, "skd-cag")), 1, declared), by)
+        results.write_record(folder, copy)
+        lines = [line for line in found(folder, declared) if copy.key in line and "are nearly those of" in line]
+        assert len(lines) == refused, lines
+        (folder / "records" / f"{copy.key}.json").unlink()
+
+
 def test_an_attack_of_one_seed_under_another_number_is_refused(folder: Path, declared: Declared) -> None:
     path = row(folder, "skd-cag")
     document = json.loads(path.read_text())
@@ -387,8 +411,6 @@ def test_two_rows_that_change_their_contact_sheets_are_refused(folder: Path, dec
 
 @pytest.mark.parametrize("size", [(16, 16), (32, 32), (64, 64), (28, 20)])
 def test_a_contact_sheet_gives_the_drift_that_the_metric_measures(tmp_path: Path, size: tuple[int, int]) -> None:
-    import torch
-
     from harness.diffusion.images import save_png
     from harness.judges.evidence import contact_sheet
     from plugins.metrics.drift import Drift
