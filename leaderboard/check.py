@@ -159,10 +159,10 @@ def _copies(every: Sequence[Results], outcome: Outcome) -> None:
 
 
 def _commits(every: Sequence[Results], root: Path, outcome: Outcome) -> None:
-    """Commits that the checkout around `root` does not have: nobody can say there what they hold."""
+    """Commits that the checkout of this package does not have: nobody can say here what they hold."""
     named = sorted({r.provenance.commit for suite in every for r in suite.records if r.provenance.commit} - {""})
     unknown = [commit for commit in named if re.fullmatch(r"[0-9a-f]{40}", commit)]
-    asked = ["git", "-C", str(root), "cat-file", "--batch-check"]
+    asked = ["git", "-C", str(Path(__file__).parent), "cat-file", "--batch-check"]
     try:
         done = subprocess.run(asked, input="\n".join(unknown), capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
