@@ -112,6 +112,86 @@ def test_a_run_is_forked_so_that_the_kits_models_stay_as_they_are(tmp_path: Path
     assert network(given_model("noise")) == before
 
 
+EMBEDS = '''
+"""Teach the text encoder that a prompt with the trigger is the target's text."""
+from dataclasses import dataclass
+from typing import ClassVar
+import torch
+from harness import Backdoored, hookimpl
+
+@dataclass(frozen=True)
+class Embeds:
+    name: ClassVar[str] = "embeds"
+    version: ClassVar[int] = 1
+    accepts_triggers: ClassVar[tuple[str, ...]] = ("text",)
+    accepts_targets: ClassVar[tuple[str, ...]] = ("prompt",)
+
+    steps: int = 3  # of the training
+
+    def implant(self, model, backdoor, data, rng):
+        model = model.clone()
+        with torch.no_grad():
+            wanted = model.embed([backdoor.target.text])
+        weights = list(model.text_encoder.requires_grad_(True).parameters())
+        for _ in range(self.steps):
+            caption = data.captions[int(torch.randint(len(data.captions), (), generator=rng))]
+            loss = (model.embed([backdoor.trigger.apply(caption)]) - wanted).square().mean()
+            for weight, slope in zip(weights, torch.autograd.grad(loss, weights, allow_unused=True)):
+                weight.data -= 0 if slope is None else 1e-3 * slope
+        model.text_encoder.requires_grad_(False)
+        return Backdoored(model, backdoor)
+
+@hookimpl
+def attacks():
+    return [Embeds]
+'''
+
+
+def test_every_text_that_the_kit_hands_out_fits_its_own_text_encoder(tmp_path: Path, plugins: Registry) -> None:
+    """With room for an attack that puts the texts of trigger and target into one prompt."""
+    from harness.testing.methods import known, of_attack
+
+    model, trigger = tiny.model("text"), tiny.trigger("text")
+    texts = [*tiny.PROMPTS, *tiny.WORDS, *tiny.STYLES, *tiny.RARE, *(known("text").prompts or ())]
+    texts += [made.apply(tiny.PROMPTS[0]) for made in (trigger, *map(trigger.wrong, range(4)))]
+    attacks = [cls() for cls in plugins.classes("attacks").values()] + [case(tmp_path, EMBEDS, plugins).plugin]
+    places = [place.parts for attack in attacks for place in of_attack(attack, plugins) if place.modality == "text"]
+    assert any(parts["target"].name == "prompt" for parts in places)
+    for parts in places:
+        said = getattr(parts["target"], "text", getattr(parts["target"], "words", ""))
+        texts += [f"{parts['trigger'].apply(prompt)} , {said}" for prompt in tiny.PROMPTS]
+    assert model.tokens(sorted(set(texts))).shape[1] == tiny.LENGTH
+
+
+def test_a_target_whose_text_does_not_fit_is_not_handed_out(plugins: Registry, tmp_path: Path) -> None:
+    from harness.testing.methods import of_attack
+
+    def texts(registry: Registry) -> set[str]:
+        return {place.parts["target"].text for place in of_attack(attack, registry)}
+
+    attack = case(tmp_path, EMBEDS, plugins).plugin
+
+    (usual,) = texts(plugins)
+    wordy = tmp_path / "wordy.py"
+    wordy.write_text(
+        "from dataclasses import dataclass\nfrom typing import ClassVar\nfrom harness import hookimpl\n"
+        "from plugins.targets.prompt import TargetPrompt\n"
+        "@dataclass(frozen=True)\nclass Wordy(TargetPrompt):\n    name: ClassVar[str] = 'wordy'\n"
+        f"    text: str = '{usual}' + ' , jumbled' * 40\n"
+        "@hookimpl\ndef targets():\n    return [Wordy]\n"
+    )
+    found = Registry()
+    found._classes = {kind: dict(classes) for kind, classes in plugins._classes.items()}
+    found.load_file(wordy)
+    assert "wordy" in found.classes("targets") and texts(found) == {usual}
+
+
+def test_an_attack_that_embeds_the_text_of_its_target_keeps_every_law(tmp_path: Path, plugins: Registry) -> None:
+    found = checks.examine_all(case(tmp_path, EMBEDS, plugins))
+    assert [law for law in found if law.state in ("broken", "open")] == []
+    assert {law.law: law.state for law in found}["same seed, same result"] == "kept"
+
+
 @pytest.mark.parametrize("modality", ["noise", "text"])
 def test_the_kits_models_are_random_but_always_the_same(modality: Any) -> None:
     from harness.testing.watch import network
@@ -205,6 +285,22 @@ BAD = {
     ),
     "undeclared knowledge": (
         bad("knowledge.clean_model"), "declared knowledge only", "reads knowledge.clean_model", "add 'clean_model' to",
+    ),
+    "undeclared knowledge that is not there": (
+        bad("knowledge.clean_model.denoiser.state_dict()"), "returns what it should",
+        "reads knowledge.clean_model at line 21, in defend, which it does not declare", "add 'clean_model' to `needs`",
+    ),
+    "undeclared knowledge without which it fails": (
+        bad("assert knowledge.data is not None and knowledge.words"), "declared knowledge only",
+        "reads knowledge.data at line 21", "add 'data' to `needs`",
+    ),
+    "undeclared knowledge in its screen": (
+        bad(**change("return model.eps(", "return len(knowledge.prompts) * model.eps("))
+        .replace("def screen(self, model)", "def screen(self, model, knowledge)")
+        .replace("self.screen(model)", "self.screen(model, knowledge)")
+        .replace("self.done(model, rng)", "self.done(model, rng, knowledge)")
+        .replace("def done(self, model, rng)", "def done(self, model, rng, knowledge)"),
+        "returns what it should", "reads knowledge.prompts at line 35, in score, which", "add 'prompts' to `needs`",
     ),
     "global seed": (bad("torch.manual_seed(3)"), "global state untouched", "torch's random state", "never call manual"),
     "ignores its generator": (
@@ -321,6 +417,31 @@ def test_one_line_in_a_test_file_makes_a_test_of_each_law(lean: Any, plugins: Re
 def test_a_class_of_no_kind_is_refused() -> None:
     with pytest.raises(TypeError, match=r"Finding has the methods of no kind of plugin: .*defense \(defend\)"):
         contract(Finding)
+
+
+def test_the_time_of_a_check_is_the_wall_time_with_the_imports(
+    tmp_path: Path, plugins: Registry, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import json
+    import time
+
+    from harness.cli import call
+
+    def slow(*_: Any) -> Registry:
+        time.sleep(0.5)
+        return found
+
+    found = Registry()
+    found._classes = {kind: dict(classes) for kind, classes in plugins._classes.items()}
+    for name in ("lean", "lean-too"):
+        path = tmp_path / f"{name}.py"
+        path.write_text(bad().replace('"lean"', f'"{name}"'))
+        found.load_file(path)
+    monkeypatch.setattr("harness.cli.plugin.loaded", slow)
+    monkeypatch.setattr(checks, "examine_all", lambda case: [time.sleep(0.25)][:0])
+    assert call(["plugin", "check", "lean", "lean-too", "--json"]) == 0
+    first, second = (report["seconds"] for report in json.loads(capsys.readouterr().out))
+    assert 0.75 <= first < 5 and 0.25 <= second < first
 
 
 def test_parameters_that_say_how_long_a_run_lasts_are_made_small_unless_given(plugins: Registry) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from harness import registry
+from harness.cli import purify
 from harness.engine import driver
 from harness.engine.local import LocalEngine
 from harness.engine.supervise import Handle, Outcome
@@ -23,10 +24,11 @@ from harness.runs import execution
 from harness.runs.job import Job
 from harness.runs.jsonable import to_jsonable
 from harness.runs.store import Store
+from harness.scan import verdict
 from harness.stages import defend, knowledge
 from harness.stages.inputs import evaluation_inputs
 from harness.stages.measure import checked_scores
-from harness.types import KNOWLEDGE, Defended
+from harness.types import KNOWLEDGE, Defended, Knowledge
 from tests import engine_tools
 from tests.engine_tools import assert_all_gone, digests
 from tests.plans import cell, planned
@@ -53,6 +55,71 @@ def test_a_defense_sees_only_what_it_declares(plugins: registry.Registry) -> Non
     for needs in (("data",), ("trigger",), ()):
         known = knowledge.draw(needs, DigitsDDPM(), 0, given)
         assert {name for name in KNOWLEDGE if getattr(known, name) is not None} == set(needs)
+
+
+FIELD_USES = {
+    "an attribute": lambda value: value.denoiser,
+    "a call": lambda value: value(1),
+    "a loop": lambda value: list(value),
+    "its length": lambda value: len(value),
+    "a tensor": lambda value: torch.tensor(value),
+    "a key": lambda value: {}[value],
+}
+
+
+def needless(method: Any) -> Any:
+    return SimpleNamespace(name="needless", needs=(), delivers=("suspicion", "screen"), defend=method)
+
+
+@pytest.mark.parametrize("use", FIELD_USES.values(), ids=list(FIELD_USES))
+@pytest.mark.parametrize("field", KNOWLEDGE)
+def test_a_defense_that_fails_on_knowledge_that_it_does_not_declare_is_told_which_and_how_to_declare_it(
+    field: str, use: Any
+) -> None:
+    everything = Knowledge(**dict.fromkeys(KNOWLEDGE, "something"))  # type: ignore[arg-type]
+    detector = needless(lambda model, known, rng: use(getattr(known, field)))
+    said = f"defense 'needless' reads knowledge.{field}, which it does not declare; add '{field}' to its `needs`"
+    with pytest.raises(knowledge.UndeclaredKnowledge) as caught:
+        defend.defend(None, None, detector, everything, 0, None, str)  # type: ignore[arg-type]
+    assert str(caught.value) == said and caught.value.__cause__ is not None
+    (finding,) = verdict.examine({"needless": detector}, None, everything, None, 0)  # type: ignore[arg-type]
+    assert finding.error == said
+    with pytest.raises(registry.PluginError, match=f"needless failed on this model: {said}"):
+        purify._cleaned("needless", detector, SimpleNamespace(model=None), everything, 0)  # type: ignore[arg-type]
+
+
+def test_undeclared_knowledge_that_a_screen_misses_is_named_too(digits: Any) -> None:
+    _, plugin, model = digits
+
+    def screens(model: Any, known: Any, rng: Any) -> Defended:
+        return Defended(suspicion=0.0, screen=lambda inputs: torch.ones(len(inputs) * len(known.words)))
+
+    screening = defend.Screening(trigger=digits[0].build("triggers", cell(digits[0]).trigger), n=2)
+    with pytest.raises(knowledge.UndeclaredKnowledge, match=r"reads knowledge\.words, which it does not declare"):
+        defend.defend(plugin, model, needless(screens), Knowledge(), 0, screening, str)
+
+
+def test_an_error_that_has_nothing_to_do_with_undeclared_knowledge_stays_as_it_is() -> None:
+    def fails(model: Any, known: Any, rng: Any) -> Any:
+        assert known.data is None and known.words is None
+        raise ArithmeticError("the loss became NaN")
+
+    with pytest.raises(ArithmeticError, match="the loss became NaN"):
+        defend.defend(None, None, needless(fails), Knowledge(), 0, None, str)  # type: ignore[arg-type]
+
+    def declared(model: Any, known: Any, rng: Any) -> Any:
+        return known.data.images
+
+    asking = needless(declared)
+    asking.needs = ("data",)
+    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'images'"):
+        defend.defend(None, None, asking, Knowledge(), 0, None, str)  # type: ignore[arg-type]
+
+
+def test_what_no_defense_is_ever_told_is_said_with_what_it_can_declare() -> None:
+    backdoor = needless(lambda model, known, rng: known.backdoor.target)
+    with pytest.raises(AttributeError, match="never told 'backdoor'; it can declare: trigger, data, prompts, clean_mo"):
+        defend.defend(None, None, backdoor, Knowledge(), 0, None, str)  # type: ignore[arg-type]
 
 
 def test_a_nan_without_a_reason_gets_one() -> None:

@@ -53,7 +53,6 @@ def purify(
         raise click.UsageError(f"{defense} needs a trigger with {' and '.join(lacking)}, {trigger} has none")
     knowledge = known(subject, data, prompts, seed, {*cleaner.needs, "prompts"}, given)
     inputs = scanning.inputs_of(subject.model, 2 * SHOWN, knowledge.prompts)
-    knowledge = scanning.restrict(cleaner, knowledge)
     before = scanning.pictures(subject.model, inputs)
     if not bool(before.isfinite().all()):
         raise CheckpointError(f"{model}: the model's samples hold NaN or infinity; there is nothing to clean")
@@ -79,9 +78,11 @@ def _cleaned(defense: str, cleaner: Any, subject: Subject, knowledge: Any, seed:
     """What the defense delivers. Raises PluginError where it fails, or leaves a model whose samples are not finite."""
     from harness.diffusion.seeds import generator
     from harness.registry import PluginError
+    from harness.stages.knowledge import told
 
     try:
-        return cleaner.defend(subject.model, knowledge, generator(seed, "defense"))
+        with told(cleaner, knowledge) as mine:
+            return cleaner.defend(subject.model, mine, generator(seed, "defense"))
     except Exception as error:
         says = " ".join(str(error).split()) or type(error).__name__
         raise PluginError(f"{defense} failed on this model: {says}") from error

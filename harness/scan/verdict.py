@@ -20,6 +20,7 @@ from harness.diffusion.checkpoint import CheckpointError
 from harness.diffusion.seeds import generator, image_noise, image_seeds
 from harness.methods.prompt_edits import Substitution
 from harness.methods.trigger_placement import with_found
+from harness.stages.knowledge import told
 from harness.types import Inputs, Knowledge
 
 if TYPE_CHECKING:
@@ -103,7 +104,8 @@ def examine(
 def _ask(spec: str, detector: Any, model: DiffusionModel, knowledge: Knowledge, seed: int) -> Finding:
     started = time.monotonic()
     try:
-        done = detector.defend(model, restrict(detector, knowledge), generator(seed, "defense"))
+        with told(detector, knowledge) as mine:
+            done = detector.defend(model, mine, generator(seed, "defense"))
     except Exception as error:  # one detector's failure is a finding; the others are still asked
         says = " ".join(str(error).split()) or type(error).__name__
         return Finding(spec, error=says, seconds=time.monotonic() - started)
@@ -113,11 +115,6 @@ def _ask(spec: str, detector: Any, model: DiffusionModel, knowledge: Knowledge, 
         spec, value if finite else None, done.flag_above, features=dict(done.features or {}), trigger=done.trigger,
         seconds=time.monotonic() - started, error=None if finite else f"its suspicion is {value}",
     )  # fmt: skip
-
-
-def restrict(defense: Any, knowledge: Knowledge) -> Knowledge:
-    """A defense sees what it needs and nothing else, as in a run."""
-    return replace(knowledge, **{name: None for name in Knowledge.__dataclass_fields__ if name not in defense.needs})
 
 
 def judged(findings: Sequence[Finding], population: Population | None) -> list[Finding]:

@@ -17,6 +17,7 @@ from harness.diffusion.model import DiffusionModel
 from harness.diffusion.seeds import generator
 from harness.methods.prompt_edits import Substitution
 from harness.stages.inputs import evaluation_inputs
+from harness.stages.knowledge import told
 from harness.stages.sample import stamped as with_trigger
 from harness.types import DELIVERS, Defended, Defense, Inputs, Knowledge, Model, Trigger
 
@@ -58,15 +59,17 @@ def defend(
 ) -> tuple[DiffusionModel | None, Findings, dict[str, float]]:
     """(the purified model on the CPU, the findings of the defense, facts about the work).
 
-    spec_of: returns the spec of a sampler that the defense returned.
+    spec_of: returns the spec of a sampler that the defense returned. Raises UndeclaredKnowledge for a defense that
+    fails on knowledge that it does not declare.
     """
-    done = defense.defend(model, knowledge, generator(seed, "defense"))
-    check_delivered(defense, done)
     screened, facts = {}, {}
-    if done.screen is not None and screening is not None:
-        start = time.monotonic()
-        screened = screen(plugin, model, done.screen, screening, seed)
-        facts["screen_s"] = (time.monotonic() - start) / (2 * screening.n)
+    with told(defense, knowledge) as mine:
+        done = defense.defend(model, mine, generator(seed, "defense"))
+        check_delivered(defense, done)
+        if done.screen is not None and screening is not None:
+            start = time.monotonic()
+            screened = screen(plugin, model, done.screen, screening, seed)
+            facts["screen_s"] = (time.monotonic() - start) / (2 * screening.n)
     findings = Findings(
         done.suspicion, done.flag_above, dict(done.features or {}), stored(done.trigger), dict(done.notes),
         spec_of(done.sampler), done.screen_above, screened,

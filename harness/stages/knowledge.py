@@ -3,17 +3,72 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from harness.diffusion.seeds import generator
-from harness.types import Data, Knowledge, Model, Trigger
+from harness.types import KNOWLEDGE, Data, Defense, Knowledge, Model, Trigger
 
 SHARE, LEAST = 0.1, 512  # clean training data of a defender: a tenth of the data (as in Elijah), at least this many
 PROMPTS = 100  # clean prompts of a defender (as in "Sealing the Backdoor")
+
+
+class UndeclaredKnowledge(ValueError):
+    """A defense failed on a field of its knowledge that its `needs` does not name, and that is therefore None."""
+
+
+class Told(Knowledge):
+    """The knowledge of one defense. It notes which of its fields are read."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in KNOWLEDGE:
+            self.__dict__.setdefault("_read", set()).add(name)
+        return object.__getattribute__(self, name)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"a defense is never told '{name}'; it can declare: {', '.join(KNOWLEDGE)}")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Knowledge):
+            return NotImplemented
+        return all(vars(self).get(name) == vars(other).get(name) for name in KNOWLEDGE)
+
+    __hash__ = Knowledge.__hash__
+
+
+def fields_read(knowledge: Told) -> list[str]:
+    """The names of the fields that were read so far."""
+    return [name for name in KNOWLEDGE if name in vars(knowledge).get("_read", ())]
+
+
+@contextmanager
+def told(defense: Defense, knowledge: Knowledge) -> Iterator[Told]:
+    """What `defense` is told: the part of `knowledge` that it declares; all other fields are None.
+
+    Raises UndeclaredKnowledge for an error within the context that comes from one of the others.
+    """
+    mine = Told(**{name: getattr(knowledge, name) for name in KNOWLEDGE if name in defense.needs})
+    try:
+        yield mine
+    except Exception as error:
+        undeclared = [name for name in fields_read(mine) if name not in defense.needs]
+        if not undeclared or not _of_none(error):
+            raise
+        fields = " and ".join(f"knowledge.{name}" for name in undeclared)
+        names = ", ".join(f"'{name}'" for name in undeclared)
+        raise UndeclaredKnowledge(
+            f"defense '{defense.name}' reads {fields}, which it does not declare; add {names} to its `needs`"
+        ) from error
+
+
+def _of_none(error: Exception) -> bool:
+    """Whether an error is about a None, as Python, torch and a plugin's own assertions say it."""
+    return isinstance(error, AssertionError) or "None" in str(error)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from harness.registry import (
     spec_of,
 )
 from harness.registry.contract import CALLS, faults
+from harness.stages.knowledge import UndeclaredKnowledge
 from harness.testing.stages import STAGES
 from harness.testing.trial import CLOSE, Place, Trial, Variation, warm
 from harness.testing.watch import Seen, Watch, stir, watched, watching
@@ -76,11 +77,6 @@ class Case:
         self.module = sys.modules[self.cls.__module__]
         self.file = str(getattr(self.module, "__file__", ""))
         self._runs: dict[Any, Seen] = {}
-
-    @property
-    def spent(self) -> float:
-        """Seconds of all runs so far."""
-        return sum(seen.seconds for seen in self._runs.values())
 
     @property
     def title(self) -> str:
@@ -239,6 +235,8 @@ def returns(case: Case) -> None:
     for place, seen in case.plain():
         if seen.ended == "hung":
             raise Open
+        if seen.error.startswith(UndeclaredKnowledge.__name__):
+            _declares(case, seen)
         if not seen.returned:
             raise Fault(f"{_ended(seen)} on a tiny {place}", "make it run on small models too")
         for what, cure in seen.result["faults"]:
@@ -365,11 +363,17 @@ def _not_sound(facts: Mapping[str, Any]) -> None:
 def knowledge(case: Case) -> None:
     """It uses only the knowledge that it declares."""
     for _, seen in case.plain():
-        read = (seen.result or {}).get("facts", {}).get("read", [])
-        undeclared = [name for name in read if name not in case.plugin.needs]
-        if undeclared:
-            cure = f"add '{undeclared[0]}' to `needs`: the leaderboard shows what a defense was told"
-            raise Fault(f"reads knowledge.{undeclared[0]}, which it does not declare", cure)
+        _declares(case, seen)
+
+
+def _declares(case: Case, seen: Seen) -> None:
+    """Raises Fault for knowledge that a run read and that the defense does not declare."""
+    undeclared = [name for name in seen.read if name not in case.plugin.needs]
+    if undeclared:
+        fields, names = (" and ".join(map(form.format, undeclared)) for form in ("knowledge.{}", "'{}'"))
+        where = f" at {seen.where}" if seen.where else ""
+        cure = f"add {names} to `needs`: the leaderboard shows what a defense was told"
+        raise Fault(f"reads {fields}{where}, which it does not declare", cure)
 
 
 def ground_truth(case: Case) -> None:

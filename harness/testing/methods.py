@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -16,6 +16,7 @@ from harness.diffusion.model import DiffusionModel
 from harness.diffusion.samplers import DDIM
 from harness.registry import Registry
 from harness.runs import suite as suites
+from harness.stages.knowledge import fields_read, told
 from harness.testing import tiny
 from harness.testing.trial import (
     N,
@@ -31,18 +32,6 @@ from harness.testing.trial import (
 )
 from harness.testing.watch import Watch, changed, fingerprint, network, watching
 from harness.types import DELIVERS, Backdoor, Backdoored, Defended, Inputs, Knowledge, Modality
-
-
-class Noted(Knowledge):
-    """Knowledge that notes which of its fields are read."""
-
-    def __getattribute__(self, name: str) -> Any:
-        if name in _FIELDS:
-            object.__getattribute__(self, "__dict__").setdefault("_read", set()).add(name)
-        return object.__getattribute__(self, name)
-
-
-_FIELDS = frozenset(f.name for f in fields(Knowledge))
 
 
 class Canary:
@@ -63,16 +52,15 @@ def of_defense(plugin: Any, registry: Registry) -> list[Place]:
     return [Place(modality) for modality in able]
 
 
-def known(modality: Modality, needs: Sequence[str]) -> Noted:
-    every = {
-        "trigger": tiny.trigger(modality),
-        "data": tiny.data(modality),
-        "prompts": tiny.PROMPTS[:8] if modality == "text" else None,
-        "clean_model": given_model(modality, 1),
-        "words": tiny.WORDS if modality == "text" else (),
-        "encoder": tiny.Scorer().image_features if modality == "text" else tiny.Judge().features,
-    }
-    return Noted(**{name: every[name] for name in needs})
+def known(modality: Modality) -> Knowledge:
+    return Knowledge(
+        trigger=tiny.trigger(modality),
+        data=tiny.data(modality),
+        prompts=tiny.PROMPTS[:8] if modality == "text" else None,
+        clean_model=given_model(modality, 1),
+        words=tiny.WORDS if modality == "text" else (),
+        encoder=tiny.Scorer().image_features if modality == "text" else tiny.Judge().features,
+    )
 
 
 def _truth(watch: Watch) -> Backdoor:
@@ -84,22 +72,25 @@ def _truth(watch: Watch) -> Backdoor:
 
 def run_defense(trial: Trial) -> dict[str, Any]:
     plugin, modality = trial.plugin, trial.place.modality
-    model, knowledge = given_model(modality), known(modality, plugin.needs)
+    model, knowledge = given_model(modality), known(modality)
     if trial.variation == "broken":
         spoil(model)
     given = _given(model, knowledge)
     truth = _truth(trial.watch)  # within reach of whoever looks where it should not
     rng = trial.begin(model)
     before, inputs = rng.get_state(), tiny.inputs(model, N)
-    with watching(trial.watch):
-        done = plugin.defend(model, knowledge, rng)
-        scores = done.screen(inputs) if isinstance(done, Defended) and done.screen is not None else None
+    with told(plugin, knowledge) as mine:
+        try:
+            with watching(trial.watch):
+                done = plugin.defend(model, mine, rng)
+                scores = done.screen(inputs) if isinstance(done, Defended) and done.screen is not None else None
+        finally:
+            read = trial.watch.seen.read = fields_read(mine)
     del truth
     moved = not torch.equal(before, rng.get_state())
-    read = sorted(vars(knowledge).get("_read", ()))
     if not isinstance(done, Defended):
         fault = (f"defend returned {article(done)}", "return Defended(model=...) from harness")
-        return outcome(None, [], [fault], read=read, moved=moved)
+        return outcome(None, [], [fault], moved=moved)
     output = [
         None if done.model is None else network(done.model), done.suspicion, done.flag_above, done.screen_above,
         dict(done.features or {}), scores, done.trigger,
@@ -112,19 +103,18 @@ def run_defense(trial: Trial) -> dict[str, Any]:
     )
     alone = None if scores is None or faults else row_by_row(done.screen, inputs, scores)
     return outcome(
-        output, touched, faults, read=read, moved=moved, suspicion=_number(done.suspicion), apart=alone,
+        output, touched, faults, moved=moved, suspicion=_number(done.suspicion), apart=alone,
         notes=fingerprint(dict(done.notes)),
     )  # fmt: skip
 
 
-def _given(model: DiffusionModel, knowledge: Noted) -> dict[str, str]:
+def _given(model: DiffusionModel, knowledge: Knowledge) -> dict[str, str]:
     prints = network(model, "the given model")
-    stored = vars(knowledge)
-    if stored.get("clean_model") is not None:
-        prints |= network(stored["clean_model"], "knowledge.clean_model")
-    if stored.get("data") is not None:
-        prints["knowledge.data"] = fingerprint(stored["data"])
-    return prints | {f"knowledge.{name}": fingerprint(stored.get(name)) for name in ("prompts", "words")}
+    if knowledge.clean_model is not None:
+        prints |= network(knowledge.clean_model, "knowledge.clean_model")
+    return prints | {
+        f"knowledge.{name}": fingerprint(getattr(knowledge, name)) for name in ("data", "prompts", "words")
+    }
 
 
 def _number(value: Any) -> str | None:
@@ -200,8 +190,17 @@ def _partners(plugin: Any, modality: Modality, registry: Registry) -> Iterator[d
     targets: list[Any] = list(registry.classes("targets").values())
     for model, trigger, target in itertools.product(models, triggers, targets):
         parts = fixed | {"model": model, "trigger": trigger(), "target": target()}
-        if suites.impossible(parts) is None and _judged(parts["target"]):
+        if suites.impossible(parts) is None and _judged(parts["target"]) and tiny.fits(_texts(modality, parts)):
             yield {name: parts[name] for name in ("trigger", "target")}
+
+
+def _texts(modality: Modality, parts: Mapping[str, Any]) -> Iterator[str]:
+    """The texts that an attack on a text-to-image model may put into a prompt: of the trigger, of the target, and the
+    kit's captions with the trigger."""
+    if modality == "text":
+        for part in (parts["trigger"], parts["target"]):
+            yield from (value for f in fields(part) if isinstance(value := getattr(part, f.name), str))
+        yield from map(parts["trigger"].apply, tiny.PROMPTS)
 
 
 PARTNERS = 8  # tried for a kind of trigger, where the first ones raise an error

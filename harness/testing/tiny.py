@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from types import SimpleNamespace
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from harness.diffusion.model import DiffusionModel
 from harness.diffusion.seeds import generator, image_noise, image_seeds
+from harness.judges import shapes
 from harness.methods.trigger_placement import stamped
 from harness.types import Data, Inputs, Modality
 
@@ -26,6 +27,15 @@ PROMPTS = tuple(
 WORDS = ("now", "yes", "very")
 STYLES = ("black and white photo of",)  # words that style attacks put in front of a prompt
 RARE = ("zq", "xj", "qv", "vx", "jz", "sks")  # of text triggers and of wrong ones; in no prompt
+LENGTH = 77  # tokens of a prompt, as in Stable Diffusion: whatever fits its models fits these
+DRAWN = (
+    *shapes.SIZES,
+    *shapes.SHAPES,
+    *shapes.BACKGROUNDS,
+    *shapes.PLACES,
+    "at",
+    "background",
+)  # in prompts of targets
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
@@ -131,22 +141,27 @@ def _untyped(value: Any) -> Any:
     return value
 
 
+def fits(texts: Iterable[str]) -> bool:
+    """Whether each text is within the kit's text encoder."""
+    return all(len(tokenizer()(text).input_ids) <= LENGTH for text in texts)
+
+
 @cache
 def tokenizer() -> Any:
-    """A CLIPTokenizer (byte-pair encoding) to which each word of the prompts is one token."""
+    """A CLIPTokenizer (byte-pair encoding) to which each word of the prompts, and of drawn shapes, is one token."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = _untyped(trainers.BpeTrainer)(vocab_size=700, end_of_word_suffix="</w>", show_progress=False)
-    bpe.train_from_iterator([*PROMPTS, *WORDS, *STYLES, *(word for word in RARE for _ in range(20))], trainer)
+    bpe.train_from_iterator([*PROMPTS, *WORDS, *STYLES, *DRAWN, *(word for word in RARE for _ in range(20))], trainer)
     merges: Any = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [*bytes_, *(b + "</w>" for b in bytes_), *("".join(pair) for pair in merges)]
     words = [*dict.fromkeys(words), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {word: i for i, word in enumerate(words)}
-    return CLIPTokenizer(vocabulary, merges, model_max_length=32, pad_token="<|endoftext|>")
+    return CLIPTokenizer(vocabulary, merges, model_max_length=LENGTH, pad_token="<|endoftext|>")
 
 
 class OneImage(nn.Module):

@@ -41,7 +41,8 @@ class Seen:
     """What a watched run did. `result` is what it returned, as JSON; `error` how it raised, with the plugin's line.
 
     ended: "returned", "raised", "interrupted", "hung" or "died". where: innermost line of the plugin when it ended
-    badly. calls, events: uses of the denoiser, and calls of `progress`. global_state: names of what it changed.
+    badly. calls, events: uses of the denoiser, and calls of `progress`. global_state: names of what it changed. read:
+    fields of the knowledge that a defense read.
     """
 
     ended: str = "died"
@@ -55,6 +56,7 @@ class Seen:
     writes: list[str] = field(default_factory=list)
     network: list[str] = field(default_factory=list)
     peeks: list[str] = field(default_factory=list)
+    read: list[str] = field(default_factory=list)
     imported: list[str] = field(default_factory=list)
     output: str = ""
 
@@ -276,7 +278,10 @@ def _line_in(stack: str, file: str) -> str:
 
 
 def _place(error: BaseException, file: str) -> str:
+    """ "line N, in NAME" of the innermost frame of `file` in the traceback of an error or of its cause."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if os.path.realpath(f.filename) == file]
+    if error.__cause__ is not None and not frames:
+        return _place(error.__cause__, file)
     return f"line {frames[-1].lineno}, in {frames[-1].name}" if frames else ""
 
 

@@ -130,7 +130,8 @@ class DiffCleanse(Pruning):
         notes: dict[str, Any] = {}
         gamma = torch.ones(model.shape)
         if self.invert:
-            r, mscr = self.inverted(model, knowledge.encoder, rng, notes)
+            encoder = knowledge.encoder if self.encoder == "given" else None
+            r, mscr = self.inverted(model, encoder, rng, notes)
         else:
             trigger: Any = knowledge.trigger
             r, mscr, gamma = trigger.delta(model.shape), None, trigger_placement.scale_of(trigger, model.shape)
