@@ -427,7 +427,7 @@ def test_the_time_of_a_check_is_the_wall_time_with_the_imports(
 
     from harness.cli import call
 
-    def slow(*_: Any) -> Registry:
+    def slow(*_: Any, **__: Any) -> Registry:
         time.sleep(0.5)
         return found
 
