@@ -135,6 +135,20 @@ def test_every_kind_of_error_has_its_exit_code(
     assert found.code == code and len(found.err.strip().splitlines()) == 1
 
 
+def test_a_pipe_to_another_process_that_breaks_is_said_and_is_no_failed_cell(
+    bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raises(**_: Any) -> Index:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(registry, "index", raises)
+    found = bench("list")
+    assert (found.code, found.err) == (
+        Exit.missing,
+        "bench: the connection to another process broke; run the same command again\n",
+    )
+
+
 def test_a_pickled_checkpoint_is_a_missing_prerequisite(bench, monkeypatch: pytest.MonkeyPatch) -> None:
     from harness.diffusion.checkpoint import CheckpointError
 

@@ -5,6 +5,8 @@ SIGTERM, flipped bytes, two drivers that share the work: test_engine.)"""
 from __future__ import annotations
 
 import errno
+import json
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -156,6 +158,115 @@ def test_drafts_of_another_machine_on_a_shared_store_are_left_alone_for_a_week(s
         draft.mkdir(parents=True)
     assert store.gc(older_than=0) == [dead]
     assert store.gc(older_than=-8 * 86400) == [theirs]
+
+
+# ---- output that cannot be written
+
+SINKS = {  # what a shell makes of stdout and stderr, and whether a disk was full
+    "both to a reader that left": ("2>&1 | head -c1 >/dev/null", False),
+    "stdout to a reader that left": ("2>/dev/null | head -c1 >/dev/null", False),
+    "stdout closed": ("2>/dev/null >&-", False),
+    "stderr closed": (">/dev/null 2>&-", False),
+    "everything closed": ("<&- >&- 2>&-", False),
+    "stderr to a full disk": (">/dev/null 2>/dev/full", False),
+    "stdout to a full disk": (">/dev/full", True),
+    "both to a full disk": (">/dev/full 2>&1", True),
+}
+
+
+def into(sink: str, command: list[str]) -> subprocess.CompletedProcess[str]:
+    """`command` with its output where `sink` of SINKS says; its own exit code, what it could say on stderr."""
+    line = f"{shlex.join(command)} {SINKS[sink][0]}; exit ${{PIPESTATUS[0]}}"
+    return subprocess.run(["bash", "-c", line], stderr=subprocess.PIPE, text=True, timeout=280, check=False)
+
+
+PRINTS = """
+import sys
+import click
+from harness import cli
+
+@cli.bench.command()
+@click.argument("trace")
+def show(trace):
+    print("a line of a plugin's", file=sys.stderr)
+    for i in range(20000):
+        cli.click.echo(f"line {i}")
+    open(trace, "w").write("done")
+    return int(sys.argv[2][-1])
+
+cli.COMMANDS["prints"] = "x:y"
+cli.bench.get_command = lambda ctx, name: show
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("outcome", [0, 1])
+@pytest.mark.parametrize("sink", SINKS)
+def test_output_that_cannot_be_written_ends_no_work_and_hides_no_outcome(
+    sink: str, outcome: int, tmp_path: Path
+) -> None:
+    trace = tmp_path / f"trace-{outcome}"
+    done = into(sink, [sys.executable, "-c", PRINTS, "prints", str(trace)])
+    full = SINKS[sink][1]
+    assert trace.is_file() and trace.read_text() == "done", done.stderr
+    assert done.returncode == (outcome or (4 if full else 0))
+    if sink == "stdout to a full disk":
+        assert done.stderr.splitlines()[-1] == (
+            "bench: stdout: No space left on device; the work is done, but not all of its output was written"
+        )
+
+
+def test_a_descriptor_that_is_closed_is_taken_by_no_file_of_ours(tmp_path: Path) -> None:
+    code = "from harness.cli import streams; streams.install(); f = open('kept', 'w'); import os; os.write(1, b'x')"
+    line = f"cd {tmp_path}; {shlex.join([sys.executable, '-c', code])} <&- >&- 2>&-"
+    assert subprocess.run(["bash", "-c", line], timeout=60, check=False).returncode == 0
+    assert (tmp_path / "kept").read_text() == ""
+
+
+def test_whoever_follows_a_run_leaves_when_nobody_reads_any_more(tmp_path: Path) -> None:
+    code = textwrap.dedent("""
+        import sys, time
+        from types import SimpleNamespace
+        from harness import cli
+        from harness.cli import status
+        status.opened = lambda store: None
+        status.run_of = lambda where, suite: ("tiny", {"driver": {}})
+        status.lives = lambda driver: True
+        status._states = lambda where, run: [SimpleNamespace(state="running")]
+        status._page = lambda *_: "a page"
+        status.FOLLOW_S = 0.05
+        cli.main()
+    """)
+    done = into("both to a reader that left", [sys.executable, "-c", code, "status", "--follow"])
+    assert done.returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sink", ["both to a reader that left", "both to a full disk"])
+def test_a_run_whose_output_cannot_be_written_computes_stores_and_reports_everything(sink: str, tmp_path: Path) -> None:
+    suite, root = tmp_path / "tiny.toml", tmp_path / "store"
+    suite.write_text(whole_runs.SUITE)
+    done = into(sink, whole_runs.bench(root, "run", str(suite)))
+    assert done.returncode == (4 if SINKS[sink][1] else 0)
+    report = json.loads((root / "runs" / "tiny" / "report.json").read_text())
+    assert report and not any(record["error"] for record in report["records"])
+    for command in (["status", "--json"], ["plan", str(suite)], ["report", "tiny"], ["run", str(suite)]):
+        again = into(sink, whole_runs.bench(root, *command))
+        assert again.returncode == (4 if SINKS[sink][1] else 0), command
+
+
+@pytest.mark.slow
+def test_a_scan_whose_verdict_nobody_reads_still_writes_its_page(tmp_path: Path) -> None:
+    from harness.diffusion import checkpoint
+    from tests.oracles import tiny_unet
+
+    checkpoint.save(tiny_unet(), tmp_path / "m")
+    scan = ["scan", str(tmp_path / "m"), "--detector", "bias-scan", "--device", "cpu", "-o", str(tmp_path / "x.html")]
+    main = [sys.executable, "-P", "-c", "import harness.cli; harness.cli.main()"]
+    plain = subprocess.run([*main, *scan, "--json"], capture_output=True, timeout=280, check=False)
+    (tmp_path / "x.html").unlink()
+    done = into("both to a reader that left", [*main, *scan, "--json"])
+    assert done.returncode == plain.returncode and (tmp_path / "x.html").is_file()
 
 
 # ---- clocks and time

@@ -116,9 +116,9 @@ def test_an_error_that_has_nothing_to_do_with_undeclared_knowledge_stays_as_it_i
         defend.defend(None, None, asking, Knowledge(), 0, None, str)  # type: ignore[arg-type]
 
 
-def test_what_no_defense_is_ever_told_is_said_with_what_it_can_declare() -> None:
+def test_a_field_that_knowledge_does_not_have_is_said_with_those_that_it_has() -> None:
     backdoor = needless(lambda model, known, rng: known.backdoor.target)
-    with pytest.raises(AttributeError, match="never told 'backdoor'; it can declare: trigger, data, prompts, clean_mo"):
+    with pytest.raises(AttributeError, match="knowledge has no 'backdoor'; a defense can declare: trigger, data, pro"):
         defend.defend(None, None, backdoor, Knowledge(), 0, None, str)  # type: ignore[arg-type]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import io
 import os
 import shlex
 import sys
@@ -12,9 +11,11 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from enum import IntEnum
+from typing import Any
 
 import click
 
+from harness.cli import streams
 from harness.registry import RegistryError, did_you_mean
 from harness.runs.printable import printable
 
@@ -74,6 +75,12 @@ class LazyGroup(click.Group):
         module, _, attribute = COMMANDS[cmd_name].partition(":")
         return getattr(importlib.import_module(module), attribute)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:  # not of stdout or stderr; click would end with 1, without a word
+            raise ConnectionError("the connection to another process broke; run the same command again") from error
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
@@ -95,9 +102,7 @@ def bench() -> None:
 
 def main() -> None:
     """Entry point of the console script. A bug shows its traceback and has its own exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # for terminals that know few letters
+    streams.install()
     try:
         code = call(sys.argv[1:])
     except Exception as error:
@@ -109,7 +114,16 @@ def main() -> None:
                 f"bench: this is a bug; please report it with the lines above and the command: {command}", err=True
             )
             code = Exit.bug
-    _end(code)
+    _end(_told(code))
+
+
+def _told(code: int) -> int:
+    """The exit code of work that ended with `code`, where what it printed may not have arrived."""
+    reason = streams.full(sys.stdout)
+    if reason is None:
+        return code
+    click.echo(f"bench: stdout: {reason}; the work is done, but not all of its output was written", err=True)
+    return code or Exit.missing
 
 
 def _end(code: int) -> None:
@@ -126,11 +140,7 @@ def call(arguments: Sequence[str]) -> int:
     """Runs a command line and returns its exit code. A mistake of the user is one line on stderr; a bug is raised."""
     try:
         result = bench.main(list(arguments) or ["--help"], prog_name="bench", standalone_mode=False)
-        sys.stdout.flush()
         return int(result) if isinstance(result, int) else Exit.ok
-    except BrokenPipeError:  # whoever reads has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return Exit.ok
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted; run the same command again to resume", err=True)
         return Exit.interrupted

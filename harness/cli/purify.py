@@ -78,10 +78,10 @@ def _cleaned(defense: str, cleaner: Any, subject: Subject, knowledge: Any, seed:
     """What the defense delivers. Raises PluginError where it fails, or leaves a model whose samples are not finite."""
     from harness.diffusion.seeds import generator
     from harness.registry import PluginError
-    from harness.stages.knowledge import told
+    from harness.stages.knowledge import declared
 
     try:
-        with told(cleaner, knowledge) as mine:
+        with declared(cleaner, knowledge) as mine:
             return cleaner.defend(subject.model, mine, generator(seed, "defense"))
     except Exception as error:
         says = " ".join(str(error).split()) or type(error).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from click.core import ParameterSource
 from harness.cli import Exit
 from harness.cli.common import as_json, echo, note, opened, print_json, seconds, store_option
 from harness.cli.run import Settings, compute, engine_options, places, prepare, publish
+from harness.cli.streams import lost
 from harness.registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -48,7 +50,8 @@ def status(suite: str | None, follow: bool, whole: bool, store: Path | None, as_
             if follow:
                 click.clear()
             echo(_page(where, name, run, living, found, whole))
-        if not (follow and living is not False and any(job.state in ("running", "waiting") for job in found)):
+        goes_on = living is not False and any(job.state in ("running", "waiting") for job in found)
+        if not (follow and goes_on) or lost(sys.stdout):
             return Exit.failed if any(job.state == "failed" for job in found) else Exit.ok
         time.sleep(FOLLOW_S)
 
@@ -157,7 +160,7 @@ def logs(key: str, follow: bool, attempt: int | None, store: Path | None) -> Non
                 text = file.read()
             offset += len(text)
             echo(text.decode(errors="replace"), nl=False)
-        if not running:
+        if not running or lost(sys.stdout):
             break
         time.sleep(LOG_S)
     if not offset:

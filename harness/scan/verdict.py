@@ -20,7 +20,7 @@ from harness.diffusion.checkpoint import CheckpointError
 from harness.diffusion.seeds import generator, image_noise, image_seeds
 from harness.methods.prompt_edits import Substitution
 from harness.methods.trigger_placement import with_found
-from harness.stages.knowledge import told
+from harness.stages.knowledge import declared
 from harness.types import Inputs, Knowledge
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def examine(
 def _ask(spec: str, detector: Any, model: DiffusionModel, knowledge: Knowledge, seed: int) -> Finding:
     started = time.monotonic()
     try:
-        with told(detector, knowledge) as mine:
+        with declared(detector, knowledge) as mine:
             done = detector.defend(model, mine, generator(seed, "defense"))
     except Exception as error:  # one detector's failure is a finding; the others are still asked
         says = " ".join(str(error).split()) or type(error).__name__

@@ -17,7 +17,7 @@ from harness.diffusion.model import DiffusionModel
 from harness.diffusion.seeds import generator
 from harness.methods.prompt_edits import Substitution
 from harness.stages.inputs import evaluation_inputs
-from harness.stages.knowledge import told
+from harness.stages.knowledge import declared
 from harness.stages.sample import stamped as with_trigger
 from harness.types import DELIVERS, Defended, Defense, Inputs, Knowledge, Model, Trigger
 
@@ -63,7 +63,7 @@ def defend(
     fails on knowledge that it does not declare.
     """
     screened, facts = {}, {}
-    with told(defense, knowledge) as mine:
+    with declared(defense, knowledge) as mine:
         done = defense.defend(model, mine, generator(seed, "defense"))
         check_delivered(defense, done)
         if done.screen is not None and screening is not None:

@@ -22,7 +22,7 @@ class UndeclaredKnowledge(ValueError):
     """A defense failed on a field of its knowledge that its `needs` does not name, and that is therefore None."""
 
 
-class Told(Knowledge):
+class Declared(Knowledge):
     """The knowledge of one defense. It notes which of its fields are read."""
 
     def __getattribute__(self, name: str) -> Any:
@@ -31,7 +31,7 @@ class Told(Knowledge):
         return object.__getattribute__(self, name)
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"a defense is never told '{name}'; it can declare: {', '.join(KNOWLEDGE)}")
+        raise AttributeError(f"knowledge has no '{name}'; a defense can declare: {', '.join(KNOWLEDGE)}")
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Knowledge):
@@ -41,18 +41,18 @@ class Told(Knowledge):
     __hash__ = Knowledge.__hash__
 
 
-def fields_read(knowledge: Told) -> list[str]:
+def fields_read(knowledge: Declared) -> list[str]:
     """The names of the fields that were read so far."""
     return [name for name in KNOWLEDGE if name in vars(knowledge).get("_read", ())]
 
 
 @contextmanager
-def told(defense: Defense, knowledge: Knowledge) -> Iterator[Told]:
-    """What `defense` is told: the part of `knowledge` that it declares; all other fields are None.
+def declared(defense: Defense, knowledge: Knowledge) -> Iterator[Declared]:
+    """The part of `knowledge` that `defense` declares; all other fields are None.
 
     Raises UndeclaredKnowledge for an error within the context that comes from one of the others.
     """
-    mine = Told(**{name: getattr(knowledge, name) for name in KNOWLEDGE if name in defense.needs})
+    mine = Declared(**{name: getattr(knowledge, name) for name in KNOWLEDGE if name in defense.needs})
     try:
         yield mine
     except Exception as error:

@@ -16,7 +16,7 @@ from harness.diffusion.model import DiffusionModel
 from harness.diffusion.samplers import DDIM
 from harness.registry import Registry
 from harness.runs import suite as suites
-from harness.stages.knowledge import fields_read, told
+from harness.stages.knowledge import declared, fields_read
 from harness.testing import tiny
 from harness.testing.trial import (
     N,
@@ -79,7 +79,7 @@ def run_defense(trial: Trial) -> dict[str, Any]:
     truth = _truth(trial.watch)  # within reach of whoever looks where it should not
     rng = trial.begin(model)
     before, inputs = rng.get_state(), tiny.inputs(model, N)
-    with told(plugin, knowledge) as mine:
+    with declared(plugin, knowledge) as mine:
         try:
             with watching(trial.watch):
                 done = plugin.defend(model, mine, rng)
