@@ -421,6 +421,41 @@ def test_the_identity_follows_every_file_that_is_read_and_no_other(saved: dict[s
     assert source.identity() != before
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unet_ema/diffusion_pytorch_model.safetensors", "ema_unet/diffusion_pytorch_model.safetensors",
+        "unet/diffusion_pytorch_model.ema.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors", "ema_model.safetensors", "model.EMA.SAFETENSORS",
+        "pytorch_lora_weights.safetensors", "lora/adapter_model.safetensors", "learned_embeds.safetensors",
+        "controlnet/diffusion_pytorch_model.safetensors", "checkpoint-1000/unet/diffusion_pytorch_model.safetensors",
+        "unet/diffusion_flax_model.msgpack", "unet/model.onnx", "vae/tf_model.h5", "model-q4.gguf",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["noise", "text"])
+def test_weights_beside_the_model_are_named_as_not_examined(
+    name: str, kind: str, saved: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(saved[kind], folder)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    save_file({"x": torch.zeros(1)}, folder / name)
+    assert hub.ignored(folder).weights == (name,)
+    (line,) = hub.ignored(folder).sentences()
+    assert name in line and "were not examined" in line and "\n" not in line
+
+
+def test_of_many_weights_ten_are_named_and_the_rest_counted(saved: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(saved["noise"], folder)
+    for i in range(13):
+        save_file({"x": torch.zeros(1)}, folder / f"ema_{i:02}.safetensors")
+    (folder / "safety_checker").mkdir()
+    save_file({"x": torch.zeros(1)}, folder / "safety_checker" / "model.safetensors")
+    (line,) = hub.ignored(folder).sentences()
+    assert line.endswith("ema_08.safetensors, ema_09.safetensors and 3 more.")
+
+
 def test_what_was_not_read_is_named(saved: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "m"
     shutil.copytree(saved["text"], folder)

@@ -407,6 +407,25 @@ def test_code_beside_the_weights_is_named_and_left_alone(bench: Run, tmp_path: P
     assert found.code == 0 and "were not opened: pipeline.py, unet/extra.bin" in found.out
 
 
+def test_weights_beside_the_model_are_said_not_to_be_examined_in_terminal_json_and_page(
+    bench: Run, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    directory, out = saved(tmp_path / "m"), tmp_path / "out.html"
+    assert json.loads(bench("scan", directory, "--detector", "bias", "--json").out)["not_examined"] == []
+    names = ["pytorch_lora_weights.safetensors", "unet_ema/diffusion_pytorch_model.safetensors"]
+    (directory / "unet_ema").mkdir()
+    for name in names:
+        save_file({"x": torch.zeros(1)}, directory / name)
+    line = f"were not examined, so nothing is known of the model with them: {', '.join(names)}."
+    found = bench("scan", directory, "--detector", "bias", "-o", out)
+    assert found.code == 0 and sum(line in said for said in found.out.splitlines()) == 1
+    assert line in out.read_text()
+    document = json.loads(bench("scan", directory, "--detector", "bias", "--json").out)
+    assert document["not_examined"] == names and any(line in limit for limit in document["limits"])
+
+
 def test_a_purified_model_loads_with_stock_diffusers_says_so_and_shows_what_changed(bench: Run, tmp_path: Path) -> None:
     from diffusers import DDPMPipeline  # type: ignore[attr-defined]
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SHOWN = 8  # samples in a row of a figure
 MOST_LABEL = 2**16  # bytes of a bench.json
+MOST_NAMED = 1000  # files in the report
 EXITS = {"nothing found": Exit.ok, "suspicious": Exit.failed, "undecided": Exit.undecided}
 
 
@@ -220,13 +221,15 @@ def report(subject: Subject, findings: Sequence[Finding], skipped: Sequence[str]
         "its own label": _label(subject.directory),
     }
     limits = _limits(subject, said) + list(skipped)
-    limits += hub.ignored(subject.directory).sentences()
+    ignored = hub.ignored(subject.directory)
+    limits += ignored.sentences()
     return {
         "model": subject.name,
         "verdict": said,
         "because": reasons["unusable" if unusable else said],
         "findings": rows,
         "limits": limits,
+        "not_examined": [*ignored.code, *ignored.weights][:MOST_NAMED],
         "facts": facts,
     }
 

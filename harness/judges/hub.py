@@ -28,6 +28,7 @@ MODEL_FILES = [
 PASSED_OVER = ["*.non_ema*", "safety_checker/*", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.py"]
 HALF = "*.fp16*"  # fetched only where a part has no other weights
 DATA_FILES = ["*.parquet"]
+WEIGHTS = (".safetensors", ".msgpack", ".h5", ".npz", ".npy", ".onnx", ".onnx_data", ".gguf", ".tflite")
 
 
 @dataclass(frozen=True)
@@ -154,30 +155,34 @@ def _try(model: DiffusionModel, directory: Path) -> None:
 
 @dataclass(frozen=True)
 class Ignored:
-    """Files of a model directory that were not read: that could run code, and that would change the model."""
+    """Files of a model directory that were not read: that could run code, and weights of other models or of changes to
+    this one: EMA weights, adapters, variants, other formats."""
 
     code: tuple[str, ...]
-    adapters: tuple[str, ...]
+    weights: tuple[str, ...]
 
     def sentences(self) -> list[str]:
         """What a reader has to know about them."""
         said = []
         if self.code:
-            said.append(f"Files that could run code were not opened: {', '.join(self.code[:10])}.")
-        if self.adapters:
+            said.append(f"Files that could run code were not opened: {_first(self.code)}.")
+        if self.weights:
             said.append(
-                f"Weights next to the model were not applied, so nothing is known of the model with them: "
-                f"{', '.join(self.adapters[:10])}."
+                "Other weights in the directory were not examined, so nothing is known of the model with them: "
+                f"{_first(self.weights)}."
             )
         return said
 
 
+def _first(names: Sequence[str], most: int = 10) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def ignored(directory: Path) -> Ignored:
-    """What `load` leaves alone below `directory`. Raises CheckpointError."""
+    """What `load` leaves alone below `directory`, but for parts that make no image. Raises CheckpointError."""
     files = ModelFiles(directory)
     read = set(checkpoint.read_files(directory))
-    code = tuple(name for name in files.sizes if name.endswith((*PICKLES, ".py")))
-    parts = {folder for folder, _ in checkpoint.parts_of(files).values()}
-    weights = [name for name in files.sizes if name.endswith(".safetensors") and name not in read]
-    beside = [name for name in weights if name.rpartition("/")[0] in {*parts, ""}]
-    return Ignored(code, tuple(beside))
+    code = tuple(name for name in files.sizes if name.lower().endswith((*PICKLES, ".py")))
+    weights = [name for name in files.sizes if name.lower().endswith(WEIGHTS) and name not in read]
+    return Ignored(code, tuple(name for name in weights if name.partition("/")[0] not in checkpoint.IGNORED))
