@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import nn
 
-from harness.diffusion import pruned_shapes
+from harness.diffusion import checkpoint, events, pruned_shapes
 from harness.diffusion.model import DiffusionModel
 from harness.diffusion.seeds import generator
 from harness.judges import digits
@@ -75,7 +77,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     },
     "NCSN++, time scales and shifts": {**SKIP, "resnet_time_scale_shift": "scale_shift"},
     "not square": {"sample_size": (16, 24)},
+    "twice as wide as high": {"sample_size": (16, 32)},
+    "higher than wide, one channel": {"sample_size": (24, 16), "in_channels": 1, "out_channels": 1},
+    "Fourier features of the time": {"time_embedding_type": "fourier"},
+    "learned embedding of the time": {"time_embedding_type": "learned", "num_train_timesteps": 1000},
 }  # fmt: skip
+
+
+FOURIER = LAYOUTS["Fourier features of the time"]
 
 
 def layout(**changes: Any) -> UNet2DModel:
@@ -105,6 +114,31 @@ def test_every_layout_of_diffusers_runs_after_pruning_and_is_rebuilt_from_its_sh
     empty.load_state_dict(model.denoiser.state_dict())
     again = DiffusionModel(empty, model.scheduler)
     assert torch.equal(again.eps(x, t), model.eps(x, t)) and model.eps(x, t).shape == x.shape
+
+
+@pytest.mark.parametrize("make", [tiny_ncsn, lambda: DiffusionModel(layout(**FOURIER), scheduler())], ids=["ve", "vp"])
+@pytest.mark.parametrize("scope", ["all", "inner", "time-attention"])
+def test_the_frequencies_of_a_fourier_embedding_are_neither_pruned_nor_trained_nor_warned_of(
+    make: Any, scope: pruning.Scope
+) -> None:
+    with torch.random.fork_rng(devices=[]):
+        model = make()
+        whole = model.denoiser.state_dict()["time_proj.weight"].clone()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            done = pruning.prune(model, pruning.magnitude(), 0.3, scope)
+    assert done["parameters"] > 0 and "time_proj.weight" not in dict(model.denoiser.named_parameters())
+    assert torch.equal(model.denoiser.state_dict()["time_proj.weight"], whole)
+    assert "time_proj.weight" not in pruned_shapes.reshaped(model.denoiser)
+
+
+def test_a_pruned_model_with_fourier_features_is_loaded_with_its_frequencies(tmp_path: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        model = DiffusionModel(layout(**FOURIER), scheduler())
+        pruning.prune(model, pruning.magnitude(), 0.3)
+        checkpoint.save(model, tmp_path / "m")
+        again, x = checkpoint.load(tmp_path / "m"), torch.randn(2, *model.shape)
+    assert torch.equal(model.eps(x, torch.tensor([3, 900])), again.eps(x, torch.tensor([3, 900])))
 
 
 def test_a_channel_that_the_time_embedding_scales_and_shifts_goes_with_both_of_its_numbers() -> None:
@@ -210,6 +244,19 @@ def test_pruning_defenses_leave_their_model_alone_repeat_and_say_what_they_remov
     assert all(torch.equal(mine[k], theirs[k]) for k in mine)
     assert 0 < once.notes["pruned"]["parameters"] < 1 and len(once.notes["finetuning_loss"]) == 2
     assert not any(p.requires_grad for p in once.model.denoiser.parameters())
+
+
+def test_the_scores_report_every_timestep_so_that_a_long_pass_is_no_silent_one() -> None:
+    schedule = DDPMScheduler(num_train_timesteps=8, beta_schedule="linear", clip_sample=False)
+    model, heard = DiffusionModel(tiny_unet().denoiser, schedule), []
+    events.listen(heard.append)
+    try:
+        known = Knowledge(data=Data(torch.rand(4, 1, 16, 16) * 2 - 1))
+        done = DiffPruning(**FAST, images=2, least=0).defend(model, known, generator(0, "x"))
+    finally:
+        events.listen(None)
+    told = [(event["step"], event["total"]) for event in heard if event["phase"] == "scores"]
+    assert told == [(i, 8) for i in range(1, 9)] and done.notes["timesteps_scored"] == 8
 
 
 def test_another_seed_prunes_other_channels_at_random_and_none_by_magnitude() -> None:

@@ -47,6 +47,7 @@ class DiffusionModel:
             self._exploding()
         else:
             self._preserving()
+        _fix_frequencies(self.denoiser)
         attention.install(self.denoiser)
 
     def _preserving(self) -> None:
@@ -63,7 +64,6 @@ class DiffusionModel:
         low, high = math.log(config.sigma_min), math.log(config.sigma_max)
         self._sigmas = torch.linspace(low, high, config.num_train_timesteps, dtype=torch.float64).exp()
         self._alpha_bar = self._sigmas.new_empty(0)
-        _fix_frequencies(self.denoiser)
 
     # ---- facts ----------------------------------------------------------------------------------------------------
     @property

@@ -87,11 +87,12 @@ def _graph(model: DiffusionModel) -> Any:
     import torch_pruning
 
     model.denoiser.requires_grad_(True)  # torch-pruning reads the graph of autograd
-    t = torch.zeros(1, device=model.device) if model.family == "vp" else model.sigma(torch.zeros(1).long()).flatten()
+    t = torch.zeros(1, device=model.device).long()
+    t = t if model.family == "vp" else model.sigma(t).flatten()
     x = torch.zeros((1, *model.shape), device=model.device)
     with _plain_filters():
         return torch_pruning.DependencyGraph().build_dependency(
-            model.denoiser, example_inputs={"sample": x, "timestep": t.to(x)}
+            model.denoiser, example_inputs={"sample": x, "timestep": t}
         )
 
 
@@ -185,15 +186,21 @@ def _realised(before: tuple[dict[str, int], int], after: tuple[dict[str, int], i
 def accumulated(
     model: DiffusionModel, loss: Callable[[int], Tensor], timesteps: Iterator[int] | range
 ) -> dict[str, Tensor]:
-    """name → Σ_t ∂L_t/∂θ over `timesteps`, for the parameters of model.denoiser, where L_t = loss(t)."""
+    """name → Σ_t ∂L_t/∂θ over `timesteps`, for the parameters of model.denoiser, where L_t = loss(t).
+
+    The cost is one forward and one backward pass of all images of `loss` per timestep: on a CPU minutes for 64 images
+    and 1000 timesteps. Every timestep is reported; an iterator may end before the last one of the model.
+    """
+    most = len(timesteps) if isinstance(timesteps, range) else model.T
     weights = dict(model.denoiser.named_parameters())
     model.denoiser.requires_grad_(True)
     total = {name: torch.zeros_like(w) for name, w in weights.items()}
-    for t in timesteps:
+    for done, t in enumerate(timesteps, 1):
         found = torch.autograd.grad(loss(t), list(weights.values()), allow_unused=True)
         for name, grad in zip(weights, found, strict=True):
             if grad is not None:
                 total[name] += grad
+        progress("scores", done, most)
     model.denoiser.requires_grad_(False)
     return total
 
