@@ -37,10 +37,8 @@ class DiffPruning(Pruning):
 
     least: Annotated[float, Ge(0), Lt(1)] = 0.05  # 𝒯: timesteps after the first one with L_t / L_max below this are
     # left out
-    images: PositiveInt = (
-        64  # clean images on which the scores are computed; official 128. One forward and one backward
-    )
-    # pass of them per timestep: on a CPU this takes longer than a short fine-tuning
+    images: PositiveInt = 64  # clean images on which the scores are computed; official 128. They take one forward and
+    # one backward pass of them per timestep: on a CPU longer than a short fine-tuning
 
     def defend(self, model: Any, knowledge: Knowledge, rng: torch.Generator) -> Defended:
         notes: dict[str, Any] = {}
