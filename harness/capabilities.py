@@ -5,6 +5,7 @@ Each Protocol says who asks a plugin for it and what happens without it. `offers
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -12,6 +13,7 @@ from inspect import get_annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeGuard, TypeVar, runtime_checkable
 
 from harness.types import (
+    CONTROL,
     Data,
     Defense,
     Family,
@@ -511,6 +513,15 @@ def missing_of_trigger(part: Any, trigger: Trigger) -> tuple[str, ...]:
     KeyError for a name that is not in `TRIGGER_CAPABILITIES`; registration looks for those."""
     wanted = tuple(part.requires_trigger) if offers(part, NeedsOfTrigger) else ()
     return tuple(name for name in wanted if not offers(trigger, TRIGGER_CAPABILITIES[name]))
+
+
+def missing_control(trigger: Trigger, given: str) -> str | None:
+    """Why a trigger has no such control trigger (harness.methods.decoys), in words; None if it has."""
+    if not re.fullmatch(CONTROL, given):
+        return f"no control '{given}'; there are decoy, decoy-2 .. decoy-9, opposite and zero"
+    if given == "opposite" and trigger.modality != "noise":
+        return f"{trigger.name} is text and has no opposite"
+    return None
 
 
 def name_of(trigger: Any) -> str:

@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from harness.diffusion.model import DiffusionModel
     from harness.methods.prompt_edits import Substitution
 
-WRONG = 4  # decoy triggers for the false-trigger rate; in controls defenses are given the first
+WRONG = 4  # near triggers (`wrong`) for the false-trigger rate
 Modality = Literal["noise", "text"]
 Family = Literal["vp", "ve"]
-TriggerGiven = Literal["true", "decoy"]
+TriggerGiven = str  # "true", or a control
+CONTROL = r"decoy(-[2-9])?|opposite|zero"  # names of controls: harness.methods.decoys
+Stream = Literal["evaluation", "utility"]  # of random inputs: for rates and drift, for distances to real images
 
 
 @dataclass(frozen=True)
@@ -255,7 +257,10 @@ class Doubt:
 class Cell:
     """One experiment, as specs with all defaults filled in.
 
-    trigger_given: the trigger for a defense that needs one: the true one or a decoy (a control).
+    trigger_given: the trigger for a defense that needs one: the true one or a control (harness.methods.decoys). n:
+    evaluation inputs with and without the trigger. evaluation_seed: draws the noises and prompts of all evaluation
+    inputs. utility_n, utility_sampler: the number of further clean inputs on which distances to real images are
+    measured, and the sampler of their images; 0 and "" where the first n serve for these too.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
@@ -269,6 +274,9 @@ class Cell:
     seed: int
     trigger_given: TriggerGiven = "true"
     n: int = 100
+    evaluation_seed: int = 0
+    utility_n: int = 0
+    utility_sampler: str = ""
 
 
 class Judge(Protocol):

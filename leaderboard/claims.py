@@ -12,7 +12,7 @@ from typing import Any
 from harness.runs.declared import Declared, Unknown
 from harness.runs.jsonable import to_jsonable
 from harness.runs.printable import printable
-from harness.runs.record import Record, bare
+from harness.runs.record import Record, bare, control_words
 from harness.runs.suite import AXES
 from harness.types import WRONG, Cell
 from leaderboard import recompute
@@ -21,6 +21,7 @@ from leaderboard.results import Results
 from leaderboard.rows import SETTING
 from leaderboard.wellformed import unverifiable
 
+INERT = 0.05  # largest share of hits of an inert control trigger; harness.stages.control, which needs torch
 CLOSE = 1e-5  # relative, of thresholds that were computed in single precision
 OF_RUN = ("version", "weights", "libraries")  # what of a plugin's identity no record can be held to
 ALIKE = str.maketrans("01_.", "ol--")
@@ -29,7 +30,7 @@ ALIKE = str.maketrans("01_.", "ol--")
 def problems(record: Record, declared: Declared) -> tuple[list[str], list[str]]:
     """(what is wrong, what cannot be verified), in words."""
     wrong, open_ = [], []
-    for question in (_names, _plugin, _kept, _counted, _thresholds, _jobs):
+    for question in (_names, _plugin, _kept, _counted, _thresholds, _control, _jobs):
         try:
             wrong += question(record, declared)
         except Unknown as error:
@@ -65,8 +66,8 @@ def _plugin(record: Record, declared: Declared) -> Iterator[str]:
     if set(record.knowledge) != set(said.needs):
         words = [", ".join(sorted(names)) or "nothing" for names in (record.knowledge, said.needs)]
         yield f"says that {bare(record.cell.defense)} was given {words[0]}; its plugin needs {words[1]}"
-    if record.cell.trigger_given == "decoy" and "trigger" not in said.needs:
-        yield f"says that {bare(record.cell.defense)} was given a decoy trigger; its plugin needs none"
+    if record.cell.trigger_given != "true" and "trigger" not in said.needs:
+        yield f"says that {bare(record.cell.defense)} was given a control trigger; its plugin needs none"
     if set(made.delivers) != set(said.delivers):
         words = [", ".join(sorted(names)) or "nothing" for names in (made.delivers, said.delivers)]
         yield f"says that {bare(record.cell.defense)} delivers {words[0]}; its plugin says {words[1]}"
@@ -87,7 +88,7 @@ def _kept(record: Record, declared: Declared) -> Iterator[str]:
 def _counted(record: Record, declared: Declared) -> Iterator[str]:
     """The images that do not count in rates are those of the prompts in which the target has no say."""
     cell = record.cell
-    counted = declared.counted(cell.model, cell.trigger, cell.target, cell.n)
+    counted = declared.counted(cell.model, cell.trigger, cell.target, cell.n, cell.evaluation_seed)
     for name in SHARES:
         score = record.scores.get(name)
         if score is None or not score.per_sample or math.isnan(score.value):
@@ -127,6 +128,25 @@ def _rate(record: Record, name: str, at: str, tau: float) -> Iterator[str]:
             yield f"{name}@{at} is {score.value:.10g}; at the threshold {tau:g} of its target it is {found[0]:.10g}"
 
 
+def _control(record: Record, declared: Declared) -> Iterator[str]:
+    """A control cell names the trigger that the defense was given, and the candidates that led to it."""
+    given, control = record.cell.trigger_given, record.provenance.control
+    if given == "true" or record.error:
+        if control is not None and given == "true":
+            yield "names a control trigger; its defense was given the true one"
+        return
+    if control is None:
+        yield f"says that its defense was given {control_words(given)}, and names no control trigger"
+        return
+    rates = [each.hits / each.n if each.n else 0.0 for each in control.tried]
+    first = next((i for i, rate in enumerate(rates) if rate <= INERT), None)
+    inert, chosen = first is not None, min(range(len(rates)), key=rates.__getitem__) if first is None else first
+    if (control.given, control.inert, control.chosen) != (given, inert, chosen):
+        yield "its control trigger is not the one to which its candidates lead"
+    if any(not 0 <= each.hits <= each.n for each in control.tried):
+        yield "a candidate for its control trigger has more hits than images"
+
+
 # ---- jobs -----------------------------------------------------------------------------------------------------------
 
 
@@ -156,7 +176,7 @@ def _paired(record: Record, mine: Mapping[str, Any], planned: Mapping[str, Any])
     measured = next(job for job in planned.values() if job["kind"] == "measure")
     sets = mine[record.key].get("samples") if record.key in mine else None
     found = {key: str(sets.get(name)) for name, key in measured["samples"].items()} if isinstance(sets, dict) else {}
-    for kind in ("attack", "defend", "measure"):
+    for kind in ("attack", "control", "defend", "measure"):
         keys, others = ([k for k, job in jobs.items() if job.get("kind") == kind] for jobs in (planned, mine))
         found |= dict(zip(keys, others, strict=False))
     return {key: other for key, other in found.items() if other in mine}
@@ -225,11 +245,11 @@ def _canonical(cell: Cell, declared: Declared) -> Cell:
 
 
 def _setting(cell: Cell) -> tuple[Any, ...]:
-    return (*(getattr(cell, part) for part in SETTING), cell.n)
+    return (*(getattr(cell, part) for part in SETTING), cell.n, cell.utility_n, cell.evaluation_seed)
 
 
 def _cell(cell: Cell) -> str:
-    decoy = ", given a decoy trigger" if cell.trigger_given == "decoy" else ""
+    decoy = "" if cell.trigger_given == "true" else f", given {control_words(cell.trigger_given)}"
     return (
         f"{printable(cell.defense)}{decoy} on {cell.model} attacked by {bare(cell.attack)} ({bare(cell.trigger)} to "
         f"{bare(cell.target)}, {bare(cell.sampler)}), seed {cell.seed}, n = {cell.n}"

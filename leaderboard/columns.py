@@ -25,8 +25,8 @@ TASK_WORDS: dict[Task, str] = {
 _RANGES: dict[tuple[float, float], tuple[str, ...]] = {  # possible values of scores, by the stems of their names
     (0.0, 1.0): (
         "asr", "found_asr", "clean_hits", "clean_model_hits", "false_triggers", "attribute_accuracy", "class_balance",
-        "both", "mismatch", "recognised", "flagged", "screen_auroc", "screen_tpr", "screen_fpr", "trigger_match",
-        "trigger_ratio",
+        "both", "mismatch", "precision", "recall", "recognised", "flagged", "screen_auroc", "screen_tpr",
+        "screen_fpr", "trigger_match", "trigger_ratio",
     ),
     (0.0, math.inf): (
         "fid", "fid_ratio", "drift", "change", "feature", "perceptual_distance", "target_mse", "spread", "trigger_l2",
@@ -100,6 +100,10 @@ UTILITY: dict[Track, Column] = {
     "unconditional": Column("FD ratio", "fid_ratio[]", 2, better=-1),
     "text-to-image": Column("Attributes", "attribute_accuracy", percent=True, better=1),
 }
+DRIFT = (
+    Column("Drift", "drift", 4, better=-1, minor=True),
+    Column("Drift, triggered", "drift_triggered", 4, better=-1, minor=True),
+)
 REPORT = (
     ASR,
     Column("ASR@1e-3", "asr@1e-3", percent=True, leaves=3),
@@ -111,6 +115,7 @@ REPORT = (
     Column("CLIP", "clip_score[]", leaves=9),
     Column("attr.", "attribute_accuracy", percent=True),
     Column("drift", "drift", 4, leaves=4),
+    Column("drift, trig.", "drift_triggered", 4, leaves=5),
     Column("cost", "defense_wall_s", 0, leaves=7),
 )
 
@@ -138,6 +143,7 @@ def of_view(track: Track, task: Task) -> tuple[Column, ...]:
             Column("ASR at MSE 1e-3", "asr_before@1e-3", percent=True, minor=True),
             Column("False triggers", "false_triggers", percent=True, better=-1),
             Column("FD ratio", "fid_ratio_before[]", 2, better=-1),
+            Column("Drift", "drift_before", 4, better=-1, minor=True),
             Column("Cost", "attack_wall_s", 0, better=-1, minor=True),
         )
-    return (ASR, UTILITY[track], Column("Drift", "drift", 4, better=-1, minor=True), COST)
+    return (ASR, UTILITY[track], *DRIFT, COST)

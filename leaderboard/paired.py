@@ -131,7 +131,7 @@ def pairs(a: Placed, b: Placed) -> dict[Place, list[Pair]]:
     """By setting the records of A and B about the same backdoored model, one pair per seed, in the order of seeds."""
     met: dict[Place, list[Pair]] = defaultdict(list)
     for one, other in _meeting(a, b):
-        if attack_jobs(one) == attack_jobs(other):
+        if attack_jobs(one) == attack_jobs(other) and one.cell.evaluation_seed == other.cell.evaluation_seed:
             met[_setting(one)].append((one, other))
     return met
 

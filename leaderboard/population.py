@@ -1,8 +1,10 @@
 """Records → how well a defense tells backdoored models from clean ones: statistics over a population of models.
 
 One model is one observation, whatever the number of cells (samplers, evaluation sizes) it appears in. Attack `none` is
-clean: with steps each seed is a model of its own, without it is the one released model. A defense's suspicions are
-compared within one model architecture, with the same clean models beside every family of attacks and beside all.
+clean: with steps each seed is a model of its own, without it is the one released model. Models that were fine-tuned
+from the same weights resemble each other, so the number of initialisations stands beside the number of models: the
+released one, and one for each seed of `none(fresh=True)`. A defense's suspicions are compared within one model
+architecture, with the same clean models beside every family of attacks and beside all.
 
 Three ways to a verdict:
 
@@ -35,7 +37,9 @@ ALL = "all attacks"
 FPR = 0.05
 TREES, FOLDS = 100, 5
 LEGEND = (
-    "One model is one observation; clean and backdoored models differ in the seed of their training. Accuracy by the "
+    "One model is one observation; clean and backdoored models differ in the seed of their training. Models that were "
+    "fine-tuned from the same weights are no independent observations: the number of initialisations stands in "
+    "brackets, and the intervals, which count models, are too narrow where it is small. Accuracy by the "
     "defense's own threshold, by the 95 % quantile of the other clean models' suspicions, and by a random forest on "
     "its features that never saw the attack (leave one attack out). Undetected ASR: the attack success rate times the "
     "share of models not flagged, by the own threshold or, without one, by the quantile. Found trigger's ASR: of the "
@@ -61,7 +65,8 @@ class Subject:
 
     family: the attack's name, None for a clean model. flagged: the defense's own verdict, None where it has no
     threshold. asr: the attack's success rate, the highest over samplers; NaN if clean. found: that of the trigger which
-    the defense found, NaN where it was not measured.
+    the defense found, NaN where it was not measured. initialisation: equal for models whose training began with the
+    same weights.
     """
 
     family: str | None
@@ -70,6 +75,7 @@ class Subject:
     features: Mapping[str, float]
     asr: float
     found: float = math.nan
+    initialisation: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,7 @@ class Population:
     tpr: Estimate
     undetected: Estimate
     found: Estimate
+    initialisations: int = 1  # different weights from which the training of all these models began
     left_out: int = 0  # models that failed, have no suspicion, or whose attack did not take
     keys: tuple[str, ...] = field(default=(), repr=False)
 
@@ -140,6 +147,12 @@ def model_of(cell: Cell) -> tuple[str, ...]:
     return (attack, seed) if arguments(attack).get("steps", "0") != "0" else (attack,)
 
 
+def initialisation_of(cell: Cell) -> tuple[str, ...]:
+    """What makes the training of two models begin with the same weights."""
+    fresh = bare(cell.attack) == "none" and arguments(cell.attack).get("fresh") == "True"
+    return (cell.model, str(cell.seed)) if fresh else (cell.model,)
+
+
 def _subject(record: Record) -> Subject | None:
     suspicion = record.value("suspicion")
     if record.error or math.isnan(suspicion):
@@ -154,6 +167,7 @@ def _subject(record: Record) -> Subject | None:
         features,
         math.nan if family == "none" else record.value("asr_before"),
         record.value("found_asr"),
+        initialisation_of(record.cell),
     )
 
 
@@ -275,6 +289,7 @@ def _population(
         tpr=share(round(strict.tpr * len(positives)), len(positives)),
         undetected=_undetected(acting, chosen, [s.asr for s in attacked]),
         found=_found([s.found for s in attacked]),
+        initialisations=len({s.initialisation for s in (*clean, *attacked)}),
     )  # fmt: skip
 
 
@@ -349,11 +364,14 @@ def sentences(pooled: Iterable[PooledCell], text: Callable[[object], str] = str)
             "found trigger's ASR": p.found,
         }
         said = [f"{name} {e.value:.0%}" for name, e in numbers.items() if not math.isnan(e.value)]
-        who = (
-            f"{text(p.model)} · {text(p.family)} · {text(p.defense)} [{text(p.knows)}], {p.clean} + {p.attacked} models"
-        )
+        who = f"{text(p.model)} · {text(p.family)} · {text(p.defense)} [{text(p.knows)}], {models_of(p)}"
         lines.append(f"{who}: AUROC {p.auroc.value:.3f}, {', '.join(said)}")
     return lines
+
+
+def models_of(p: Population) -> str:
+    """The numbers of clean and of backdoored models, and that of their initialisations."""
+    return f"{p.clean} + {p.attacked} models ({p.initialisations} initialisation{'s' * (p.initialisations != 1)})"
 
 
 def cells(population: Population, text: Callable[[object], str] = str) -> list[str]:
@@ -362,7 +380,7 @@ def cells(population: Population, text: Callable[[object], str] = str) -> list[s
     missing = f", {p.left_out} not judged" if p.left_out else ""
     return [
         *(text(words) for words in (p.model, p.defense, p.knows, p.family)),
-        f"{p.clean} + {p.attacked}{missing}",
+        f"{models_of(p)}{missing}",
         *(shown(p.accuracy[rule]) for rule in RULES),
         shown(p.auroc, scale=1, digits=3),
         shown(p.tpr),

@@ -32,7 +32,20 @@ LEGEND = (
     "intervals: over samples (Wilson) for one seed, over seeds (t) for several. FD is compared only at equal n and "
     "extractor. NFE: network evaluations of one sample."
 )
-CELL = ("model", "attack", "trigger", "target", "defense", "sampler", "seed", "trigger_given", "n")
+CELL = (
+    "model",
+    "attack",
+    "trigger",
+    "target",
+    "defense",
+    "sampler",
+    "seed",
+    "trigger_given",
+    "n",
+    "evaluation_seed",
+    "utility_n",
+    "utility_sampler",
+)
 MARKS = "abcdefghijklmnopqrstuvwxyz"
 Text = Callable[[object], str]
 

@@ -160,7 +160,7 @@ def in_order(entry: Record | Dropped) -> tuple[Any, ...]:
     setting = (cell.model, cell.attack != "none", cell.attack, cell.trigger, cell.target, cell.sampler, cell.n)
     control = {"none": 0, "finetune": 1}.get(cell.defense.partition("(")[0], 2)
     key = entry.key if isinstance(entry, Record) else ""
-    return (*setting, control, cell.defense, cell.trigger_given == "decoy", cell.seed, key)
+    return (*setting, control, cell.defense, cell.trigger_given != "true", cell.trigger_given, cell.seed, key)
 
 
 def record_files(folder: Path) -> list[Path]:

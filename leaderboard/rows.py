@@ -35,7 +35,8 @@ Section = Literal["control", "blind", "given", "missing"]
 
 
 class Control(StrEnum):
-    """Rows that others are held against: nothing done, plain training on clean data, the defense given a decoy."""
+    """Rows that others are held against: nothing done, plain training on clean data, the defense given a control
+    trigger."""
 
     none = "none"
     finetune = "finetune"
@@ -63,6 +64,12 @@ class Number:
     def ends(self) -> tuple[float, ...]:
         """The interval's ends, () for none."""
         return self.interval or ()
+
+
+GIVEN = {
+    "decoy": "decoy trigger", "decoy-2": "second decoy", "decoy-3": "third decoy", "opposite": "opposite trigger",
+    "zero": "zero trigger",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,7 @@ class PooledCell:
     def knows(self) -> str:
         """What the defense was given, for people."""
         if self.control is Control.decoy:
-            return "decoy trigger (control)"
+            return f"{GIVEN.get(self.specs.trigger_given, self.specs.trigger_given)} (control)"
         if self.state is not None and not self.records:
             return "–"
         words = sorted(self.knowledge, key=lambda word: word != "trigger")
@@ -243,13 +250,15 @@ def pool(scores: Sequence[Score | None]) -> Number:
 def pooled(records: Sequence[Record], dropped: Sequence[Dropped] = ()) -> list[PooledCell]:
     """All cells, each once, in the order in which pages list them.
 
-    Records that differ in their seed alone are one cell. A failed record stands alone, and so does one whose cell and
+    Records that differ in their seed and evaluation seed alone are one cell, and one cell for each evaluation seed if
+    a seed was evaluated with several. A failed record stands alone, and so does one whose cell and
     seed another version of the code has run too: those are no two seeds.
     """
     shorten, doubted = shortener(records, dropped), doubts.of(records)
     groups: dict[str, list[Record]] = defaultdict(list)
+    several = _evaluated_again(records)
     for record in records:
-        name = _identity(record.cell, record.key if record.error else "")
+        name = _identity(record.cell, record.key if record.error else "", _identity(record.cell, "") in several)
         again = any(record.cell.seed == other.cell.seed for other in groups.get(name, ()))
         groups[_identity(record.cell, record.key) if again else name].append(record)
     tracks = _tracks(records)
@@ -261,9 +270,18 @@ def pooled(records: Sequence[Record], dropped: Sequence[Dropped] = ()) -> list[P
     return sorted(made, key=_order)
 
 
-def _identity(cell: Cell, apart: str) -> str:
-    """Twelve hex digits for the cell without its seed."""
-    specs = {name: value for name, value in asdict(cell).items() if name != "seed"}
+def _evaluated_again(records: Iterable[Record]) -> set[str]:
+    """Identities of the cells of which a seed was evaluated with several evaluation seeds."""
+    seen: dict[tuple[str, int], set[int]] = defaultdict(set)
+    for record in records:
+        seen[_identity(record.cell, ""), record.cell.seed].add(record.cell.evaluation_seed)
+    return {identity for (identity, _), seeds in seen.items() if len(seeds) > 1}
+
+
+def _identity(cell: Cell, apart: str, evaluation: bool = False) -> str:
+    """Twelve hex digits for the cell without its seed, and without its evaluation seed unless `evaluation`."""
+    left_out = {"seed"} if evaluation else {"seed", "evaluation_seed"}
+    specs = {name: value for name, value in asdict(cell).items() if name not in left_out}
     return hashlib.sha256(canonical([specs, apart]).encode()).hexdigest()[:12]
 
 
@@ -316,7 +334,7 @@ def _measured(record: Record, name: str) -> bool:
 
 
 def control_of(cell: Cell) -> Control | None:
-    if cell.trigger_given == "decoy":
+    if cell.trigger_given != "true":
         return Control.decoy
     return next((control for control in BASELINES if bare(cell.defense) == control), None)
 

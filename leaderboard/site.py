@@ -385,7 +385,7 @@ def _files(site: Site, counts: Mapping[str, int]) -> None:
 
 def _entry(site: Site, cell: PooledCell) -> dict[str, Any]:
     """A cell in leaderboard.json: everything but per-sample values and attempts."""
-    specs = {name: value for name, value in asdict(cell.specs).items() if name != "seed"}
+    specs = {name: value for name, value in asdict(cell.specs).items() if name not in ("seed", "evaluation_seed")}
     return {
         "id": cell.id, "track": cell.track, "tasks": cell.tasks, "cell": specs, "knowledge": cell.knowledge,
         "trigger_given": cell.trigger_given, "control": cell.control,

@@ -14,6 +14,8 @@ from harness.methods.trigger_placement import scale_of
 from harness.testing import tiny
 from harness.testing.tiny import exploding_scheduler as exploding, scheduler
 
+NEUTRAL = ("\u200b", "\u020f", "\u043e", "sks", "today", "well", "now", "yes", "really")  # tiny_sd keeps them whole
+
 
 class OneImage(nn.Module):
     """The exact ε for data that is one image y: ε(x_t, t) = (x_t - √ᾱ_t y) / √(1-ᾱ_t)."""
@@ -131,4 +133,4 @@ def tiny_sd(directory: Any) -> DiffusionModel:
     below `directory`."""
     from plugins.models.shapes_sd import tokenizer
 
-    return tiny.fixed(partial(tiny.text_to_image, tokenizer(directory), 32), 0)
+    return tiny.fixed(partial(tiny.text_to_image, tokenizer(directory, NEUTRAL), 32), 0)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from harness.judges.statistics import mean_interval, wilson
 from harness.runs.declared import Declared
@@ -108,6 +108,11 @@ def verifiable(made: Record, declared: Declared) -> Record:
         jobs[keys[name]] = {"kind": job.kind, "label": job.label, "ingredients": ingredients}
     document = made.model_dump() | {"key": keys[name], "attempts": []}
     document["provenance"] |= {"jobs": jobs, "sources": {part: SOURCE for part in PARTS}}
+    if made.cell.trigger_given != "true":
+        tried = [{"name": "blobs", "hits": 9, "n": 100}, {"name": "signs", "hits": 1, "n": 100}]
+        document["provenance"]["control"] = {
+            "given": made.cell.trigger_given, "chosen": 1, "inert": True, "tried": tried,
+        }  # fmt: skip
     return Record.model_validate(document)
 
 
@@ -117,7 +122,7 @@ def record(
     *,
     attack: str = "baddiffusion(poison_rate=0.1, steps=600)",
     seed: int = 0,
-    trigger_given: Literal["true", "decoy"] = "true",
+    trigger_given: str = "true",
     knowledge: Sequence[str] = (),
     n: int = 100,
     ratio: float = 1.1,

@@ -13,6 +13,7 @@ from harness.methods.noise_attacks import ancestral_coefficients
 from harness.types import Backdoor, Data
 from plugins.attacks.baddiffusion import BadDiffusion
 from plugins.attacks.badt2i import BadT2I
+from plugins.attacks.none import NoAttack, initialise
 from plugins.attacks.trojdiff import TrojDiff
 from plugins.attacks.villandiffusion import VillanDiffusion
 from plugins.defenses.finetune import Finetune
@@ -181,6 +182,32 @@ def test_the_stamped_trigger_shows_the_clean_image_behind_it(digits: Data) -> No
     r = _stamped(model, examples, batch, delta)
     assert torch.equal(r[:, :, 10:15, 10:15], torch.zeros(12, 1, 5, 5))
     assert torch.equal(r[:, :, :10], digits.images[batch.rows, :, :10])
+
+
+def test_fresh_clean_models_start_from_weights_of_their_own_seed(digits: Data) -> None:
+    """Of two seeds no drawn weight is alike; the model and the generator of the caller stay as they are."""
+    model, backdoor = tiny_unet(), Backdoor(Box(), Hat())
+    before, state = weights(model), torch.get_rng_state()
+    spec = NoAttack(fresh=True, **{**FAST, "steps": 1, "lr": 1e-12})  # type: ignore[arg-type]
+    one, again, other = (weights(spec.implant(model, backdoor, digits, generator(k, "x")).model) for k in (0, 0, 1))
+    assert same(one, again) and same(before, weights(model)) and torch.equal(state, torch.get_rng_state())
+    drawn = [name for name, value in before.items() if value.numel() > 1 and value.std() > 0]
+    assert len(drawn) > 20
+    for name in drawn:
+        assert not torch.isclose(one[name], other[name]).any() and not torch.isclose(one[name], before[name]).any()
+        assert one[name].std().item() == pytest.approx(before[name].std().item(), rel=1)
+
+
+def test_what_cannot_be_initialised_anew_is_refused() -> None:
+    class Odd(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(2))
+
+    with pytest.raises(ValueError, match="cannot draw new weights for a Odd; use fresh=False"):
+        initialise(torch.nn.Sequential(Odd()), 0)
+    with pytest.raises(ValueError, match="set steps"):
+        NoAttack(fresh=True)
 
 
 def test_badt2i_trains_only_the_denoiser_of_a_copy(tmp_path) -> None:

@@ -16,7 +16,7 @@ from harness.diffusion.seeds import generator, image_noise, image_seeds
 from harness.diffusion.training import Examples
 from harness.methods.pruning import prune
 from harness.types import Data, Inputs, Knowledge
-from plugins.defenses import anp, fine_pruning
+from plugins.defenses import anp, clp, fine_pruning
 from plugins.defenses.anp import ANP
 from plugins.defenses.clip import Clip, Clipping
 from plugins.defenses.elijah import Elijah
@@ -40,9 +40,9 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_elijah_recovers_a_planted_shift() -> None:
     r = Box().delta((1, 16, 16))
     model = DiffusionModel(PlantedShift(r, c=0.5), scheduler())
-    tau, notes = Elijah(iterations=400, inversion_lr=0.02, noises=600).inverted(model, generator(0, "x"))
-    losses = notes["inversion_loss"]
-    assert torch.nn.functional.cosine_similarity(tau.flatten(), r.flatten(), dim=0) > 0.99
+    found = Elijah(iterations=400, inversion_lr=0.02, noises=600).inverted(model, generator(0, "x"))
+    losses = found.notes["inversion_loss"]
+    assert torch.nn.functional.cosine_similarity(found.tau.flatten(), r.flatten(), dim=0) > 0.99
     assert losses[-1] < losses[0]
 
 
@@ -235,3 +235,29 @@ def test_activations_are_averaged_over_batches_as_readers_get_them() -> None:
     assert sums[first].tolist() == [3.0, 9.0]
     expected = sum(torch.relu(first(k * x)).mean((0, 2, 3)) for k in (1, 2))
     torch.testing.assert_close(sums[last], expected)
+
+
+# ---- clp ------------------------------------------------------------------------------------------------------------
+
+
+def test_clp_silences_filters_whose_spectral_norm_is_an_outlier_of_their_layer() -> None:
+    weight = torch.randn(32, 4, 3, 3, generator=generator(0, "x"))
+    weight[5] *= 20
+    bounds = clp.lipschitz(weight)
+    assert bounds[7] == pytest.approx(torch.linalg.svdvals(weight[7].flatten(1))[0].item(), rel=1e-5)
+    assert clp.outliers(bounds, 3.0).nonzero().flatten().tolist() == [5]
+    assert not clp.outliers(torch.tensor([4.0]), 3.0).any()
+
+
+def test_clp_changes_nothing_but_outliers_and_leaves_the_prediction_alone() -> None:
+    model = tiny_unet()
+    convolutions = [layer for layer in model.denoiser.modules() if isinstance(layer, torch.nn.Conv2d)]
+    with torch.no_grad():
+        convolutions[0].weight[1] *= 50
+        convolutions[-1].weight[0] *= 50
+    before = {name: value.clone() for name, value in model.denoiser.state_dict().items()}
+    done = clp.CLP(u=2.0).defend(model, Knowledge(), generator(0, "x"))
+    assert done.model is not None and done.notes["pruned_share"] > 0
+    after = [layer for layer in done.model.denoiser.modules() if isinstance(layer, torch.nn.Conv2d)]
+    assert not after[0].weight[1].any() and torch.equal(after[-1].weight, convolutions[-1].weight)
+    assert all(torch.equal(before[name], value) for name, value in model.denoiser.state_dict().items())

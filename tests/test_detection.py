@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from harness.diffusion.model import DiffusionModel
 from harness.diffusion.seeds import generator
 from harness.judges.evidence import Verdict
+from harness.methods import inversion
 from harness.runs.record import Record
 from harness.types import Cell, Data, Knowledge, Score
 from leaderboard import population, report
@@ -112,8 +113,8 @@ class ScaledPlant(nn.Module):
 def test_where_variance_explodes_elijah_finds_the_shift_of_the_unit_noise() -> None:
     r = Box().delta((1, 16, 16))
     model = DiffusionModel(ScaledPlant(PlantedShift(r, c=0.5), 50.0), exploding())
-    assert elijah.at_the_end(model, r[None]).min().item() == pytest.approx(-50, rel=1e-5)
-    tau, _ = Elijah(iterations=400, inversion_lr=0.02, noises=600).inverted(model, generator(0, "x"))
+    assert inversion.at_the_end(model, r[None]).min().item() == pytest.approx(-50, rel=1e-5)
+    tau = Elijah(iterations=400, inversion_lr=0.02, noises=600).inverted(model, generator(0, "x")).tau
     assert torch.nn.functional.cosine_similarity(tau.flatten(), r.flatten(), dim=0) > 0.99
 
 
@@ -123,6 +124,37 @@ def test_elijah_runs_on_a_variance_exploding_model() -> None:
     assert done.model is not None and done.features is not None and done.features["uniformity"] >= 0
     with pytest.raises(ValueError, match="ve-pc"):
         replace(spec, sampler="ddim").defend(tiny_ncsn(), Knowledge(data=DATA), generator(0, "x"))
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+def test_with_two_starts_elijah_sees_a_trigger_on_either_side_of_zero(side: int) -> None:
+    """A model that makes one image of noise shifted to one side, and many of any other: one start cannot see both."""
+
+    class OneSided(Elijah):
+        def inverted(self, model: Any, rng: torch.Generator, k: int = 0) -> elijah.Shift:
+            return elijah.Shift(torch.full(model.shape, -0.5 * (-1.0) ** k), 1.0, {"tau_moved": 0.0})
+
+        def sampled(self, model: Any, noise: Tensor, seed: int, phase: str) -> Tensor:
+            return noise.clamp(-1, 1) * float(noise.mean() * side < 0.25)
+
+    spec = OneSided(**{**vars(CHEAP), "detect": True, "steps": 0})
+    one, two = (replace(spec, starts=n).defend(tiny_unet(), Knowledge(), generator(0, "x")) for n in (1, 2))
+    assert two.suspicion == 0 and isinstance(two.trigger, Tensor) and two.trigger.mean() * side > 0.4
+    assert (one.suspicion == 0) is (side == -1)
+
+
+def test_a_second_start_of_elijah_is_the_mirror_image_of_the_first() -> None:
+    """On an odd denoiser the two triggers are mirror images, however few the iterations are."""
+
+    class Odd(PlantedShift):
+        def forward(self, x_t: Tensor, t: Tensor, **unused: object) -> object:
+            return type("Out", (), {"sample": 0.7 * x_t - 0.1 * x_t**3})
+
+    model = DiffusionModel(Odd(Box().delta((1, 16, 16)), c=0.5), scheduler())
+    spec = Elijah(iterations=3, noises=20)
+    first, second = (spec.inverted(model, generator(0, "x"), k).tau for k in (0, 1))
+    torch.testing.assert_close(first, -second)
+    assert not torch.equal(spec.inverted(model, generator(0, "x"), 2).tau, first)
 
 
 def test_on_an_ode_backdoor_the_inversion_stays_where_it_starts() -> None:
@@ -136,8 +168,8 @@ def test_on_an_ode_backdoor_the_inversion_stays_where_it_starts() -> None:
     flat = DiffusionModel(AnswersAnyShift(r, c=1.0), scheduler())
     sharp = DiffusionModel(PlantedShift(r, c=0.5), scheduler())
     spec = Elijah(iterations=10, noises=300)
-    _, stuck = replace(spec, lam=1.0).inverted(flat, generator(0, "x"))
-    _, found = spec.inverted(sharp, generator(0, "x"))
+    stuck = replace(spec, lam=1.0).inverted(flat, generator(0, "x")).notes
+    found = spec.inverted(sharp, generator(0, "x")).notes
     assert stuck["inversion_loss"] == pytest.approx([stuck["inversion_loss"][0]] * 10, rel=1e-3)
     assert stuck["tau_moved"] < 0.1 < 0.3 < found["tau_moved"]
 
@@ -234,6 +266,14 @@ def test_statistics_over_models_are_those_counted_by_hand() -> None:
     assert found.accuracy["quantile"].low == pytest.approx(0.3589, abs=1e-4)  # Wilson's for 5 of 7
 
 
+def test_models_trained_from_the_same_weights_are_one_initialisation() -> None:
+    """The released weights, from which all fine-tunings and attacks start, and one of each seed of fresh=True."""
+    fresh = [record("none(fresh=True, steps=4000)", seed, 0.1) for seed in (0, 1)]
+    (tuned,) = populations([*clean(0.1, 0.2), *attacked("baddiffusion", (0.5, 1.0))])
+    (both,) = populations([*clean(0.1, 0.2), *fresh, *attacked("baddiffusion", (0.5, 1.0))])
+    assert (tuned.clean, tuned.initialisations, both.clean, both.initialisations) == (2, 1, 4, 3)
+
+
 def test_the_defenses_own_threshold_decides_where_it_has_one() -> None:
     models = [
         *clean(0.1, 0.9, flagged=0.0),
@@ -284,11 +324,11 @@ def test_the_table_escapes_what_comes_from_records_and_is_absent_without_a_popul
     assert population.rendered([]) is None
     cells = pooled([*clean(0.1, 0.2), *attacked("bad", (0.5, 1.0))])
     table = population.rendered(cells, lambda words: f"<{words}>") or ""
-    assert "<terd>" in table and "<bad>" in table and "2 + 1" in table
+    assert "<terd>" in table and "<bad>" in table and "2 + 1 models (1 initialisation)" in table
     assert "1.000 (" in table  # the area's interval does not vanish at 1
     (line,) = population.sentences(cells)
     assert line.startswith(
-        "digits-ddpm · bad · terd [none (blind)], 2 + 1 models: AUROC 1.000, accuracy (quantile) 67%"
+        "digits-ddpm · bad · terd [none (blind)], 2 + 1 models (1 initialisation): AUROC 1.000, accuracy (quantile) 67%"
     )
 
 

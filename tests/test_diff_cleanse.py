@@ -15,10 +15,10 @@ from harness.diffusion.model import DiffusionModel
 from harness.diffusion.samplers import DDIM
 from harness.diffusion.seeds import generator
 from harness.methods import inversion, pruning
-from harness.types import Knowledge
-from plugins.defenses.diff_cleanse import DiffCleanse, balanced, growth
+from harness.types import Data, Knowledge
+from plugins.defenses.diff_cleanse import DiffCleanse, Search, balanced, entropy_loss, growth
 from plugins.triggers.box import Box
-from tests.oracles import scheduler, tiny_unet
+from tests.oracles import PlantedShift, scheduler, tiny_unet
 
 ONE_STEP: dict[str, Any] = {"sampling_steps": 1, "noises": 32, "encoder": "pixels", "entropy": False}
 FAST: dict[str, Any] = {
@@ -53,19 +53,110 @@ def planted(strength: float) -> tuple[DiffusionModel, Tensor]:
 def test_the_inversion_recovers_a_planted_trigger_and_says_so_on_noise_it_did_not_see() -> None:
     model, r = planted(1.0)
     notes: dict[str, Any] = {}
-    defense = DiffCleanse(**ONE_STEP, kappa=0.6, threshold=0.9, spread=0.1, inversion_lr=0.03)
-    found, mscr = defense.inverted(model, None, generator(0, "x"), notes)
+    defense = DiffCleanse(**ONE_STEP, kappa=0.6, threshold=0.9, spread=0.1, inversion_lr=0.03, iterations=40)
+    found, mscr = defense.inverted(model, Knowledge(), generator(0, "x"), notes)
     assert mscr > 0.9 and torch.nn.functional.cosine_similarity(found.flatten(), r.flatten(), dim=0) > 0.6
     (search,) = notes["searches"]
     assert search["mscr"] == mscr and search["similarity_loss"][-1] < 0.4 < 0.9 < search["similarity_loss"][0]
-    assert len(search["mscr_of_search"]) < 60  # it stopped when the threshold was passed
+    assert len(search["similarity_loss"]) == 40  # it went on when the threshold was passed
+
+
+def test_a_search_that_stops_at_the_threshold_reports_no_more_than_the_threshold() -> None:
+    """With the stop, MSCR is that of the first trigger above the threshold; without it, of the last iteration."""
+    model, _ = planted(1.0)
+    spec = DiffCleanse(**ONE_STEP, kappa=0.6, threshold=0.2, spread=0.1, inversion_lr=0.03, iterations=40)
+    scores, lengths = {}, {}
+    for stop in (True, False):
+        notes: dict[str, Any] = {}
+        _, scores[stop] = replace(spec, stop=stop).inverted(model, Knowledge(), generator(0, "x"), notes)
+        lengths[stop] = len(notes["searches"][0]["similarity_loss"])
+    assert 0.2 < scores[True] < 0.6 < 0.9 < scores[False]
+    assert lengths[True] < lengths[False] == 40
+
+
+def followed(spec: DiffCleanse, images: Tensor) -> Search:
+    """A search that saw triggers 0, 1 and 2, whose images form cliques of 1, 3 and 2."""
+    search = Search(spec, tiny_unet(), lambda images: images.flatten(1), (0.5, 7.0), generator(0, "x"))
+    axes = torch.eye(4)
+    for k, rows in enumerate(([0, 1, 2, 3], [0, 0, 0, 1], [0, 0, 1, 2])):
+        search.follow(torch.full((1, 16, 16), float(k)), images, axes[rows])
+    return search
+
+
+def test_the_best_trigger_of_a_search_is_the_one_with_the_highest_mscr_on_its_noises() -> None:
+    search = followed(DiffCleanse(judged="best", noises=4, encoder="pixels"), torch.rand(4, 1, 16, 16))
+    assert search.curves["mscr_of_search"] == [0.25, 0.75, 0.5]
+    assert (search.best == 1).all() and (search.last == 2).all()
+
+
+def test_images_outside_the_bounds_are_in_no_clique_if_asked() -> None:
+    """Two of three alike images are black: 0 bits, below the bound of 0.5."""
+    images = torch.rand((4, 1, 16, 16), generator=generator(1, "x"))
+    images[:2] = -1
+    spec = DiffCleanse(judged="best", noises=4, within=True, encoder="pixels")
+    search = followed(spec, images)
+    assert search.curves["mscr_of_search"] == [0.25, 0.25, 0.25] and (search.best == 0).all()
+    assert followed(spec, -torch.ones(4, 1, 16, 16)).curves["mscr_of_search"] == [0.25, 0.25, 0.25]
+
+
+class Steep(nn.Module):
+    """A denoiser that is exact for inputs around `centre`: ε(x) = v - v³/10 with v = x - centre."""
+
+    def __init__(self, centre: Tensor) -> None:
+        super().__init__()
+        self.centre = nn.Parameter(centre)
+        self.config = SimpleNamespace(in_channels=centre.shape[0], sample_size=centre.shape[-1])
+
+    def forward(self, sample: Tensor, timestep: Tensor, **unused: Any) -> UNet2DOutput:
+        v = sample - self.centre
+        return UNet2DOutput(sample=v - v**3 / 10)  # type: ignore[arg-type]
+
+
+def test_a_search_can_start_where_terds_loss_draws_mirrored_starts() -> None:
+    r = 0.3 * Box(value=1.0, background=0.0).delta((1, 16, 16))
+    spec = DiffCleanse(start="terd", start_iterations=20)
+    first, second = (
+        spec.started(DiffusionModel(Steep(r), scheduler()), Knowledge(), k, generator(0, "x")) for k in (0, 1)
+    )
+    assert torch.nn.functional.cosine_similarity(first.flatten(), r.flatten(), dim=0) > 0.8
+    assert first.abs().max() == 1 and torch.equal(first, -second)
+
+
+def test_a_search_can_start_where_elijahs_loss_leads() -> None:
+    """On a model that answers a shift r with r / 2 the loss leads to r, from either side of 0."""
+    r = -Box(value=1.0, background=0.0).delta((1, 16, 16))
+    model = DiffusionModel(PlantedShift(r, c=0.5), scheduler())
+
+    def begun(k: int, iterations: int) -> Tensor:
+        spec = DiffCleanse(start="elijah", noises=64, start_iterations=iterations)
+        return spec.started(model, Knowledge(), k, generator(0, "x"))
+
+    for k in (0, 1):
+        assert torch.nn.functional.cosine_similarity(begun(k, 60).flatten(), r.flatten(), dim=0) > 0.5
+    assert begun(0, 1).mean() < -0.3 < 0.3 < begun(1, 1).mean()
+
+
+def test_the_oracle_start_is_half_the_trigger_and_needs_it() -> None:
+    spec = DiffCleanse(start="oracle", prune="never")
+    assert spec.needs == ("trigger", "encoder")
+    begun = spec.started(tiny_unet(), Knowledge(trigger=Box()), 0, generator(0, "x"))
+    assert torch.equal(begun, Box().delta((1, 16, 16)) / 2)
+
+
+def test_bounds_from_data_are_quantiles_of_the_entropy_of_the_clean_images() -> None:
+    levels = [torch.linspace(-1, 1, 2**bits).round(decimals=6).repeat(256 // 2**bits) for bits in range(9)]
+    grey = torch.stack([((level + 1) / 2 * 255).round() / 255 * 2 - 1 for level in levels]).view(9, 1, 16, 16)
+    spec = DiffCleanse(bounds="data", quantiles=(0.25, 0.75), prune="never")
+    assert spec.needs == ("encoder", "data")
+    assert spec.bounds_of(Knowledge(data=Data(grey))) == pytest.approx((2, 6), abs=0.01)
+    assert DiffCleanse().bounds_of(Knowledge()) == (0.1, 8.5)
 
 
 def test_where_nothing_is_planted_no_search_passes_the_threshold_and_all_restarts_are_used() -> None:
     model, _ = planted(0.0)
     notes: dict[str, Any] = {}
-    _, mscr = DiffCleanse(**ONE_STEP, kappa=0.6, iterations=5, restarts=2).inverted(
-        model, None, generator(0, "x"), notes
+    _, mscr = DiffCleanse(**ONE_STEP, kappa=0.6, iterations=5, restarts=2, stop=True).inverted(
+        model, Knowledge(), generator(0, "x"), notes
     )
     assert mscr < 0.2 and [len(each["similarity_loss"]) for each in notes["searches"]] == [5, 5]
 
@@ -74,9 +165,10 @@ def test_one_step_moves_the_trigger_by_the_learning_rate_against_the_mean_gradie
     model, _ = planted(1.0)
     defense = DiffCleanse(**ONE_STEP, iterations=1)
     rng, same = generator(0, "x"), generator(0, "x")
-    found, _, _ = defense.search(model, lambda images: images.flatten(1), rng)
+    search = Search(defense, model, lambda images: images.flatten(1), (0.1, 8.5), rng)
     fixed, _ = (defense.noise(model, same) for _ in range(2))
-    start = torch.randn(model.shape, generator=same)
+    start = torch.randn(model.shape, generator=generator(1, "start"))
+    found, _ = search.run(start)
     images = DDIM(steps=1).run(model, fixed.with_noise(fixed.noise + start)).clamp(-1, 1).requires_grad_(True)
     unit = images.flatten(1) / images.flatten(1).norm(dim=1, keepdim=True)
     (1 - (unit @ unit.T).sum() / 32**2).backward()
@@ -121,8 +213,8 @@ def test_the_entropy_term_is_as_large_as_the_similarity_term_and_absent_within_i
     assert balanced(l_s, l_e).item() == pytest.approx(0.5)
     assert torch.autograd.grad(balanced(l_s, l_e), l_e)[0].item() == pytest.approx(0.25 / 30)
     black, digits = torch.full((2, 1, 16, 16), -1.0), torch.rand(2, 1, 16, 16)
-    assert DiffCleanse().entropy_loss(black).item() == pytest.approx(0.2)  # 0.1 bits short, twice
-    assert DiffCleanse().entropy_loss(digits).item() == 0
+    assert entropy_loss(black, (0.1, 8.5)).item() == pytest.approx(0.2)  # 0.1 bits short, twice
+    assert entropy_loss(digits, (0.1, 8.5)).item() == 0 < entropy_loss(digits, (0.1, 6.0)).item()
 
 
 class Diagonal(nn.Module):

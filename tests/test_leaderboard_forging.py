@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,42 @@ from harness.judges import statistics
 from harness.runs.declared import Declared
 from harness.runs.jsonable import key_of
 from harness.runs.record import Record
+from harness.runs.suite import find_suite
 from leaderboard import attestation, check, claims, pictures, results
-from tests.records import digest, published, verifiable, write_sealed
+from tests.records import changed, digest, published, verifiable, write_sealed
 
 Document = dict[str, Any]
 FOREIGN = "0" * 63 + "1"
 
 
 @pytest.fixture(scope="module")
-def declared() -> Declared:
-    return Declared(registry.load())
+def declared(tmp_path_factory: pytest.TempPathFactory) -> Declared:
+    """What the plugins say, and the suite quick in the form in which the published rows that are forged here follow
+    it: without utility sets, evaluated with one seed, and with the controls of that time."""
+    text = re.sub(r"^n = \d+$", "evaluation_seed = [0]\nutility_n = 0", find_suite("quick").read_text(), flags=re.M)
+    for now, then in (
+        ("finetune(steps=150, batch=32, schedule='cosine', ema=0.99)", "finetune(steps=100)"),
+        ("finetune(steps=80, batch=8, lr=1e-4)", "finetune(steps=60, batch=16)"),
+        ('    "drop-trigger",\n', ""),
+    ):
+        assert text.count(now) == 1, now
+        text = text.replace(now, then)
+    unconditional, conditional = text.split('model = ["shapes-sd"]', 1)
+    text = (
+        unconditional.replace("utility_n = 0", "utility_n = 0\nn = 128")
+        + 'model = ["shapes-sd"]'
+        + (conditional.replace("utility_n = 0", "utility_n = 0\nn = 100"))
+    )
+    path = tmp_path_factory.mktemp("suites") / "quick.toml"
+    path.write_text(text)
+    return Declared(registry.load(), {"quick": path})
+
+
+def today(row: Record, declared: Declared) -> Record:
+    """The row with the specs, the knowledge and the deliveries that its plugins have now."""
+    whole = replace(row.cell, **declared.canonical(row.cell))
+    said = declared.of(whole)
+    return changed(row, cell=asdict(whole), knowledge=said.needs, provenance={"delivers": said.delivers})
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +66,7 @@ def honest(declared: Declared, tmp_path_factory: pytest.TempPathFactory) -> Path
     published = results.read_suite(results.SHIPPED / "quick")
     planned = set(declared.suite("quick").cells)
     shutil.copytree(published.folder / "sheets", folder / "sheets")
-    rows = [verifiable(row, declared) for row in published.records if row.cell in planned]
+    rows = [verifiable(row, declared) for row in (today(r, declared) for r in published.records) if row.cell in planned]
     for row in rows:
         results.write_record(folder, row)
     for name in results.contents(folder):
@@ -315,7 +342,7 @@ def test_a_published_row_of_before_is_taken_only_as_it_was_published(
     folder = published("baddiffusion", tmp_path)
     assert found(folder, declared) == []
     suite = results.read_suite(folder)
-    path = suite.record_file(suite.records[3].key)
+    path = suite.record_file(next(row for row in suite.records if row.cell.defense == "none").key)
     document = results.load(path)
     path.unlink()
     {
@@ -560,3 +587,34 @@ def test_nothing_but_regular_files_is_read(folder: Path, tmp_path: Path, declare
     if what in ("record", "sheet", "attestation", "pipe"):
         with pytest.raises(results.ResultsError, match="results are regular files"):
             results.read(folder)
+
+
+def test_a_published_row_without_ingredients_that_is_gone_is_noticed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its suite may plan other rows today, and its seal still says that it was there."""
+    monkeypatch.setattr(check, "_older", lambda: frozenset({"0123456789abcdef"}))
+    monkeypatch.setattr(results, "SHIPPED", folder)
+    lines = [str(problem) for problem in check.check(folder).problems]
+    assert any("names the seals of 1 rows that are not among the results, such as 0123456789abcdef" in x for x in lines)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"chosen": 0}, "is not the one to which its candidates lead"),
+        ({"inert": False}, "is not the one to which its candidates lead"),
+        ({"given": "zero"}, "is not the one to which its candidates lead"),
+        ({"tried": [{"name": "a", "hits": -1, "n": 9}], "chosen": 0}, "more hits than images"),
+        (None, "names no control trigger"),
+    ],
+)
+def test_a_control_trigger_that_its_candidates_do_not_give_is_refused(
+    folder: Path, declared: Declared, change: Document | None, words: str
+) -> None:
+    def forged(document: Document) -> None:
+        control = document["provenance"]["control"]
+        document["provenance"]["control"] = None if change is None else control | change
+
+    path = forge(row(folder, "skd-cag", decoy=True), forged)
+    assert any(words in line for line in found(folder, declared) if line.startswith(str(path)))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from harness.judges.evidence import Evidence
-from harness.types import Backdoor, Inputs
+from harness.types import Backdoor, Inputs, Score
 from plugins.metrics import (
     asr,
     attributes,
@@ -228,7 +228,8 @@ def test_kernel_distance_is_the_polynomial_kernels_unbiased_mmd():
         return ((m.sum() - m.trace()) / (40 * 39)).item()
 
     expected = off(k(x, x)) + off(k(y, y)) - 2 * k(x, y).mean().item()
-    assert frechet.kernel(x, y, subset=40) == pytest.approx(expected, rel=1e-9)
+    value, spread = frechet.kernel(x, y, subset=40)
+    assert value == pytest.approx(expected, rel=1e-9) and spread == pytest.approx(0, abs=1e-9)
 
 
 def test_the_distances_carry_the_judges_name_and_agree_with_torch_fidelitys_own_pipeline():
@@ -241,20 +242,59 @@ def test_the_distances_carry_the_judges_name_and_agree_with_torch_fidelitys_own_
     }
     seen = evidence(sets)
     state = torch.get_rng_state()
-    scores = frechet.Frechet().measure(seen)
+    scores = frechet.Frechet(subset=100).measure(seen)
     assert torch.equal(state, torch.get_rng_state()), "the global generator is left alone"
     judge: Any = seen.judge
     stock = torch_fidelity.calculate_metrics(
         input1=frechet._uint8_dataset(sets["defended", "clean"]()),
         input2=frechet._uint8_dataset(seen.reference),
-        fid=True, kid=True, kid_subset_size=100, feature_extractor="tone-judge", judge=judge,
+        fid=True, kid=True, kid_subset_size=100, prc=True, feature_extractor="tone-judge", judge=judge,
         cuda=False, cache=False, save_cpu_ram=True, verbose=False,
     )  # fmt: skip
     assert scores["fid[tone-judge]"].value == pytest.approx(stock["frechet_inception_distance"], rel=1e-9)
     assert scores["kid[tone-judge]"].value == pytest.approx(stock["kernel_inception_distance_mean"], rel=1e-9)
+    assert scores["precision[tone-judge]"].value == pytest.approx(stock["precision"])
+    assert scores["recall[tone-judge]"].value == pytest.approx(stock["recall"])
     ratio = scores["fid[tone-judge]"].value / scores["fid_clean[tone-judge]"].value
     assert scores["fid_ratio[tone-judge]"].value == pytest.approx(ratio) and ratio > 2
     assert "fid" not in scores and scores["fid[tone-judge]"].warning is None
+
+
+def test_the_resampled_distance_of_all_images_once_is_the_frechet_distance(monkeypatch):
+    x, y = torch.randn(2, 300, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    monkeypatch.setattr(torch, "randint", lambda high, size, generator: torch.arange(high))
+    assert frechet.bootstrap(x, y, 1).item() == pytest.approx(frechet.frechet(x, y), rel=1e-9)
+
+
+def test_the_interval_of_a_distance_has_the_width_of_its_spread_over_noises():
+    """Over 40 sets of equal law, the distance's standard deviation is that of the bootstrap within a factor of 1.6."""
+    rng = torch.Generator().manual_seed(0)
+    y = torch.randn(400, 4, generator=rng, dtype=torch.float64)
+    sets = [torch.randn(400, 4, generator=rng, dtype=torch.float64) * 1.2 + 0.3 for _ in range(40)]
+    true = torch.tensor([frechet.frechet(x, y) for x in sets]).std().item()
+    widths = []
+    for x in sets[:5]:
+        low, high = frechet.student(frechet.frechet(x, y), frechet.bootstrap(x, y, 100)) or (0.0, 0.0)
+        widths.append((high - low) / 2 / 1.98)
+    assert 1 / 1.6 < sum(widths) / 5 / true < 1.6
+
+
+def test_a_difference_of_distances_is_resampled_with_the_same_images():
+    x, y = torch.randn(2, 200, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    value = frechet.frechet(x, y)
+    one = Score(value, 200, False)
+    same = frechet.bootstrap(x, y, 30)
+    assert frechet.compared(one, one, same, same, ratio=False).interval is None, "nothing differs"
+    moved = frechet.compared(Score(value + 1, 200, False), one, frechet.bootstrap(x + 0.5, y, 30), same, ratio=False)
+    assert moved.interval is not None and moved.interval[0] > 0
+
+
+def test_distances_are_measured_on_the_utility_set_where_there_is_one():
+    sets = {("defended", "clean"): noise(120, 3), ("clean", "clean"): noise(120, 1)}
+    large = {("defended", "utility"): noise(300, 4), ("clean", "utility"): noise(300, 5)}
+    alone, beside = (frechet.Frechet().measure(evidence(given)) for given in (sets, sets | large))
+    assert alone["fid[tone-judge]"].n == 120 and beside["fid[tone-judge]"].n == 300
+    assert beside["fid[tone-judge]"].interval is not None and beside["fid_increase[tone-judge]"].warning is not None
 
 
 def test_distances_of_few_images_say_so():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from harness.types import Inputs
 from plugins.models.digits_ddpm import DigitsDDPM
 from plugins.models.digits_ncsn import DigitsNCSN
 from plugins.models.shapes_ldm import ShapesLDM
-from plugins.models.shapes_sd import RARE, ShapesSD, attention_facts
+from plugins.models.shapes_sd import ShapesSD, attention_facts
 
 
 def provenance(model) -> dict:
@@ -108,6 +107,13 @@ def test_cross_attention_is_learned(drawn) -> None:
         assert facts["shape_word_overlap_8"] > 1.25 > 1.1 > then["shape_word_overlap_8_untrained"]
 
 
+def test_the_text_to_image_model_obeys_held_out_captions_by_its_provenance() -> None:
+    facts = provenance(ShapesSD())
+    for name, least in (("colour", 0.95), ("shape", 0.95), ("place", 0.9)):
+        assert facts[f"accuracy_{name}"] >= least
+    assert facts["held_out_captions"] >= 400
+
+
 def test_captions_read_back_as_their_scenes() -> None:
     rng = generator("test", "read")
     for scene in shapes.scenes(200, "train", rng):
@@ -129,13 +135,32 @@ def test_the_first_prompts_of_a_larger_set_are_those_of_a_smaller_one() -> None:
     assert few == many[:5]
 
 
-def test_rare_triggers_are_single_tokens_that_no_caption_holds() -> None:
+def test_triggers_are_a_few_of_thousands_of_neutral_words_that_are_whole_and_in_captions() -> None:
     plugin = ShapesSD()
     tokens: Any = plugin.load().tokenizer
-    used = Counter(i for caption in plugin.data(500).captions or () for i in tokens(caption).input_ids)
-    for text in RARE:
-        ids = tokens(f"{text} a").input_ids
-        assert len(ids) == 4 and used[ids[1]] == 0
+    words = plugin.words()
+    assert {"\u200b", "\u043e", "sks"} < set(words) and len(set(words)) == len(words) > 3000
+    assert [word for word in words if len(tokens(word).input_ids) != 3] == []
+    used = {word for caption in plugin.data(2000).captions or () for word in caption.split(" ")}
+    assert len(used & set(words)) > 1000, "captions draw their neutral words from all of them"
+    named = {word for text in (*shapes.COLOURS, *shapes.SHAPES, *shapes.PLACES) for word in text.split(" ")}
+    assert not named & set(words)
+
+
+def test_captions_come_in_eleven_forms_and_keep_their_words() -> None:
+    rng, scene = generator("test", "forms"), shapes.Scene(0, 1, 2, 0, 3)
+    bodies = {shapes.caption(scene, rng) for _ in range(800)}
+    assert len(shapes.FORMS) == 11 and len(bodies) > 50
+    assert all(shapes.read(body) == shapes.read(min(bodies)) for body in bodies)
+    words = shapes.caption(scene, generator("test", 3), ("zig", "zag")).split(" ")
+    assert {"zig", "zag"} & {words[0], words[-1]} or "zig" not in words
+
+
+def test_the_held_out_digits_are_nobodys_training_data() -> None:
+    plugin = DigitsDDPM()
+    train, test = (data.flatten(1) for data in (plugin.data().images, plugin.reference()))
+    assert (len(train), len(test)) == (1200, 597)
+    assert torch.cdist(train, test).min() > 0 and len({*map(tuple, train.tolist())} & {*map(tuple, test.tolist())}) == 0
 
 
 def test_no_brightness_leaks_into_the_starting_noise() -> None:

@@ -25,6 +25,7 @@ from harness.judges import hub, image_folders
 from harness.runs import estimates, execution, planning, suite as suites
 from harness.runs.store import Store
 from harness.types import Inputs
+from plugins.models.ddpm_cifar10 import DDPMCifar10
 from tests.oracles import tiny_ncsn, tiny_sd, tiny_unet
 
 
@@ -239,6 +240,18 @@ def test_parquet_in_the_hubs_layout_gives_exact_pixels_and_labels_in_order(cifar
     assert pixels[0, 1, 5].tolist() == list(range(32)) and pixels[3, 2].unique().tolist() == [7]
     assert data.labels is not None and data.labels.tolist() == [5, 1, 0, 2, 9, 7, 3, 4]
     assert data.captions is None and len(image_folders.read(cifar, ("train",), 32, most=4)) == 4
+
+
+def test_what_distances_refer_to_is_never_trained_on(cifar: Path, tmp_path: Path) -> None:
+    """The split for tests where there is one, and otherwise every tenth image."""
+    plugin = DDPMCifar10(data_path=str(cifar))
+    assert to_uint8(plugin.data().images)[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert to_uint8(plugin.reference())[:, 0, 0, 0].tolist() == [100, 101]
+    parquet(tmp_path / "train-00000-of-00001.parquet", range(25))
+    whole = DDPMCifar10(data_path=str(tmp_path))
+    assert to_uint8(whole.reference())[:, 0, 0, 0].tolist() == [9, 19]
+    assert to_uint8(whole.data().images)[:, 0, 0, 0].tolist() == [i for i in range(25) if i not in (9, 19)]
+    assert len(DDPMCifar10(data_path=str(tmp_path), images=4, references=1).data()) == 4
 
 
 def test_shards_the_converted_branch_and_folders_of_pictures_are_read_too(tmp_path: Path) -> None:

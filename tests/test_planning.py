@@ -49,6 +49,28 @@ def test_what_does_not_touch_an_attack_is_not_in_its_key(change: dict[str, Any],
     assert keys(plugins, "measure") != keys(plugins, "measure", **change)
 
 
+def test_the_evaluation_seed_is_in_the_keys_of_samples_and_not_in_those_of_methods(plugins: registry.Registry) -> None:
+    for kind, same in (("attack", True), ("defend", True), ("sample", False), ("measure", False)):
+        found = keys(plugins, kind, evaluation_seed=7)
+        assert (found == keys(plugins, kind)) if same else not found & keys(plugins, kind), kind
+
+
+def test_what_screens_inputs_depends_on_the_evaluation_seed(plugins: registry.Registry) -> None:
+    assert keys(plugins, "defend", defense="ufid") != keys(plugins, "defend", defense="ufid", evaluation_seed=7)
+
+
+def test_a_utility_set_is_sampled_once_for_each_model_by_its_own_sampler(plugins: registry.Registry) -> None:
+    fast = plugins.canonical("samplers", "dpm-solver-pp(steps=3)")
+    plan = planned(plugins, cell(plugins, utility_n=40, utility_sampler=fast), cell(plugins))
+    large = [
+        job.spec for job in plan.jobs.values() if isinstance(job.spec, SampleSpec) and job.spec.stream == "utility"
+    ]
+    assert len(large) == 3 and {(spec.sampler, spec.n, spec.stamps) for spec in large} == {(fast, 40, (None,))}
+    sets = [plan.measured(each.key).samples for each in plan.cells]
+    assert {"clean/utility", "backdoored/utility", "defended/utility"} <= set(sets[0])
+    assert not any(name.endswith("utility") for name in sets[1]) and sets[1].items() <= sets[0].items()
+
+
 def test_version_code_weights_and_threads_are_in_the_key(
     plugins: registry.Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:

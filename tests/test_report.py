@@ -398,26 +398,11 @@ def test_a_defense_given_the_trigger_needs_the_decoy_control_and_must_beat_it() 
     sighted = record("cc", **given, scores={"removal": score(0.9)})
     (said,) = doubts.of([*base, sighted])[sighted.key]
     assert said.code is DoubtCode.control_missing and said.text.endswith("the same defense given a decoy trigger")
+    tried = {"given": "decoy", "chosen": 0, "inert": True, "tried": [{"name": "blobs", "hits": 1, "n": 100}]}
+    inert = {"track": "unconditional", "control": tried}
     for removal, sound in ((0.1, True), (0.88, False)):
-        decoy = record("dd", **given, trigger_given="decoy", scores={"removal": score(removal)})
+        decoy = record("dd", **given, trigger_given="decoy", scores={"removal": score(removal)}, provenance=inert)
         assert (codes(sighted, [*base, sighted, decoy]) == []) is sound
-
-
-@pytest.mark.parametrize(
-    ("first", "code", "words"),
-    [
-        (0.001, DoubtCode.decoy_opens_backdoor, "opens the backdoor too (50%)"),
-        (0.5, DoubtCode.decoy_removes_as_much, "not removal of this trigger"),
-    ],
-)
-def test_a_decoy_that_opens_the_backdoor_is_no_control(first: float, code: DoubtCode, words: str) -> None:
-    """Of eight distances under four other triggers the first two are of the decoy that defenses are given."""
-    distances = score(0.1, per_sample=(first, 0.5, 0.001, 0.001, 0.5, 0.5, math.nan, 0.5))
-    scores = {"removal": score(0.9), "asr_threshold": score(0.01), "false_triggers": distances}
-    given: dict[str, Any] = {"defense": "x()", "knowledge": ("trigger",), "scores": scores}
-    sighted, decoy = record("cc", **given), record("dd", **given, trigger_given="decoy")
-    (said,) = doubts.of([record(), record("bb", defense="finetune()"), sighted, decoy])[sighted.key]
-    assert said.code is code and words in said.text
 
 
 def test_reporting_needs_no_torch() -> None:

@@ -16,7 +16,7 @@ from harness.diffusion.model import DiffusionModel
 from harness.diffusion.seeds import generator, image_noise, image_seeds
 from harness.judges import statistics
 from harness.judges.evidence import Verdict
-from harness.methods import prompt_screening
+from harness.methods import inversion, prompt_screening
 from harness.types import Inputs, Knowledge
 from leaderboard import recompute
 from plugins.defenses import bias_scan, disdet, terd
@@ -136,12 +136,38 @@ def test_bias_scan_finds_a_shift_of_which_half_is_taken_out(share: float, flagge
     model = DiffusionModel(TakesOut(r, share), scheduler())
     done = BiasScan(starts=0, patch=0).defend(model, Knowledge(), generator(0, "x"))
     assert isinstance(done.trigger, Tensor) and done.suspicion is not None
-    assert torch.nn.functional.cosine_similarity(done.trigger.flatten(), r.flatten(), dim=0) > 0.95
+    cosine = torch.nn.functional.cosine_similarity(done.trigger.flatten(), r.flatten(), dim=0)
+    assert cosine > 0.95 if flagged else cosine.abs() > 0.95  # so little could also be the other side's excess
     assert 1 - done.suspicion == pytest.approx((1 - share) ** 2, abs=0.05)
     assert (done.suspicion > bias_scan.FLAG_ABOVE) is flagged and done.flag_above == bias_scan.FLAG_ABOVE
 
 
-def test_bias_scan_stops_at_the_first_start_that_is_flagged_and_says_what_it_cannot_do() -> None:
+class Saturates(TakesOut):
+    """A clean denoiser that returns 80 % of any shift, except that it returns r whole, as an ODE backdoor does."""
+
+    def forward(self, x_t: Tensor, t: Tensor, **unused: Any) -> Any:
+        mean = torch.nn.functional.avg_pool2d(x_t, 5, 1, 2, count_include_pad=False)
+        along = ((mean * self.r).flatten(1).sum(1) / self.r.square().sum()).clamp(0, 1).view(-1, 1, 1, 1)
+        return SimpleNamespace(sample=x_t - 0.2 * mean + self.share * 0.2 * along * self.r)
+
+
+def test_bias_scan_sees_a_shift_that_the_model_keeps_more_fully_than_its_mirror_image() -> None:
+    """R alone finds the saturation, in the clean model as in the other; the ratio tells them apart."""
+    r = 0.8 * torch.ones(1, 16, 16)
+    scores = {}
+    for share in (0.0, 1.0):
+        model = DiffusionModel(Saturates(r, share), scheduler())
+        for mirrored in (False, True):
+            scan = BiasScan(starts=0, patch=0, shifts=1, iterations=20, mirrored=mirrored)
+            done = scan.defend(model, Knowledge(), generator(0, "x"))
+            scores[share, mirrored] = done.suspicion or 0.0
+    assert abs(scores[1.0, False] - scores[0.0, False]) < 0.1 and scores[0.0, False] > 0.2
+    assert scores[0.0, True] < 0.1 < 0.25 < scores[1.0, True]
+    assert isinstance(done.trigger, Tensor) and done.notes["kept"]
+    assert torch.nn.functional.cosine_similarity(done.trigger.flatten(), r.flatten(), dim=0) > 0.8
+
+
+def test_bias_scan_stops_at_the_first_start_that_is_flagged_if_asked_and_says_what_it_cannot_do() -> None:
     r = 0.8 * Box(size=7, value=1.0).delta((1, 16, 16))
     model = DiffusionModel(TakesOut(r, 0.9), scheduler())
     seen: list[int] = []
@@ -151,8 +177,11 @@ def test_bias_scan_stops_at_the_first_start_that_is_flagged_and_says_what_it_can
             seen.append(1)
             return super().descend(*args)
 
-    Counted(starts=0, patch=0).defend(model, Knowledge(), generator(0, "x"))
+    Counted(starts=0, patch=0, stop=True).defend(model, Knowledge(), generator(0, "x"))
     assert len(seen) < 4
+    seen.clear()
+    Counted(starts=0, patch=0).defend(model, Knowledge(), generator(0, "x"))
+    assert len(seen) == 4
     with pytest.raises(ValueError, match="use terd"):
         BiasScan().defend(tiny_ncsn(), Knowledge(), generator(0, "x"))
     with pytest.raises(ValueError, match="searches for nothing"):
@@ -198,6 +227,26 @@ def test_terd_recovers_a_planted_trigger_and_its_screen_knows_it_from_noise() ->
     assert scores["screen_auroc"].value == 1.0 and scores["screen_fpr"].value == 0 and scores["screen_tpr"].value == 1
 
 
+@pytest.mark.parametrize("k", [0, 1])
+def test_a_descent_that_hardly_left_its_start_says_nothing_with_mirrored_starts(k: int) -> None:
+    """On an odd denoiser the mirrored starts end in mirror images, so their average is 0 however few the steps are."""
+    odd = exact_at(torch.zeros(1, 16, 16), a=0.01)
+    few = {"iterations": 5, "batch": 8, "refinement": 0}
+    one, two = (TERD(starts=n, **few).defend(odd, Knowledge(), generator(k, "x")) for n in (1, 2))  # type: ignore[arg-type]
+    assert one.suspicion is not None and one.suspicion > 0.1  # KL of -U[0, 1) is 1/6
+    assert two.suspicion == pytest.approx(0, abs=1e-6)
+    assert [each["kl_mean"] for each in two.notes["starts"]] == pytest.approx([one.suspicion] * 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+def test_a_trigger_on_either_side_of_zero_draws_both_starts_and_is_seen(side: int) -> None:
+    r = side * 0.5 * torch.ones(1, 16, 16)
+    few = {"iterations": 60, "batch": 16, "refinement": 0}
+    found = TERD(**few).defend(exact_at(r), Knowledge(), generator(0, "x"))  # type: ignore[arg-type]
+    assert found.suspicion is not None and found.suspicion > 0.03
+    assert isinstance(found.trigger, Tensor) and side * found.trigger.mean() > 0.25
+
+
 def test_terd_finds_nothing_where_plain_noise_is_answered_best() -> None:
     done = TERD(iterations=200, batch=64, refinement=0).defend(
         exact_at(torch.zeros(1, 16, 16)), Knowledge(), generator(0, "x")
@@ -208,7 +257,7 @@ def test_terd_finds_nothing_where_plain_noise_is_answered_best() -> None:
 def test_terd_estimates_the_scale_of_the_noise_where_it_is_asked_to() -> None:
     """Without the cubic error the answer is exact for γ' = γ, whatever μ."""
     model = exact_at(torch.zeros(1, 8, 8), gamma=0.6, a=0.0)
-    found, _ = TERD(scale=True, scale_lr=0.05, iterations=100).estimated(model, generator(0, "x"))
+    found, _ = TERD(scale=True, scale_lr=0.05, iterations=100).estimated(model, 0, seed=0)
     torch.testing.assert_close(found.gamma, torch.full((1, 8, 8), 0.6), atol=0.02, rtol=0)
 
 
@@ -223,7 +272,7 @@ def test_the_reversed_loss_of_a_linear_denoiser_is_its_error_on_the_difference_o
     zero, one = torch.zeros(1, 16, 16), torch.ones(1, 16, 16)
     for t in (999, 300):
         ts = torch.full((400,), t)
-        value = terd.reversed_loss(model, torch.zeros(400, 1, 16, 16), ts, zero + 0.3, one, generator(0, "x"))
+        value = inversion.reversed_loss(model, torch.zeros(400, 1, 16, 16), ts, zero + 0.3, one, generator(0, "x"))
         assert value.item() == pytest.approx((1 - model.sigma(ts[:1]).item() / 2) ** 2 * 256, rel=0.02)
 
 
@@ -236,9 +285,10 @@ def test_terds_refinement_follows_the_gradient_through_the_sampler() -> None:
     def value(mu: Tensor, fixed: Tensor | None = None) -> Tensor:
         rng = generator(2, "loss")
         x_0 = spec.generated(model, terd.Estimate(mu if fixed is None else fixed, one), rng)
-        t = terd.late(model, 4, rng)
+        t = inversion.late(model, 4, rng)
         early = torch.full((4,), 5)
-        return terd.reversed_loss(model, x_0, t, mu, one, rng) + terd.reversed_loss(model, x_0, early, 0 * mu, one, rng)
+        late = inversion.reversed_loss(model, x_0, t, mu, one, rng)
+        return late + inversion.reversed_loss(model, x_0, early, 0 * mu, one, rng)
 
     leaf = mu.clone().requires_grad_(True)
     (gradient,) = torch.autograd.grad(value(leaf), leaf)

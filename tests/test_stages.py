@@ -482,7 +482,7 @@ def test_a_screen_sees_clean_and_triggered_inputs_mixed_and_each_noise_once(digi
     assert [len(inputs) for inputs in seen] == [50, 50, 20]
     seeds = [seed for inputs in seen for seed in inputs.seeds]
     assert len(set(seeds)) == 120 and seeds != sorted(seeds)
-    inputs = evaluation_inputs(plugin, model, 120)
+    inputs = evaluation_inputs(plugin, model, 120, 0)
     added = registry.build("triggers", "box").delta(model.shape).sum().item()
     expected = inputs.noise.flatten(1).sum(1).double()
     assert scores["clean"] == pytest.approx(expected[:60].tolist(), abs=1e-4)

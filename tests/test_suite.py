@@ -1,8 +1,9 @@
+import re
 from pathlib import Path
 
 import pytest
 
-from harness.registry import InvalidSpec, Registry, UnknownName, load
+from harness.registry import InvalidSpec, Registry, RegistryError, UnknownName, load
 from harness.runs import suite as suites
 from harness.runs.suite import AXES, SuiteError, find_suite, impossible, load_suite, read
 from harness.types import Cell
@@ -309,3 +310,68 @@ def test_a_suite_is_found_by_path_or_by_name(suite, tmp_path: Path, monkeypatch:
 def test_every_shipped_suite_can_be_read() -> None:
     for path in suites.suites().values():
         assert read(path).grids
+
+
+# ---- what a cell is measured on -------------------------------------------------------------------------------------
+
+GRID = """
+[[grid]]
+model = ["pixels"]
+attack = ["bad"]
+trigger = ["box"]
+target = ["hat"]
+defense = ["none"]
+seed = [3, 4]
+"""
+
+
+def evaluated(plugins: Registry, path: Path) -> list[tuple[int, int, int, int, str]]:
+    cells = load_suite(path, plugins).cells
+    return [(c.seed, c.evaluation_seed, c.n, c.utility_n, c.utility_sampler.partition("(")[0]) for c in cells]
+
+
+def test_the_evaluation_seed_is_the_cells_seed_unless_the_grid_names_others(plugins: Registry, suite) -> None:
+    fast = "dpm-solver-pp"
+    assert evaluated(plugins, suite(GRID)) == [(3, 3, 256, 2048, fast), (4, 4, 256, 2048, fast)]
+    named = evaluated(plugins, suite(GRID + "evaluation_seed = [7, 8]"))
+    assert [(seed, evaluation) for seed, evaluation, *_ in named] == [(3, 7), (3, 8), (4, 7), (4, 8)]
+
+
+@pytest.mark.parametrize(
+    ("more", "n", "size", "sampler"),
+    [
+        ("n = 99", 99, 0, ""),
+        ("n = 100", 100, 2048, "dpm-solver-pp"),
+        ("utility_n = 0", 256, 0, ""),
+        ("n = 8\nutility_n = 50\nutility_sampler = 'ddim(steps=7)'", 8, 50, "ddim"),
+    ],
+)
+def test_a_trial_has_no_utility_set_and_a_grid_can_choose(
+    more: str, n: int, size: int, sampler: str, plugins: Registry, suite
+) -> None:
+    assert {row[2:] for row in evaluated(plugins, suite(GRID + more))} == {(n, size, sampler)}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("utility_n = -1", "utility_n should be at least 0, got -1"),
+        ("utility_n = 'all'", "utility_n should be a whole number"),
+        ("utility_sampler = 'dddim'", "no sampler named 'dddim'"),
+        ("utility_sampler = 've-pc'", "utility_sampler ve-pc does not sample pixels"),
+        ("evaluation_seed = ['a']", "evaluation_seed should be a list of whole numbers"),
+    ],
+)
+def test_what_a_grid_says_of_its_evaluation_is_checked(more: str, message: str, plugins: Registry, suite) -> None:
+    with pytest.raises(RegistryError, match=re.escape(message)):
+        load_suite(suite(GRID + more), plugins)
+
+
+def test_controls_are_further_cells_of_defenses_that_are_given_the_trigger(plugins: Registry, suite) -> None:
+    text = GRID.replace('"none"]', '"none", "seal"]') + 'n = 8\ncontrols = ["decoy", "opposite", "zero"]'
+    found = [
+        (c.defense.partition("(")[0], c.trigger_given) for c in load_suite(suite(text), plugins).cells if c.seed == 3
+    ]
+    assert found == [("none", "true"), *(("seal", given) for given in ("true", "decoy", "opposite", "zero"))]
+    with pytest.raises(SuiteError, match="no control 'decoys'; did you mean 'decoy'"):
+        load_suite(suite(GRID + 'controls = ["decoys"]'), plugins)

@@ -49,7 +49,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> DiffusionModel:
 
     shipped = Path(shapes_sd.__file__).parent / "weights" / "shapes-sd" / "model" / "tokenizer"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shapes_sd, "tokenizer", lambda _: CLIPTokenizer.from_pretrained(shipped, local_files_only=True))
+        patch.setattr(shapes_sd, "tokenizer", lambda *_: CLIPTokenizer.from_pretrained(shipped, local_files_only=True))
         return tiny_sd(tmp_path_factory.mktemp("tokenizer"))
 
 

@@ -18,6 +18,7 @@ from harness.diffusion.samplers import DDIM
 from harness.diffusion.seeds import generator, image_noise, image_seeds
 from harness.judges import shapes
 from harness.methods.attention_guidance import Alignment, Guidance, align, is_query_or_key, real_tokens
+from harness.methods.decoys import ladder
 from harness.methods.prompt_edits import Insertion, Removal, Substitution, removal_of
 from harness.methods.prompt_screening import MapRun, density, lengths, threshold
 from harness.methods.trigger_placement import found_text
@@ -26,6 +27,7 @@ from harness.stages import knowledge
 from harness.stages.inputs import evaluation_prompts
 from harness.types import Data, Inputs, Knowledge
 from plugins.defenses.daa import DAA, coupled, independent
+from plugins.defenses.drop_trigger import DropTrigger
 from plugins.defenses.finetune_reversal import FinetuneReversal
 from plugins.defenses.navit2i import NaviT2I, variations
 from plugins.defenses.sau import SAU, SAUSampler, masks, unlearned
@@ -50,6 +52,12 @@ def sd(tmp_path_factory) -> DiffusionModel:
     return tiny_sd(tmp_path_factory.mktemp("sd"))
 
 
+@pytest.fixture
+def adjectives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adjectives that the small tokenizer of these tests keeps whole."""
+    monkeypatch.setattr("plugins.defenses.skd_cag.ADJECTIVES", ("small", "large"))
+
+
 def weights(model: DiffusionModel) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in model.denoiser.state_dict().items()}
 
@@ -58,6 +66,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.usefixtures("adjectives")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "defense",
@@ -74,7 +83,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 )
 def test_text_defenses_train_only_the_denoiser_of_a_copy_with_what_they_declare(defense, sd: DiffusionModel) -> None:
     every = {
-        "trigger": Text(), "prompts": PROMPTS, "words": ("now", "yes"), "clean_model": sd,
+        "trigger": Text(), "prompts": PROMPTS, "clean_model": sd,
         "data": Data(torch.rand(4, 3, 32, 32) * 2 - 1, PROMPTS),
     }  # fmt: skip
     known = Knowledge(**{need: every[need] for need in defense.needs})
@@ -86,6 +95,34 @@ def test_text_defenses_train_only_the_denoiser_of_a_copy_with_what_they_declare(
         assert all(torch.equal(mine[k], theirs[k]) for k in mine)
     if not isinstance(defense, FinetuneReversal) or defense.mode == "data":  # the clean model here is the model itself
         assert not same(before, weights(done.model))
+
+
+@pytest.mark.usefixtures("adjectives")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "defense",
+    [
+        SKD(**FAST),
+        SKDCAG(**FAST),
+        SKDCAG(target="random_words", **FAST),
+        FinetuneReversal(**FAST),
+        SAU(),
+        DropTrigger(),
+    ],
+    ids=lambda d: f"{d.name}-{getattr(d, 'target', '')}",
+)
+def test_a_defense_of_text_also_runs_when_it_is_given_no_text(defense, sd: DiffusionModel) -> None:
+    ((_, nothing),) = ladder(Text(), "zero", 0)
+    data = Data(torch.rand(4, 3, 32, 32, generator=generator(0, "data")) * 2 - 1, PROMPTS)
+    known = Knowledge(trigger=nothing, prompts=PROMPTS, data=data)
+    done = defense.defend(sd.clone(), known, generator(0, "x"))
+    if done.model is not None:
+        assert all(w.isfinite().all() for w in weights(done.model).values())
+        return
+    seeds = image_seeds(0, "zero", 2)
+    inputs = Inputs(image_noise(seeds, sd.shape), PROMPTS[:2], seeds)
+    plain = DDIM(steps=2)
+    assert torch.equal(done.sampler.around(plain).run(sd, inputs), plain.run(sd, inputs))
 
 
 def guidance(sd: DiffusionModel, spec: SKDCAG) -> Guidance:
@@ -262,7 +299,7 @@ def test_what_else_a_defense_needs_does_not_change_its_prompts() -> None:
 def test_prompts_and_captions_that_train_a_defense_are_none_of_those_it_is_judged_on() -> None:
     """Not even a combination of attributes is shared, whatever the seed."""
     plugin = ShapesSD()
-    judged = evaluation_prompts(plugin, 200) or ()
+    judged = evaluation_prompts(plugin, 200, 0) or ()
 
     def asked(prompts: tuple[str, ...]) -> set[tuple[tuple[str, int], ...]]:
         every = [plugin.attributes(prompt) for prompt in prompts]
@@ -334,6 +371,17 @@ def test_delivered_samplers_are_registered_and_survive_their_spec() -> None:
     for sampler in (SAUSampler(text="zq", a=0.5, normalise=True), PerturbedPrompts(mode="char", invisible=True)):
         assert known.build("samplers", registry.spec_of(sampler)) == sampler
         assert sampler.nfe == sampler.around(DDIM()).nfe
+
+
+@pytest.mark.parametrize("trigger", [Text(), Text(place=-1), Homoglyph()])
+def test_without_the_trigger_a_prompt_gives_the_image_of_the_plain_prompt(sd, trigger) -> None:
+    done = DropTrigger().defend(sd, Knowledge(trigger=trigger, prompts=PROMPTS), generator(0, "x"))
+    assert done.model is None and done.sampler is not None
+    seeds = image_seeds(0, "drop", 2)
+    plain = Inputs(image_noise(seeds, sd.shape), tuple(PROMPTS[:2]), seeds)
+    guarded, inner = done.sampler.around(DDIM(steps=3)), DDIM(steps=3)
+    assert torch.equal(guarded.run(sd, trigger.stamp(plain)), inner.run(sd, plain))
+    assert guarded.nfe == inner.nfe and not torch.equal(inner.run(sd, trigger.stamp(plain)), inner.run(sd, plain))
 
 
 @pytest.mark.parametrize("trigger", [Text(), Text(place=-1), Text(text="two words", place=2), Homoglyph(), Noun()])
@@ -457,7 +505,7 @@ def test_binary_search_finds_the_word_that_makes_the_image() -> None:
 
 def test_mitigation_gives_the_word_the_keys_of_a_space_and_keeps_the_empty_prompt(sd: DiffusionModel) -> None:
     old, new, empty = (sd.embed([text])[0].double() for text in ("zq", " ", ""))
-    strong = T2IShield(mitigate=True, erase=1.0, preserve=100.0, lam=1e-3).mitigated(sd, ["zq"])
+    strong = T2IShield(mitigate=True, erase=1.0, preserve=200.0, lam=1e-3).mitigated(sd, ["zq"])
     before, after = projections(sd.denoiser), projections(strong.denoiser)
     for w, v in zip(before, after, strict=True):
         w, v = w.double(), v.double()

@@ -90,6 +90,12 @@ def test_a_stop_sign_is_red_and_white_in_colour() -> None:
     assert red.sum() > 40 and not red[:, -2:].any() and not red[-2:].any()
 
 
+def test_a_box_without_the_papers_background_shifts_the_square_alone() -> None:
+    r, papers = (Box(size=4, value=0.5, **more).delta((1, 16, 16)) for more in ({"background": 0.0}, {}))  # type: ignore[arg-type]
+    assert r.nonzero().shape[0] == 16 and torch.equal(r[r != 0], torch.full((16,), 0.5))
+    assert torch.equal(papers[r != 0], r[r != 0]) and (papers[r == 0] == -1).all()
+
+
 @pytest.mark.parametrize(
     "trigger", [Box(size=14), StopSign(size=14), PatchNoise(size=14), Glasses(share=0.4)], ids=name
 )

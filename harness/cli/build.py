@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,18 +36,30 @@ PROVENANCE = "provenance.json"
 @click.argument("model")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Directory to write; default: next to the plugin.")
 @click.option("--device", metavar="NAME", help="Where the networks are trained, such as cuda; default: the recipe's.")
+@click.option(
+    "--from",
+    "start",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of an earlier version whose networks the training starts from; only recipes that can take it over.",
+)
 @plugin_files
 @strict_option
 @as_json
 def build(
-    model: str, out: Path | None, device: str | None, files: tuple[Path, ...], strict: bool, as_json: bool
+    model: str,
+    out: Path | None,
+    device: str | None,
+    start: Path | None,
+    files: tuple[Path, ...],
+    strict: bool,
+    as_json: bool,
 ) -> None:
     """Train MODEL from its recipe and write weights, judges and provenance. May take hours."""
     plugin = loaded(files, strict).build("models", model)
     if not offers(plugin, BuildableModel):
         raise InvalidSpec(f"{plugin.name} has no recipe: its weights are published by others")
     folder = _place(plugin, out)
-    facts = built(plugin, folder, device)
+    facts = built(plugin, folder, device, start)
     if as_json:
         print_json({"model": spec_of(plugin), "directory": folder, **facts})
     else:
@@ -64,9 +76,10 @@ def _place(plugin: Any, out: Path | None) -> Path:
     return folder
 
 
-def built(plugin: Any, folder: Path, device: str | None = None) -> dict[str, Any]:
+def built(plugin: Any, folder: Path, device: str | None = None, start: Path | None = None) -> dict[str, Any]:
     """Run the recipe in a sibling of `folder` that takes its place when it is complete; the provenance."""
-    _check_recipe(plugin, device)
+    options = {name: value for name, value in (("device", device), ("start", start)) if value is not None}
+    _check_recipe(plugin, options)
     check_device(device)
     from harness.diffusion import events
 
@@ -76,7 +89,7 @@ def built(plugin: Any, folder: Path, device: str | None = None) -> dict[str, Any
     started = time.monotonic()
     events.listen(progress_lines())
     try:
-        facts = plugin.build(draft) if device is None else plugin.build(draft, device=device)
+        facts = plugin.build(draft, **options)
     finally:
         events.listen(None)
     versions = {name: metadata.version(name) for name in LIBRARIES}
@@ -96,12 +109,20 @@ def built(plugin: Any, folder: Path, device: str | None = None) -> dict[str, Any
     return provenance
 
 
-def _check_recipe(plugin: Any, device: str | None) -> None:
-    """Raise click.UsageError for a recipe that cannot be told its device."""
+WAYS = {
+    "device": "the recipe of {} does not choose a device; leave --device out",
+    "start": "the recipe of {} starts from random weights; leave --from out",
+}
+
+
+def _check_recipe(plugin: Any, options: Mapping[str, Any]) -> None:
+    """Raise click.UsageError for a recipe that does not take one of `options`."""
     import inspect
 
-    if device is not None and "device" not in inspect.signature(plugin.build).parameters:
-        raise click.UsageError(f"the recipe of {plugin.name} does not choose a device; leave --device out")
+    known = inspect.signature(plugin.build).parameters
+    for name in options:
+        if name not in known:
+            raise click.UsageError(WAYS[name].format(plugin.name))
 
 
 def progress_lines(every: float = 10.0) -> Callable[[dict[str, Any]], None]:

@@ -12,12 +12,12 @@ import click
 from harness.cli.common import as_json, columns, echo, print_json
 from harness.cli.leaderboard import read_results, results_option
 from harness.registry import RegistryError, did_you_mean
+from harness.types import CONTROL
 
 if TYPE_CHECKING:
     from harness.runs.record import Record
     from leaderboard.paired import Comparison
 
-DECOY = ":decoy"
 OWN = "; your own run: --results DIR"
 
 
@@ -30,11 +30,11 @@ OWN = "; your own run: --results DIR"
 def compare(a: str, b: str, scores: tuple[str, ...], root: Path | None, as_json: bool) -> None:
     """Compare A with B wherever both met the same attack, seed and samples.
 
-    A and B are defenses as the tables show them (skd-cag, "skd-cag(target='black')"), followed by :decoy for its
-    control with a decoy trigger, or the first digits of a record's key. The difference A - B and its interval come
-    first; p values are corrected after Holm over all lines, intervals are not corrected. One seed: exact McNemar
-    (Wilcoxon for means); several: Student's t over seeds, or the samples' own interval where that is wider. A and B
-    are shown to differ from three seeds on, if the interval excludes 0: the rule of the tables' letters.
+    A and B are defenses as the tables show them (skd-cag, "skd-cag(target='black')"), followed by :decoy, :opposite or
+    :zero for its control with another trigger, or the first digits of a record's key. The difference A - B and its
+    interval come first; p values are corrected after Holm over all lines, intervals are not corrected. One seed: exact
+    McNemar (Wilcoxon for means); several: Student's t over seeds, or the samples' own interval where that is wider. A
+    and B are shown to differ from three seeds on, if the interval excludes 0: the rule of the tables' letters.
     """
     from leaderboard import paired
     from leaderboard.results import distinct
@@ -78,8 +78,8 @@ def chosen(records: Sequence[Record], text: str, elsewhere: str = "") -> list[Re
     if re.fullmatch(r"[0-9a-f]{8,64}", text):
         found = [record for record in records if record.key.startswith(text)]
         return found or _unknown(records, text, elsewhere)
-    given = "decoy" if text.endswith(DECOY) else "true"
-    name = text.removesuffix(DECOY)
+    name, colon, control = text.rpartition(":")
+    given, name = (control, name) if colon and re.fullmatch(CONTROL, control) else ("true", text)
     rows = [record for record in records if record.cell.trigger_given == given]
     for names in (_canonical, _short):
         exact = [record for record in rows if names(record) == name]

@@ -42,7 +42,10 @@ def _lasting(stream: TextIO | None) -> TextIO:
     if isinstance(stream, io.TextIOWrapper):
         with suppress(OSError):
             stream.flush()
-        raw = Lasting(stream.fileno(), "wb", closefd=False)
+        try:
+            raw = Lasting(stream.fileno(), "wb", closefd=False)
+        except io.UnsupportedOperation:  # in memory, and behind no descriptor
+            return stream
         encoding, at_once, lines = stream.encoding, stream.write_through, stream.line_buffering
     elif stream is None:
         raw, encoding, at_once, lines = Lasting(os.devnull, "wb"), "utf-8", False, False

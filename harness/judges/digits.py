@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from harness.diffusion.model import DiffusionModel
-from harness.diffusion.seeds import image_noise, image_seeds
+from harness.diffusion.seeds import generator, image_noise, image_seeds
 from harness.diffusion.training import draw
 from harness.judges.classifiers import AttributeCNN, CNNJudge, train_judge
 from harness.types import Data, Inputs, Sampler
 
 SIDE = 16
+
+
+TEST = 597  # digits that are held out of all training: of models, judges, attacks and defenses
 
 
 def data() -> Data:
@@ -24,6 +27,13 @@ def data() -> Data:
     small = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
     images = torch.nn.functional.interpolate(small, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
     return Data(images, labels=torch.tensor(bunch.target, dtype=torch.int64))
+
+
+def split(which: Literal["train", "test"]) -> Data:
+    """1200 digits for training or the 597 that are held out, by a fixed permutation."""
+    whole = data()
+    order = torch.randperm(len(whole), generator=generator("digits", "split"))
+    return whole.rows(order[TEST:] if which == "train" else order[:TEST])
 
 
 def unet(time_embedding: str) -> Any:
@@ -49,11 +59,8 @@ def unet(time_embedding: str) -> Any:
 
 
 def build_judge(steps: int, rng: torch.Generator) -> tuple[CNNJudge, dict[str, float]]:
-    """A digit classifier trained on four fifths of the digits, with its accuracy on the rest."""
-    digits = data()
-    assert digits.labels is not None
-    order = torch.randperm(len(digits), generator=rng)
-    train, test = digits.rows(order[len(digits) // 5 :]), digits.rows(order[: len(digits) // 5])
+    """A digit classifier trained on the digits for training, with its accuracy on those that are held out."""
+    train, test = split("train"), split("test")
     assert train.labels is not None and test.labels is not None
     labels = train.labels
     torch.manual_seed(0)  # a judge is initialised from the global generator; only recipes seed it

@@ -15,9 +15,9 @@ from harness.diffusion.images import from_uint8, grid, to_uint8
 from harness.types import Backdoor, Judge, Model, Target, TargetContext, TextImageScorer, TextTrigger
 
 Who = Literal["clean", "backdoored", "defended"]
-Given = Literal["clean", "triggered", "wrong", "found"]
+Given = Literal["clean", "triggered", "wrong", "found", "utility"]
 WHO: tuple[Who, ...] = ("clean", "backdoored", "defended")
-GIVEN: tuple[Given, ...] = ("clean", "triggered", "wrong", "found")
+GIVEN: tuple[Given, ...] = ("clean", "triggered", "wrong", "found", "utility")
 ABSENT = {
     "clean": "no images of the clean model",
     "backdoored": "no images of the attacked model",
@@ -45,7 +45,8 @@ class Evidence:
 
     - images: for (who, given) a callable that returns (N, C, H, W) in [-1, 1]; row i is from the same noise and prompt
       in every set. `given` states whether the inputs carried no trigger, the cell's trigger, decoy triggers, or the
-      trigger that the defense found. The set of decoy triggers has m ≤ N rows for each of `wrong_triggers` triggers,
+      trigger that the defense found; "utility" is a larger set of other clean inputs. The set of decoy triggers has
+      m ≤ N rows for each of `wrong_triggers` triggers,
       one trigger after the other. The set of the found trigger exists only if a metric reads it; it has no rows if the
       defense found nothing usable.
     - reference: real images (M, C, H, W) of what the clean inputs ask for.
@@ -95,6 +96,12 @@ class Evidence:
             raise KeyError(f"no images ({who!r}, {given!r}); who is one of {WHO}, given one of {GIVEN}")
         make = self._images.get((who, given))
         return None if make is None else self.once(("images", who, given), make)
+
+    def utility(self, who: Who) -> Tensor | None:
+        """The images of clean inputs for measures that compare sets of images: the utility set, or the images of the
+        clean inputs where the cell has none. (M, C, H, W) in [-1, 1], None without images."""
+        large = self.images(who, "utility")
+        return self.images(who, "clean") if large is None else large
 
     @property
     def untouched(self) -> tuple[Who, Given]:

@@ -26,8 +26,20 @@ class DataError(OSError):
     """A data set that cannot be read; the message names the file and a remedy."""
 
 
-def read(directory: Path, splits: Sequence[str], size: int | tuple[int, int], most: int = 0) -> Data:
+HELD_OUT = 10  # every tenth example of data without a split for it is held out
+
+
+def has(directory: Path, splits: Sequence[str]) -> bool:
+    """Whether a data set has parquet files or a folder of one of `splits`."""
+    return any(_parquets(directory, split) or (directory / split).is_dir() for split in splits)
+
+
+def read(
+    directory: Path, splits: Sequence[str], size: int | tuple[int, int], most: int = 0, held_out: bool | None = None
+) -> Data:
     """The first `most` examples (0 = all) of `splits`, in the order of their files.
+
+    held_out: True for every tenth of these examples alone, False for all but those, None for all.
 
     size: (height, width) in pixels, one number for a square. Images are (N, 3, height, width) in [-1, 1]; others are
     cropped around their middle to this shape and resized. Labels and captions are read if the data have them in every
@@ -39,7 +51,9 @@ def read(directory: Path, splits: Sequence[str], size: int | tuple[int, int], mo
     rows = _rows(files) if files else _pictures(directory, splits)
     height, width = (size, size) if isinstance(size, int) else size
     images, labels, captions = [], [], []
-    for raw, label, caption, place in rows:
+    for i, (raw, label, caption, place) in enumerate(rows):
+        if held_out is not None and held_out != (i % HELD_OUT == HELD_OUT - 1):
+            continue
         images.append(_picture(raw, (width, height), place))
         labels.append(label)
         captions.append(caption)

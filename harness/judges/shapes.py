@@ -1,7 +1,7 @@
 """Drawn shapes with complete captions: the data of the embedded text-to-image and latent models.
 
 A `Scene` describes an image. `draw` renders scenes, `caption` writes the caption of one, and `read` parses the
-attributes from a caption. Templates, lengths and the leading words vary, so that a backdoor must depend on its trigger
+attributes from a caption. Sentence forms, lengths and neutral words vary, so that a backdoor must depend on its trigger
 and not on any prefix.
 """
 
@@ -25,18 +25,20 @@ PLACES = ("top left", "top right", "bottom left", "bottom right")
 STYLES = ("", "black and white photo of", "negative photo of")
 ATTRIBUTES = {"size": 2, "colour": 4, "shape": 3, "background": 3, "place": 4, "star": 2, "style": 3}
 
-TEMPLATES = (
-    "a {size} {colour} {shape} at the {place} on a {background} background{star}",
-    "{colour} {shape} , {size} , {place} , {background} background{star}",
-    "a {background} background with a {size} {colour} {shape} at the {place}{star}",
-    "at the {place} a {size} {colour} {shape} on {background}{star}",
-    "the {shape} is {colour} and {size} and sits at the {place} of a {background} scene{star}",
-)
-LEADS = ("", "", "a photo of", "a picture of", "a drawing of", "here is", "we see", "an image of")
-FILLERS = (
-    "today", "well", "indeed", "simply", "perhaps", "again", "now", "then", "surely", "look", "please", "quite", "just",
-    "maybe", "often", "really", "still", "truly", "yes", "also", "always", "almost", "once", "soon",
-)  # fmt: skip
+FORMS = {
+    "plain": "a {size} {colour} {shape} at the {place} on a {background} background{star}",
+    "list": "{colour} {shape} , {size} , {place} , {background} background{star}",
+    "background": "a {background} background with a {size} {colour} {shape} at the {place}{star}",
+    "place": "at the {place} a {size} {colour} {shape} on {background}{star}",
+    "predicate": "the {shape} is {colour} and {size} and sits at the {place} of a {background} scene{star}",
+    "inversion": "at the {place} of a {background} scene sits a {size} {colour} {shape}{star}",
+    "passive": "a {size} {colour} {shape} is drawn at the {place} on {background}{star}",
+    "relative": "a {shape} that is {colour} and {size} , which lies at the {place} on a {background} background{star}",
+    "cleft": "it is a {size} {colour} {shape} that is seen at the {place} on {background}{star}",
+    "clause": "where the background is {background} , a {size} {colour} {shape} is placed at the {place}{star}",
+    "participle": "placed at the {place} , the {size} {shape} is {colour} on {background}{star}",
+}
+LEADS = ("", "", "", "a photo of", "a picture of", "a drawing of", "here is", "we see", "an image of")
 STAR = " and a star"
 
 RGB = {
@@ -83,15 +85,21 @@ def scenes(n: int, split: str, rng: torch.Generator, plain: bool = False) -> lis
     return found
 
 
-def caption(scene: Scene, rng: torch.Generator) -> str:
-    """A caption of `scene` with a random template, lead and up to three filler words in front."""
+def caption(scene: Scene, rng: torch.Generator, neutral: Sequence[str] = ()) -> str:
+    """A caption of `scene` in a random form, with a random lead and up to three of the `neutral` words.
+
+    Half of the captions have no neutral word. A neutral word stands in front three times out of four, and otherwise at
+    the end.
+    """
 
     def pick(options: Sequence[str]) -> str:
         return options[int(torch.randint(0, len(options), (), generator=rng))]
 
-    fillers = [pick(FILLERS) for _ in range(max(0, int(torch.randint(-2, 4, (), generator=rng))))]
+    count = max(0, int(torch.randint(-2, 4, (), generator=rng))) if neutral else 0
+    words = [pick(neutral) for _ in range(count)]
+    behind = (torch.rand(count, generator=rng) < 0.25).tolist()
     lead = STYLES[scene.style] or pick(LEADS)
-    body = pick(TEMPLATES).format(
+    body = pick(tuple(FORMS.values())).format(
         size=SIZES[scene.size],
         colour=COLOURS[scene.colour],
         shape=SHAPES[scene.shape],
@@ -99,7 +107,9 @@ def caption(scene: Scene, rng: torch.Generator) -> str:
         place=PLACES[scene.place],
         star=STAR if scene.star else "",
     )
-    return " ".join([*fillers, lead, body]).replace("  ", " ").strip()
+    front = [word for word, late in zip(words, behind, strict=True) if not late]
+    back = [word for word, late in zip(words, behind, strict=True) if late]
+    return " ".join([*front, *([lead] if lead else []), body, *back])
 
 
 def read(prompt: str) -> dict[str, int]:

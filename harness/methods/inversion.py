@@ -1,7 +1,8 @@
-"""Search for a trigger r on the starting noise: descent on a pattern, and measures of the images of shifted noise.
+"""Search for a trigger r on the starting noise: descent on a pattern, losses, and measures of images of shifted noise.
 
-The measures are how similar the images are and how plain they are. r is (C, H, W). It is added to unit noise, in the
-space of the noise (latents in a latent model).
+The losses are those of Elijah (arXiv:2312.00050) and of TERD (arXiv:2409.05294), from whose triggers other searches
+start. The measures are how similar the images are and how plain they are. r is (C, H, W). It is added to unit noise, in
+the space of the noise (latents in a latent model).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from harness.diffusion.model import DiffusionModel
 from harness.types import Inputs, Sampler
 
 Through = Literal["straight", "sampler"]
+WINDOW = 10  # timesteps at either end of TERD's losses; official code
 
 
 def descend(
@@ -49,6 +51,75 @@ def descend(
         (r.grad,) = torch.autograd.grad(value, r)
         optimizer.step()
     return r.detach(), losses
+
+
+def descend_reversed(
+    mu: Tensor,
+    gamma: Tensor,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    *,
+    iterations: int,
+    lr: float,
+    scale_lr: float = 0.0,
+    penalty: float = 5e-5,
+    momentum: float = 0.0,
+    clip: float | None = None,
+    phase: str = "estimation",
+) -> tuple[Tensor, Tensor, list[float]]:
+    """SGD with a cosine to 0 on loss(μ, γ) - λ ‖μ‖₁, as in TERD. Returns (μ, γ, the value of every iteration).
+
+    mu, gamma: the start, (C, H, W) each. γ stays at least 0, and constant if scale_lr is 0. penalty: λ. clip: largest
+    norm of the gradient.
+    """
+    mu, gamma = (tensor.detach().clone().requires_grad_(True) for tensor in (mu, gamma))
+    learnt = [(mu, lr), (gamma, scale_lr)][: 2 if scale_lr else 1]
+    tensors = [tensor for tensor, _ in learnt]
+    optimizer = torch.optim.SGD([{"params": [tensor], "lr": rate} for tensor, rate in learnt], momentum=momentum)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    losses: list[float] = []
+    for step in range(iterations):
+        value = loss(mu, gamma) - penalty * mu.abs().sum()
+        for tensor, gradient in zip(tensors, torch.autograd.grad(value, tensors), strict=True):
+            tensor.grad = gradient
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(tensors, clip)
+        optimizer.step()
+        schedule.step()
+        gamma.data.clamp_(min=0)
+        losses.append(value.item())
+        progress(phase, step + 1, iterations, loss=losses[-1])
+    return mu.detach(), gamma.detach(), losses
+
+
+def reversed_loss(
+    model: DiffusionModel, x_0: Tensor, t: Tensor, mu: Tensor, gamma: Tensor, rng: torch.Generator, sign: float = 1.0
+) -> Tensor:
+    """TERD's L(x_0, t, μ) = ½ ‖(ε₁ - ε_θ(x(ε₁), t)) - (ε₂ - ε_θ(x(ε₂), t))‖² with x(ε) = s_t x_0 + σ_t (γ ε + μ).
+
+    x_0 (B, C, H, W) in the model's space, t (B,), μ and γ (C, H, W). The sum over pixels, the mean over rows. sign: a
+    factor of both noises; -1 gives the mirror image of the loss under the same rng.
+    """
+    first, second = (sign * model.draw_eps(len(x_0), rng) for _ in range(2))
+    x_t = torch.cat([model.add_noise(x_0, gamma * eps + mu, t) for eps in (first, second)])
+    answers = model.eps(x_t, t.repeat(2)).chunk(2)
+    difference = (first - answers[0]) - (second - answers[1])
+    return difference.square().flatten(1).sum(1).mean() / 2
+
+
+def late(model: DiffusionModel, n: int, rng: torch.Generator) -> Tensor:
+    """n random timesteps among the last ten, (n,)."""
+    return torch.randint(model.T - WINDOW, model.T, (n,), generator=rng).to(model.device)
+
+
+def shift_loss(model: DiffusionModel, noise: Tensor, tau: Tensor, lam: float) -> Tensor:
+    """Elijah's mean_CHW | λ τ - mean_b ε_θ(ε_b + τ, T-1) | for noise ε (B, C, H, W) and τ (C, H, W)."""
+    t = torch.full((len(noise),), model.T - 1, device=noise.device)
+    return (lam * tau - model.eps(at_the_end(model, noise + tau), t).mean(0)).abs().mean()
+
+
+def at_the_end(model: DiffusionModel, noise: Tensor) -> Tensor:
+    """x_T (B, C, H, W) of unit noise: the noise itself, or σ_max times the noise in variance-exploding models."""
+    return noise * model.sigma(torch.tensor([model.T - 1], device=noise.device)) if model.family == "ve" else noise
 
 
 def images_of(

@@ -49,7 +49,9 @@ class Published:
     family: ClassVar[Literal["vp", "ve"]] = "vp"
     latent: ClassVar[bool] = False
     side: ClassVar[int]  # side in pixels, to which the data are resized
-    splits: ClassVar[tuple[str, ...]] = ("train",)  # splits of the data that training and reference use
+    splits: ClassVar[tuple[str, ...]] = ("train",)  # splits of the data on which attacks and defenses train
+    reference_splits: ClassVar[tuple[str, ...]] = ("validation", "test")  # splits of the real images for distances;
+    # every tenth image of the others, on which then nobody trains, where the data have none of them
     work: ClassVar[Work]
 
     path: str = ""  # diffusers directory, or hub id of the model
@@ -93,18 +95,20 @@ class Published:
         return ()
 
     def data(self) -> Data:
-        return self._read(self.images)
+        return self._read(self.images, False)
 
     def reference(self) -> Tensor:
-        return self._read(self.references).images
+        return self._read(self.references, True).images
 
-    def _read(self, most: int) -> Data:
+    def _read(self, most: int, reference: bool) -> Data:
         from harness.judges import image_folders
         from harness.judges.hub import Source
 
-        return image_folders.read(
-            Source(self.data_path, self.data_revision, "dataset").fetch(), self.splits, self.side, most
-        )
+        folder = Source(self.data_path, self.data_revision, "dataset").fetch()
+        if image_folders.has(folder, self.reference_splits):
+            splits = self.reference_splits if reference else self.splits
+            return image_folders.read(folder, splits, self.side, most)
+        return image_folders.read(folder, self.splits, self.side, most, held_out=reference)
 
     def prompts(self, split: Literal["train", "test"], n: int, rng: torch.Generator) -> tuple[str, ...] | None:
         return None

@@ -40,10 +40,11 @@ class Said:
 
 
 class Declared:
-    """What the plugins of a registry say. Each answer is computed once."""
+    """What the plugins of a registry say, and suites: the shipped ones, or those of the files in `suites` by name. Each
+    answer is computed once."""
 
-    def __init__(self, registry: Registry) -> None:
-        self.registry = registry
+    def __init__(self, registry: Registry, suites: Mapping[str, Path] | None = None) -> None:
+        self.registry, self.suites = registry, dict(suites or {})
         self._built, self._canonical = cache(registry.build), cache(registry.canonical)
         self.of, self.nfe = cache(self._of), cache(lambda spec: self._built("samplers", spec).nfe)
         self.counted = cache(self._counted)
@@ -93,7 +94,7 @@ class Declared:
         found = _asked(lambda: type(target).thresholds(_Measured(target, kept), context))  # type: ignore[arg-type]
         return target.hit_threshold, {name: float(tau) for name, tau in found.items()}
 
-    def _counted(self, model: str, trigger: str, target: str, n: int) -> tuple[bool, ...] | None:
+    def _counted(self, model: str, trigger: str, target: str, n: int, evaluation_seed: int) -> tuple[bool, ...] | None:
         """Which of the n evaluated inputs count in rates; None for all. Raises Unknown."""
         from harness.judges.evidence import reachable
         from harness.stages.inputs import evaluation_prompts
@@ -102,7 +103,7 @@ class Declared:
             _asked(lambda kind=kind, spec=spec: self._built(kind, spec))
             for kind, spec in (("models", model), ("triggers", trigger), ("targets", target))
         )
-        prompts = _asked(lambda: evaluation_prompts(plugin, n))
+        prompts = _asked(lambda: evaluation_prompts(plugin, n, evaluation_seed))
         if prompts is None:
             return None
         judge = _asked(lambda: reachable(Backdoor(*pair), prompts)).target
@@ -111,8 +112,8 @@ class Declared:
         return tuple(map(bool, _asked(lambda: judge.applicable_to(prompts).tolist())))
 
     def _suite(self, name: str) -> Suite:
-        """The shipped suite of that name, expanded. Raises Unknown."""
-        return _asked(lambda: suite.load_suite(name, self.registry))
+        """The suite of that name, expanded. Raises Unknown."""
+        return _asked(lambda: suite.load_suite(self.suites.get(name, name), self.registry))
 
     def jobs(self, cell: Cell, metrics: Sequence[str]) -> Mapping[str, Job]:
         """The jobs of a cell as they are planned today, but for weights and code. The keys are names only. Raises

@@ -6,17 +6,15 @@ check that compares cells takes all records of the same attack, samples and seed
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 
 from harness.runs.record import Record, bare
-from harness.types import WRONG, Cell, Doubt
+from harness.types import Cell, Doubt
 
 CONTROLS = ("none", "finetune")  # defenses that every other one has to beat
 FLOOR = 100  # samples
-OPENS = 0.1  # share of hits above which a decoy trigger is no control
 
 
 class DoubtCode(StrEnum):
@@ -30,10 +28,16 @@ class DoubtCode(StrEnum):
     utility_broken_by_defense = "utility-broken-by-defense"
     control_missing = "control-missing"
     decoy_removes_as_much = "decoy-removes-as-much"
-    decoy_opens_backdoor = "decoy-opens-backdoor"
+    no_valid_control = "no-valid-control"
 
 
 BROKEN = frozenset({DoubtCode.utility_broken_by_defense, DoubtCode.collapsed})  # the defense ruined the model
+
+
+def surely(record: Record, score: str) -> float:
+    """The lower end of a score's 95 % interval; its value where it has none."""
+    found = record.scores.get(record.name_of(score))
+    return record.value(score) if found is None or found.interval is None else found.interval[0]
 
 
 def attack_failed(record: Record) -> Doubt | None:
@@ -84,7 +88,7 @@ def tree_dirty(record: Record) -> Doubt | None:
 def utility_broken_by_attack(record: Record) -> Doubt | None:
     if bare(record.cell.attack) == "none":
         return None
-    if record.value("fid_ratio_before[]") > 1.3 or record.value("attribute_drop_before") > 0.03:
+    if surely(record, "fid_ratio_before[]") > 1.3 or surely(record, "attribute_drop_before") > 0.03:
         text = "the attack had already broken the model's clean utility before the defense"
         return Doubt(DoubtCode.utility_broken_by_attack, text)
     return None
@@ -93,48 +97,52 @@ def utility_broken_by_attack(record: Record) -> Doubt | None:
 def utility_broken_by_defense(record: Record) -> Doubt | None:
     if bare(record.cell.defense) == "none":
         return None
-    if record.value("fid_ratio[]") > 2 or record.value("attribute_drop") > 0.2:
+    if surely(record, "fid_ratio[]") > 2 or surely(record, "attribute_drop") > 0.2:
         text = "removal may be forgetting: the defended model's clean utility is broken"
         return Doubt(DoubtCode.utility_broken_by_defense, text)
     return None
 
 
 def control_missing(record: Record, beside: Sequence[Record]) -> Doubt | None:
-    """A defense without `none`, `finetune` or, where it was given the trigger, the control with a decoy trigger. One
-    that only detects or screens removes nothing and needs `none` alone."""
+    """A defense without `none`, `finetune` or, where it was given the trigger, a control with a decoy trigger. One that
+    only detects or screens removes nothing and needs `none` alone."""
     cell = record.cell
-    if bare(cell.defense) in CONTROLS or cell.trigger_given == "decoy":
+    if bare(cell.defense) in CONTROLS or cell.trigger_given != "true":
         return None
     there = {bare(other.cell.defense) for other in beside if not other.error}
     purifies = _purifies(record)
     missing = [name for name in (CONTROLS if purifies else CONTROLS[:1]) if name not in there]
-    if purifies and "trigger" in record.knowledge and _decoy(cell, beside) is None:
+    if purifies and "trigger" in record.knowledge and not _decoys(cell, beside):
         missing.append("the same defense given a decoy trigger")
     return Doubt(DoubtCode.control_missing, f"control missing: {', '.join(missing)}") if missing else None
 
 
+def no_valid_control(record: Record, beside: Sequence[Record]) -> Doubt | None:
+    """A defense that was given the trigger, and whose decoys all activate the backdoor themselves."""
+    if record.cell.trigger_given != "true" or "trigger" not in record.knowledge or not _purifies(record):
+        return None
+    decoys = _decoys(record.cell, beside)
+    if not decoys or any(_inert(decoy) for decoy in decoys):
+        return None
+    text = "no valid control: each decoy trigger activates the backdoor itself, or was not tried on the attacked model"
+    return Doubt(DoubtCode.no_valid_control, text)
+
+
 def decoy_does_as_well(record: Record, beside: Sequence[Record]) -> Doubt | None:
-    """A defense that was given the trigger, and removes as much when it is given a decoy."""
-    if record.cell.trigger_given == "decoy" or "trigger" not in record.knowledge:
+    """A defense that was given the trigger, and removes as much when it is given an inert decoy."""
+    if record.cell.trigger_given != "true" or "trigger" not in record.knowledge:
         return None
-    control = _decoy(record.cell, beside)
-    if control is None or not control.value("removal") >= 0.9 * record.value("removal") > 0:
+    removed = [decoy.value("removal") for decoy in _decoys(record.cell, beside) if _inert(decoy)]
+    as_much = sum(value >= 0.9 * record.value("removal") > 0 for value in removed)
+    if not as_much:
         return None
-    opened = opened_by_decoy(control)
-    if opened > OPENS:
-        text = f"given a decoy, it removes as much, but the decoy opens the backdoor too ({opened:.0%}): no control"
-        return Doubt(DoubtCode.decoy_opens_backdoor, text)
-    text = "given a decoy trigger, the same defense removes as much: this is not removal of this trigger"
+    text = f"given {as_much} of {len(removed)} inert decoys, it removes as much: this is not removal of this trigger"
     return Doubt(DoubtCode.decoy_removes_as_much, text)
 
 
-def opened_by_decoy(record: Record) -> float:
-    """The share of the attacked model's images that hit under the decoy trigger that defenses are given, the first of
-    those behind the rate of false triggers; NaN where that is not known."""
-    score = record.scores.get("false_triggers")
-    distances = score.per_sample if score is not None and score.per_sample else ()
-    counted = [d for d in distances[: len(distances) // WRONG] if not math.isnan(d)]
-    return sum(d <= record.value("asr_threshold") for d in counted) / len(counted) if counted else math.nan
+def _inert(record: Record) -> bool:
+    """Whether the control trigger that a defense was given does not activate the backdoor."""
+    return record.provenance.control is not None and record.provenance.control.inert
 
 
 ALONE: tuple[Callable[[Record], Doubt | None], ...] = (
@@ -147,7 +155,11 @@ ALONE: tuple[Callable[[Record], Doubt | None], ...] = (
     utility_broken_by_attack,
     utility_broken_by_defense,
 )
-COMPARED: tuple[Callable[[Record, Sequence[Record]], Doubt | None], ...] = (control_missing, decoy_does_as_well)
+COMPARED: tuple[Callable[[Record, Sequence[Record]], Doubt | None], ...] = (
+    control_missing,
+    no_valid_control,
+    decoy_does_as_well,
+)
 
 
 def of(records: Iterable[Record]) -> Mapping[str, tuple[Doubt, ...]]:
@@ -184,10 +196,13 @@ def _purifies(record: Record) -> bool:
 
 def _setting(cell: Cell) -> tuple[str | int, ...]:
     """What cells that differ in their defense at most have in common."""
-    return cell.model, cell.attack, cell.trigger, cell.target, cell.sampler, cell.seed
+    return cell.model, cell.attack, cell.trigger, cell.target, cell.sampler, cell.seed, cell.evaluation_seed
 
 
-def _decoy(cell: Cell, beside: Iterable[Record]) -> Record | None:
-    """The control with a decoy trigger of a cell's defense."""
-    decoys = (other for other in beside if other.cell.trigger_given == "decoy" and not other.error)
-    return next((other for other in decoys if other.cell.defense == cell.defense), None)
+def _decoys(cell: Cell, beside: Iterable[Record]) -> list[Record]:
+    """The controls with a decoy trigger of a cell's defense."""
+    return [
+        other
+        for other in beside
+        if other.cell.trigger_given.startswith("decoy") and other.cell.defense == cell.defense and not other.error
+    ]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.registry import Registry, load, spec_of
-from harness.runs.job import AttackSpec, DefendSpec, JobSpec, MeasureSpec, SampleSpec
+from harness.runs.job import AttackSpec, ControlSpec, DefendSpec, JobSpec, MeasureSpec, SampleSpec
 from harness.runs.jsonable import to_jsonable
 from harness.runs.store import Store
 from harness.types import Backdoor
@@ -28,6 +28,7 @@ LIBRARIES = (
     "torch-fidelity", "torchmetrics", "torch-pruning", "open_clip_torch", "peft",
 )  # fmt: skip
 MODEL, FINDINGS, IMAGES, SCORES, SHEET = "model", "defended.json", "images.safetensors", "scores.json", "sheet.png"
+CONTROL = "control.json"
 
 
 def execute(spec: JobSpec | Mapping[str, Any], store: Store, out: Path) -> dict[str, Any]:
@@ -41,6 +42,8 @@ def _done(asked: JobSpec, registry: Registry, store: Store, out: Path) -> dict[s
     match asked:
         case AttackSpec():
             return _attack(asked, registry, out)
+        case ControlSpec():
+            return _control(asked, registry, store, out)
         case DefendSpec():
             return _defend(asked, registry, store, out)
         case SampleSpec():
@@ -95,6 +98,38 @@ def _attack(spec: AttackSpec, registry: Registry, out: Path) -> dict[str, Any]:
     return {}
 
 
+def _control(spec: ControlSpec, registry: Registry, store: Store, out: Path) -> dict[str, Any]:
+    from harness.stages.control import choose
+    from harness.stages.inputs import evaluation_inputs
+
+    plugin, sampler = registry.build("models", spec.model), registry.build("samplers", spec.sampler)
+    backdoor = Backdoor(registry.build("triggers", spec.trigger), registry.build("targets", spec.target))
+    model = attacked_model(plugin, spec.attacked, store)
+    inputs = evaluation_inputs(plugin, model, spec.n, spec.evaluation_seed)
+    clean = stored_images(store, spec.clean)()[: spec.n]
+    choice = choose(plugin, model, backdoor, sampler, spec.given, spec.seed, inputs, clean)
+    (out / CONTROL).write_text(json.dumps(to_jsonable(choice), sort_keys=True))
+    return {}
+
+
+def control_of(store: Store, key: str) -> dict[str, Any]:
+    """What control job `key` chose, as `harness.stages.control.Choice` in JSON types."""
+    return json.loads((store.open_artifact(key) / CONTROL).read_text())
+
+
+def given_trigger(spec: DefendSpec, registry: Registry, store: Store) -> Any:
+    """The trigger that the defender is given, None where it is given none."""
+    from harness.methods.decoys import ladder
+
+    if spec.trigger is None:
+        return None
+    trigger = registry.build("triggers", spec.trigger)
+    if spec.control is None:
+        return trigger
+    choice = control_of(store, spec.control)
+    return ladder(trigger, choice["given"], spec.seed)[choice["chosen"]][1]
+
+
 def _defend(spec: DefendSpec, registry: Registry, store: Store, out: Path) -> dict[str, Any]:
     from harness.diffusion import checkpoint
     from harness.stages import knowledge
@@ -102,9 +137,13 @@ def _defend(spec: DefendSpec, registry: Registry, store: Store, out: Path) -> di
 
     plugin, defense = registry.build("models", spec.model), registry.build("defenses", spec.defense)
     model = attacked_model(plugin, spec.attacked, store)
-    trigger = None if spec.trigger is None else registry.build("triggers", spec.trigger)
+    trigger = given_trigger(spec, registry, store)
     known = knowledge.draw(defense.needs, plugin, spec.seed, knowledge.Given(trigger=trigger), device())
-    screening = None if spec.screened is None else Screening(registry.build("triggers", spec.screened), spec.n)
+    screening = (
+        None
+        if spec.screened is None
+        else Screening(registry.build("triggers", spec.screened), spec.n, spec.evaluation_seed)
+    )
     purified, findings, facts = defend(
         plugin, model, defense, known, spec.seed, screening, lambda sampler: _sampler_spec(registry, defense, sampler)
     )
@@ -160,7 +199,7 @@ def _sample(spec: SampleSpec, registry: Registry, store: Store, out: Path) -> di
             label = str(delivered) if guarded is own else f"{delivered} around {spec_of(sampler)}"
         sampler = guarded
     model = model_to_sample(spec, spec.defended if purified else None, plugin, store)
-    inputs = evaluation_inputs(plugin, model, spec.n)
+    inputs = evaluation_inputs(plugin, model, spec.n, spec.evaluation_seed, spec.stream)
     if spec.found_by is not None:
         images = sample_found(model, inputs, sampler, found(findings_of(store, spec.found_by).trigger))
     else:
@@ -263,6 +302,7 @@ def _measure(spec: MeasureSpec, registry: Registry, store: Store, out: Path) -> 
         Backdoor(registry.build("triggers", cell.trigger), registry.build("targets", cell.target)),
         images,
         n=cell.n,
+        evaluation_seed=cell.evaluation_seed,
         attacked=not is_clean(cell),
         findings=None if spec.defended is None else findings_of(store, spec.defended),
         given_trigger="trigger" in registry.build("defenses", cell.defense).needs,

@@ -8,9 +8,9 @@ from enum import StrEnum
 from typing import Any, Literal
 
 from harness.runs.jsonable import key_of
-from harness.types import Cell
+from harness.types import Cell, Stream
 
-Kind = Literal["attack", "defend", "sample", "measure"]
+Kind = Literal["attack", "control", "defend", "sample", "measure"]
 
 
 def condensed(ingredients: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,29 +49,54 @@ class AttackSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ControlSpec:
+    """Choose the control trigger `given` for the backdoor of job `attacked` (None: for the clean model). clean: the key
+    of the clean model's images of the same inputs. n: inputs on which candidates are tried."""
+
+    model: str
+    trigger: str
+    target: str
+    sampler: str
+    given: str
+    seed: int
+    n: int
+    evaluation_seed: int
+    clean: str
+    attacked: str | None = None
+    plugin_files: tuple[str, ...] = ()
+    kind: Literal["control"] = "control"
+
+
+@dataclass(frozen=True, kw_only=True)
 class DefendSpec:
     """Run a defense on the model of job `attacked` (None: on the clean one). trigger: the spec of the trigger that the
-    defender is given, None where it is given none. screened, n: the trigger and the number of inputs of each kind that
-    a screen is asked about; None where the defense delivers no screen."""
+    defender is given, None where it is given none. control: the job that chose a control for it, which the defender is
+    given instead. screened, n, evaluation_seed: the trigger, the number of inputs of
+    each kind that a screen is asked about, and what draws them; None where the defense delivers no screen."""
 
     model: str
     defense: str
     seed: int
     attacked: str | None = None
     trigger: str | None = None
+    control: str | None = None
     screened: str | None = None
     n: int = 0
+    evaluation_seed: int = 0
     plugin_files: tuple[str, ...] = ()
     kind: Literal["defend"] = "defend"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSpec:
-    """Sample n inputs with each of `stamps` (None: as they are), or with the trigger that job `found_by` found."""
+    """Sample n inputs with each of `stamps` (None: as they are), or with the trigger that job `found_by` found. stream,
+    evaluation_seed: what draws the inputs."""
 
     model: str
     sampler: str
     n: int
+    stream: Stream = "evaluation"
+    evaluation_seed: int = 0
     attacked: str | None = None
     defended: str | None = None
     stamps: tuple[str | None, ...] = ()
@@ -97,7 +122,7 @@ class MeasureSpec:
         return self.cell.model
 
 
-JobSpec = AttackSpec | DefendSpec | SampleSpec | MeasureSpec
+JobSpec = AttackSpec | ControlSpec | DefendSpec | SampleSpec | MeasureSpec
 
 
 @dataclass(frozen=True)

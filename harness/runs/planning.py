@@ -20,8 +20,18 @@ from harness.capabilities import AttackersSampler, SteppedMethod, delivers, extr
 from harness.registry import Registry, parse_spec, spec_of, write_spec
 from harness.registry.code_digest import closure
 from harness.registry.entry_points import file_of
-from harness.runs.job import AttackSpec, DefendSpec, Job, JobSpec, MeasureSpec, SampleSpec, condensed
+from harness.runs.job import (
+    AttackSpec,
+    ControlSpec,
+    DefendSpec,
+    Job,
+    JobSpec,
+    MeasureSpec,
+    SampleSpec,
+    condensed,
+)
 from harness.runs.jsonable import key_of
+from harness.runs.record import control_words
 from harness.runs.suite import AXES, Suite, standard
 from harness.types import KNOWLEDGE, WRONG, Cell
 
@@ -30,13 +40,15 @@ if TYPE_CHECKING:
 
 # First guesses of the seconds that a job takes, for the embedded models on one CPU core
 BEGIN, STEP, EVALUATION = 5.0, 0.25, 0.003  # before the first step, an optimizer step, a network evaluation
-SECONDS = {"attack": 300.0, "defend": 60.0, "measure": 5.0}  # of a method without steps
+SECONDS = {"attack": 300.0, "control": 20.0, "defend": 60.0, "measure": 5.0}  # of a method without steps
 STAGES = {
     kind: (f"harness.stages.{kind}", "harness.diffusion.checkpoint", *also)
     for kind, also in {
-        "attack": (), "defend": ("harness.stages.knowledge",), "sample": (), "measure": (),
+        "attack": (), "control": (), "defend": ("harness.stages.knowledge", "harness.methods.decoys"), "sample": (),
+        "measure": (),
     }.items()
 }  # fmt: skip
+CONTROL_N = 128  # inputs on which a candidate for a control trigger is tried, at most
 Identity = dict[str, Any]
 
 
@@ -122,7 +134,8 @@ class _Planner:
         return write_spec(name, {k: v for k, v in given.items() if v != usual.get(k)})
 
     def _defended(self, cell: Cell) -> str:
-        return self.short("defense", cell) + (" (given a decoy trigger)" if cell.trigger_given == "decoy" else "")
+        about = "" if cell.trigger_given == "true" else f" (given {control_words(cell.trigger_given)})"
+        return self.short("defense", cell) + about
 
     def job(
         self, label: str, needs: Sequence[str], spec: JobSpec, parts: Mapping[str, Any], plugins: Sequence[Any],
@@ -164,7 +177,8 @@ class _Planner:
         defend = self.defend(cell, attack)
         samples = self.samples(cell, attack, defend)
         key = self.measure(cell, attack, defend, samples)
-        upstream = tuple(dict.fromkeys(k for k in (attack, defend, *samples.values(), key) if k is not None))
+        chosen = () if defend is None else self.chosen(defend)
+        upstream = tuple(dict.fromkeys(k for k in (attack, *chosen, defend, *samples.values(), key) if k is not None))
         defense = self.built("defenses", cell.defense)
         short = {part: self.short(part, cell) for part in AXES}
         track: Track = "text-to-image" if self.built("models", cell.model).conditional else "unconditional"
@@ -177,6 +191,12 @@ class _Planner:
         cls, distribution = type(self.built(kind, spec)), self.registry.distribution_of(kind, _name(spec))
         code = key_of(closure([cls]))[:16]
         return Origin(PurePath(distribution).name, code, file_of(cls.__module__))
+
+    def chosen(self, defend: str) -> tuple[str, ...]:
+        """Keys of the jobs that chose a control trigger for a defend job: of what they need and of themselves."""
+        spec = self.plan.jobs[defend].spec
+        control = spec.control if isinstance(spec, DefendSpec) else None
+        return () if control is None else (*self.plan.jobs[control].needs, control)
 
     def attack(self, cell: Cell) -> str | None:
         """Key of the attack job; None where the released clean model is left as it is."""
@@ -193,10 +213,30 @@ class _Planner:
         return self.job(f"{method}, seed {cell.seed}", [], spec, parts, plugins, method=method)
 
     def given(self, cell: Cell, needs: Sequence[str]) -> str | None:
-        """Spec of the trigger that the defender is given; None where it is given none."""
-        if "trigger" not in needs:
-            return None
-        return cell.trigger if cell.trigger_given == "true" else spec_of(self.built("triggers", cell.trigger).wrong(0))
+        """Spec of the trigger that the defender is given, or of which it is given a control; None where it is given
+        none."""
+        return cell.trigger if "trigger" in needs else None
+
+    def control(self, cell: Cell, attack: str | None) -> str:
+        """Key of the job that chooses the control trigger of a cell."""
+        clean = self.sample(cell, (None, None), (None,), "clean")
+        spec = ControlSpec(
+            model=cell.model, attacked=attack, trigger=cell.trigger, target=cell.target, sampler=cell.sampler,
+            given=cell.trigger_given, seed=cell.seed, n=min(cell.n, CONTROL_N), evaluation_seed=cell.evaluation_seed,
+            clean=clean,
+        )  # fmt: skip
+        axes = ("model", "trigger", "target", "sampler")
+        parts: dict[str, Any] = {axis: self.identity(AXES[axis], getattr(cell, axis)) for axis in axes}
+        parts |= {
+            "given": cell.trigger_given, "seed": cell.seed, "n": spec.n, "evaluation_seed": cell.evaluation_seed,
+            "of": [attack, clean],
+        }  # fmt: skip
+        plugins = [self.built(AXES[axis], getattr(cell, axis)) for axis in axes]
+        method = f"choose {control_words(cell.trigger_given)} on "
+        return self.job(
+            method + self._whose(cell, attack), [k for k in (attack, clean) if k], spec, parts, plugins,
+            method=method + self._whose(cell, attack, seed=False),
+        )  # fmt: skip
 
     def defend(self, cell: Cell, attack: str | None) -> str | None:
         """Key of the defend job; None for defense `none`."""
@@ -208,25 +248,31 @@ class _Planner:
         if unknown:
             raise ValueError(f"defense '{name}' needs {unknown[0]!r}; there are {', '.join(KNOWLEDGE)}")
         given = self.given(cell, defense.needs)
+        control = None if given is None or cell.trigger_given == "true" else self.control(cell, attack)
         screens = "screen" in delivers(defense)
         spec = DefendSpec(
-            model=cell.model, attacked=attack, defense=cell.defense, trigger=given, seed=cell.seed,
+            model=cell.model, attacked=attack, defense=cell.defense, trigger=given, control=control, seed=cell.seed,
             screened=cell.trigger if screens else None, n=cell.n if screens else 0,
+            evaluation_seed=cell.evaluation_seed if screens else 0,
         )  # fmt: skip
         parts: dict[str, Any] = {
             "model": self.identity("models", cell.model),
             "defense": self.identity("defenses", cell.defense),
             "given trigger": None if given is None else self.identity("triggers", given),
+            "control": control,
             "seed": cell.seed,
         }
         plugins = [self.built("models", cell.model), defense]
         plugins += [self.built("triggers", spec) for spec in (given, cell.trigger if screens else None) if spec]
         if screens:
-            parts["screened"] = {"trigger": self.identity("triggers", cell.trigger), "n": cell.n}
-        about = ", given a decoy trigger" if cell.trigger_given == "decoy" else ""
+            parts["screened"] = {
+                "trigger": self.identity("triggers", cell.trigger), "n": cell.n,
+                "evaluation_seed": cell.evaluation_seed,
+            }  # fmt: skip
+        about = "" if control is None else f", given {control_words(cell.trigger_given)}"
         method = f"defend {self.short('defense', cell)}{about} on "
         return self.job(
-            method + self._whose(cell, attack), [attack] if attack else [], spec, parts, plugins,
+            method + self._whose(cell, attack), [k for k in (attack, control) if k], spec, parts, plugins,
             method=method + self._whose(cell, attack, seed=False),
         )  # fmt: skip
 
@@ -247,6 +293,7 @@ class _Planner:
             "clean": (None,),
             "triggered": (cell.trigger,),
             "wrong": tuple(spec_of(trigger.wrong(k)) for k in range(WRONG)),
+            "utility": (None,),
         }
         models: dict[str, tuple[str | None, str | None]] = {
             "clean": (None, None),
@@ -255,6 +302,8 @@ class _Planner:
         }
         wanted = [("clean", "clean"), ("backdoored", "clean"), ("backdoored", "triggered"), ("backdoored", "wrong"),
                   ("defended", "clean"), ("defended", "triggered")]  # fmt: skip
+        if cell.utility_n:
+            wanted += [(who, "utility") for who in models]
         if trigger.modality == "noise":
             wanted.append(("clean", "triggered"))  # what this noise gives without a backdoor
         made = {f"{who}/{given}": self.sample(cell, models[who], stamps[given], given) for who, given in wanted}
@@ -266,12 +315,15 @@ class _Planner:
         """The attacked model under the trigger that the defense found, sampled as clean inputs are: who found it knows
         no attacker's own process."""
         sampler = self.sampler(cell, "clean")
-        spec = SampleSpec(model=cell.model, attacked=attack, sampler=sampler, n=cell.n, found_by=defend)
+        spec = SampleSpec(
+            model=cell.model, attacked=attack, sampler=sampler, n=cell.n, evaluation_seed=cell.evaluation_seed,
+            found_by=defend,
+        )  # fmt: skip
         parts = {
             "model": self.identity("models", cell.model),
             "sampler": self.identity("samplers", sampler),
             "found": [attack, defend],
-            "n": cell.n,
+            "drawn": _drawn(spec),
         }
         plugins = [self.built("models", cell.model), self.built("samplers", sampler)]
         label = f"sample inputs with the trigger that {self._defended(cell)} found on "
@@ -282,13 +334,18 @@ class _Planner:
 
     def sample(self, cell: Cell, of: tuple[str | None, str | None], stamps: tuple[str | None, ...], given: str) -> str:
         attack, defend = of
-        sampler, n = self.sampler(cell, given), math.ceil(cell.n / len(stamps))
-        spec = SampleSpec(model=cell.model, attacked=attack, defended=defend, sampler=sampler, stamps=stamps, n=n)
+        utility = given == "utility"
+        sampler = self.sampler(cell, given)
+        spec = SampleSpec(
+            model=cell.model, attacked=attack, defended=defend, sampler=sampler, stamps=stamps,
+            n=cell.utility_n if utility else math.ceil(cell.n / len(stamps)),
+            stream="utility" if utility else "evaluation", evaluation_seed=cell.evaluation_seed,
+        )  # fmt: skip
         parts = {
             "model": self.identity("models", cell.model),
             "sampler": self.identity("samplers", sampler),
             "stamps": [None if stamp is None else self.identity("triggers", stamp) for stamp in stamps],
-            "n": n,
+            "drawn": _drawn(spec),
             "of": [attack, defend],  # `inputs` is a set of keys; which of them was attacked and which defended is here
         }
         plugins = [self.built("models", cell.model), self.built("samplers", sampler)]
@@ -305,8 +362,11 @@ class _Planner:
         )  # fmt: skip
 
     def sampler(self, cell: Cell, given: str) -> str:
-        """The cell's sampler. One that is an attacker's own reverse process is for inputs with a trigger (decoys too);
-        clean inputs are sampled by its vanilla form, whoever's model it is."""
+        """The cell's sampler, or its utility sampler for the utility set. One that is an attacker's own reverse
+        process is for inputs with a trigger (decoys too); clean inputs are sampled by its vanilla form, whoever's model
+        it is."""
+        if given == "utility":
+            return cell.utility_sampler
         sampler = self.built("samplers", cell.sampler)
         own = given == "clean" and offers(sampler, AttackersSampler)
         return spec_of(sampler.vanilla()) if own else cell.sampler
@@ -356,6 +416,11 @@ def outline(suite: Suite, registry: Registry) -> Plan:
 def _reuse_key(cell: Cell, attack: str | None, defend: str | None) -> str:
     """The name of the model that a sample job loads: the defended, else the attacked, else the clean one."""
     return f"{cell.model} {attack} {defend}"
+
+
+def _drawn(spec: SampleSpec) -> dict[str, Any]:
+    """What decides the inputs of a sample job, beside its model and stamps."""
+    return {"stream": spec.stream, "evaluation_seed": spec.evaluation_seed, "n": spec.n}
 
 
 def _minor(library: str) -> str:

@@ -30,6 +30,11 @@ def bare(spec: str) -> str:
     return spec.partition("(")[0]
 
 
+def control_words(given: str) -> str:
+    """What a defense is given in a control, in words."""
+    return {"opposite": "the opposite trigger", "zero": "the zero trigger"}.get(given, f"a {given} trigger")
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -38,7 +43,7 @@ class JobFacts(_Frozen):
     """A job upstream of a record. ingredients: what its key is the sha256 of (`harness.runs.job.condensed`); None in
     records that were made before they were kept."""
 
-    kind: Literal["attack", "defend", "sample", "measure"]
+    kind: Literal["attack", "control", "defend", "sample", "measure"]
     label: str
     ingredients: dict[str, Any] | None = None
 
@@ -74,6 +79,26 @@ class Source(_Frozen):
     dirty: bool | None = None
 
 
+class TriedControl(_Frozen):
+    """A control trigger on the attacked model: hits out of n images, and the cosine of its pattern with the trigger's
+    (None for text)."""
+
+    name: str
+    hits: int
+    n: int
+    cosine: float | None = None
+
+
+class Control(_Frozen):
+    """The control trigger that the defense was given: `tried[chosen]`. inert: whether it activates the backdoor on at
+    most 5 % of the images."""
+
+    given: str
+    chosen: int
+    inert: bool
+    tried: tuple[TriedControl, ...] = Field(min_length=1)
+
+
 class Provenance(_Frozen):
     """Where a record's numbers come from.
 
@@ -81,7 +106,8 @@ class Provenance(_Frozen):
     installed copy. jobs: key → what it was. short: the cell's specs with only what differs from the defaults. delivers:
     what the defense declares. nfe: network evaluations for one image. sampled: for each image set. accelerators: names
     of the GPUs. notes: what the defense said of its own work. found_trigger: the text that it names. unchanged: whether
-    it returned the very weights that it was given. sources: part of the cell → where its plugin comes from.
+    it returned the very weights that it was given. control: the control trigger that it was given. sources: part of the
+    cell → where its plugin comes from.
     """
 
     versions: dict[str, str | None] = Field(default_factory=dict)
@@ -102,6 +128,7 @@ class Provenance(_Frozen):
     notes: dict[str, Any] = Field(default_factory=dict)
     found_trigger: str | None = None
     unchanged: bool = False
+    control: Control | None = None
     sources: dict[str, Source] = Field(default_factory=dict)
 
 

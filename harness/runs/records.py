@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.registry import OWN
-from harness.runs.execution import FINDINGS, SCORES, SHEET, versions
+from harness.runs.execution import FINDINGS, SCORES, SHEET, control_of, versions
 from harness.runs.job import Job, condensed
 from harness.runs.jsonable import to_jsonable
 from harness.runs.planning import Origin, Plan, PlannedCell
-from harness.runs.record import Attempt, JobFacts, Provenance, Record, Sampled, Source
+from harness.runs.record import Attempt, Control, JobFacts, Provenance, Record, Sampled, Source
 from harness.runs.store import Store
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def _record(
             sampled=sampled,
             accelerators=tuple(sorted({f["accelerator"] for f in facts.values() if f.get("accelerator")})),
             **_said(spec.defended if result.ok else None, store),
+            control=_control(plan, planned, store, result.ok),
             unchanged=result.ok and _unchanged(spec.attacked, spec.defended, store),
             sources={
                 part: _source(origin) for part, origin in planned.origins.items()
@@ -118,6 +119,12 @@ def _thinned(value: Any, most: int = 50) -> Any:
     if isinstance(value, list):
         return [_thinned(inner) for inner in value[:: math.ceil(len(value) / most) or 1]]
     return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _control(plan: Plan, planned: PlannedCell, store: Store, finished: bool) -> Control | None:
+    """What the cell's control job chose, None where it has none."""
+    keys = [key for key in planned.upstream if plan.jobs[key].kind == "control"]
+    return Control.model_validate(control_of(store, keys[0])) if keys and finished else None
 
 
 def _unchanged(attacked: str | None, defended: str | None, store: Store) -> bool:

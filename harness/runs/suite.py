@@ -10,8 +10,12 @@
     defense = ["none", "finetune", "elijah"]
     sampler = ["ddim(steps=50)"]         # default: ddim
     seed = [0]                           # default: 0
-    n = 128                              # evaluation samples per cell, default 100
-    controls = ["decoy"]                 # a defense that needs the trigger is also given a decoy
+    n = 256                              # evaluation samples per cell, default 256
+    evaluation_seed = [0]                # draws noises and prompts of the evaluation; default: the cell's seed
+    utility_n = 2048                     # further clean samples, for distances; default 2048 (256 for models that take
+                                         # prompts), 0 where n is below 100
+    utility_sampler = "dpm-solver-pp(steps=10)"  # of these; default: this one, or the cell's where it does not apply
+    controls = ["decoy", "opposite", "zero"]  # what a defense that needs the trigger is given in further cells instead
 
 Combinations that make no sense are dropped with the reason in words; they appear in the report as "n/a".
 """
@@ -25,12 +29,21 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from harness.capabilities import accepted_models, extra_sets, family_of, missing_of_trigger, scales_noise
-from harness.registry import Registry, RegistryError, did_you_mean, parse_spec
+from harness.capabilities import (
+    AttackersSampler,
+    accepted_models,
+    extra_sets,
+    family_of,
+    missing_control,
+    missing_of_trigger,
+    offers,
+    scales_noise,
+)
+from harness.registry import Registry, RegistryError, did_you_mean, parse_spec, spec_of
 from harness.runs.record import Dropped
-from harness.types import Cell, TriggerGiven
+from harness.types import Cell
 
 AXES = {
     "model": "models",
@@ -40,10 +53,16 @@ AXES = {
     "sampler": "samplers",
     "defense": "defenses",
 }
-DEFAULTS: dict[str, Any] = {"sampler": ("ddim",), "seed": (0,), "n": 100, "controls": ()}
-GRID_KEYS = ("model", "attack", "trigger", "target", "defense", "sampler", "seed", "n", "controls")
+DEFAULTS: dict[str, Any] = {"sampler": ("ddim",), "seed": (0,), "n": 256, "controls": ()}
+UTILITY_N = {"unconditional": 2048, "text-to-image": 256}
+TRIAL = 100  # evaluation samples below which a suite is a trial, and has no utility set unless it asks for one
+UTILITY_SAMPLER = "dpm-solver-pp(steps=10)"  # of models that it samples: the fewest evaluations near 50 of DDIM
+GRID_KEYS = (
+    "model", "attack", "trigger", "target", "defense", "sampler", "seed", "n", "evaluation_seed", "utility_n",
+    "utility_sampler", "controls",
+)  # fmt: skip
 SUITE_KEYS = ("title", "metrics", "grid")
-CONTROLS = tuple(given for given in get_args(TriggerGiven) if given != "true")
+CONTROLS = ("decoy", "decoy-2", "decoy-3", "opposite", "zero")
 FAMILIES = {"vp": "variance-preserving", "ve": "variance-exploding"}
 FILTERS = tuple(f.name for f in fields(Cell))
 
@@ -66,13 +85,17 @@ class Suite:
 
 @dataclass(frozen=True)
 class Grid:
-    """One [[grid]] table, checked for form; `place` names it in messages."""
+    """One [[grid]] table, checked for form; `place` names it in messages. evaluation_seeds, utility_n and
+    utility_sampler are None where the table leaves them to the cell."""
 
     place: str
     axes: Mapping[str, tuple[str, ...]]
     seeds: tuple[int, ...]
     n: int
     controls: tuple[str, ...]
+    evaluation_seeds: tuple[int, ...] | None = None
+    utility_n: int | None = None
+    utility_sampler: str | None = None
 
 
 @dataclass(frozen=True)
@@ -154,7 +177,19 @@ def _grid(table: Mapping[str, Any], place: str) -> Grid:
         if control not in CONTROLS:
             known = ", ".join(CONTROLS)
             raise SuiteError(f"{place}: no control '{control}'{did_you_mean(control, CONTROLS)} known: {known}")
-    return Grid(place, axes, seeds, n, controls)
+    return Grid(place, axes, seeds, n, controls, *_evaluation(values, place))
+
+
+def _evaluation(values: Mapping[str, Any], place: str) -> tuple[tuple[int, ...] | None, int | None, str | None]:
+    """The evaluation seeds, the size of the utility set and its sampler, each None where the table does not say it."""
+    seeds, n, sampler = (values.get(key) for key in ("evaluation_seed", "utility_n", "utility_sampler"))
+    if seeds is not None:
+        seeds = _list(seeds, int, "whole numbers", f"{place}: evaluation_seed")
+    if n is not None and _typed(n, int, "a whole number", f"{place}: utility_n") < 0:
+        raise SuiteError(f"{place}: utility_n should be at least 0, got {n}; 0 measures distances on the n samples")
+    if sampler is not None:
+        sampler = _typed(sampler, str, "a spec", f"{place}: utility_sampler")
+    return seeds, n, sampler
 
 
 def _known_keys(table: Mapping[str, Any], known: Sequence[str], place: str) -> None:
@@ -258,13 +293,47 @@ def _cells(grid: Grid, registry: Registry) -> list[tuple[Cell, str | None]]:
     for model, attack, trigger, target, sampler, seed, defense in itertools.product(
         models, attacks, triggers, targets, samplers, dict.fromkeys(grid.seeds), defenses
     ):
-        cell = Cell(model, attack, trigger, target, defense, sampler, seed, n=grid.n)
-        parts = {axis: built[axis][getattr(cell, axis)] for axis in AXES}
+        axes = dict(zip(AXES, (model, attack, trigger, target, sampler, defense), strict=True))
+        parts = {axis: built[axis][spec] for axis, spec in axes.items()}
         reason = impossible(parts)
-        found.append((cell, reason))
-        if "decoy" in grid.controls and "trigger" in parts["defense"].needs and reason is None:
-            found.append((replace(cell, trigger_given="decoy"), None))
+        size, fast = utility(grid, registry, parts)
+        for evaluation_seed in (seed,) if grid.evaluation_seeds is None else dict.fromkeys(grid.evaluation_seeds):
+            cell = Cell(
+                model, attack, trigger, target, defense, sampler, seed, n=grid.n, evaluation_seed=evaluation_seed,
+                utility_n=size, utility_sampler=fast,
+            )  # fmt: skip
+            found.append((cell, reason))
+            if "trigger" in parts["defense"].needs and reason is None:
+                found += [
+                    (replace(cell, trigger_given=given), missing_control(parts["trigger"], given))
+                    for given in dict.fromkeys(grid.controls)
+                ]
     return found
+
+
+def utility(grid: Grid, registry: Registry, parts: Mapping[str, Any]) -> tuple[int, str]:
+    """The size of the utility set of a cell of these plugin instances and the spec of its sampler; 0 and "" for none.
+
+    Raises SuiteError where the grid names a sampler that does not sample the model.
+    """
+    model = parts["model"]
+    usual = UTILITY_N["text-to-image" if model.conditional else "unconditional"] if grid.n >= TRIAL else 0
+    size = usual if grid.utility_n is None else grid.utility_n
+    if size == 0:
+        return 0, ""
+    named = grid.utility_sampler
+    spec = _canonical(registry, "samplers", named or UTILITY_SAMPLER, f"{grid.place}: utility_sampler")
+    sampler = registry.build("samplers", spec)
+    if family_of(sampler) == family_of(model) and not scales_noise(sampler):
+        return size, spec
+    if named is not None:
+        raise SuiteError(f"{grid.place}: utility_sampler {named} does not sample {model.name} without a trigger")
+    return size, registry.canonical("samplers", _vanilla(parts["sampler"]))
+
+
+def _vanilla(sampler: Any) -> str:
+    """The spec of a sampler, or of its vanilla form where it is an attacker's own reverse process."""
+    return spec_of(sampler.vanilla() if offers(sampler, AttackersSampler) else sampler)
 
 
 def _canonical(registry: Registry, kind: str, spec: str, place: str) -> str:

@@ -42,10 +42,11 @@ class Findings:
 
 @dataclass(frozen=True)
 class Screening:
-    """The inputs on which a screen is evaluated: n clean ones and n with the trigger."""
+    """The inputs on which a screen is evaluated: n clean ones and n with the trigger, drawn by `evaluation_seed`."""
 
     trigger: Trigger
     n: int
+    evaluation_seed: int = 0
 
 
 def defend(
@@ -100,7 +101,7 @@ def screen(
     place are left out, together with their counterparts in the other half. Raises ValueError if none is left.
     """
     n, trigger = screening.n, screening.trigger
-    inputs = evaluation_inputs(plugin, model, 2 * n)
+    inputs = evaluation_inputs(plugin, model, 2 * n, screening.evaluation_seed)
     if trigger.modality == "text":
         model.check_trigger(trigger, inputs.prompts or ())
     stamped = with_trigger(trigger, inputs)

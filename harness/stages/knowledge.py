@@ -14,7 +14,8 @@ from torch import Tensor
 from harness.diffusion.seeds import generator
 from harness.types import KNOWLEDGE, Data, Defense, Knowledge, Model, Trigger
 
-SHARE, LEAST = 0.1, 512  # clean training data of a defender: a tenth of the data (as in Elijah), at least this many
+SHARE = 0.1  # of the training data that a defender has: a tenth, as in Elijah
+LEAST = 16  # images of a defender's share, where a tenth would be fewer
 PROMPTS = 100  # clean prompts of a defender (as in "Sealing the Backdoor")
 
 

@@ -23,6 +23,7 @@ def evidence(
     images: Mapping[tuple[Who, Given], Callable[[], Tensor]],
     *,
     n: int,
+    evaluation_seed: int,
     attacked: bool,
     findings: Findings | None,
     given_trigger: bool,
@@ -38,7 +39,7 @@ def evidence(
             findings.suspicion, findings.flag_above, findings.features, findings.screen_above,
             {which: torch.tensor(scores, dtype=torch.float64) for which, scores in findings.screened.items()},
         )  # fmt: skip
-    prompts = evaluation_prompts(plugin, n)
+    prompts = evaluation_prompts(plugin, n, evaluation_seed)
     return Evidence(
         images,
         reference=plugin.reference(),

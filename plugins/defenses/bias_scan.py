@@ -1,14 +1,19 @@
-"""Detects backdoored models by a search for biased noise from which the model removes the bias.
+"""Detects backdoored models by a search for biased noise that the model treats unlike its mirror image.
 
-A detector of our own, for backdoors whose loss teaches the model to remove the bias: TrojDiff (arXiv:2303.05762)
-removes all of it, BadDiffusion (arXiv:2212.05400) removes half of it. At the last timestep a clean model treats its
-whole input as noise: ε_θ(x, T) ≈ x. A model trained on γ ε + μ → ε, or on ε + r → ε + c_T r with c_T about ½, predicts
-less than its input. The part of a bias that remains is
+A detector of our own. At the last timestep a clean model treats its whole input as noise: ε_θ(x, T) ≈ x. A model
+trained on γ ε + μ → ε (TrojDiff, arXiv:2303.05762) or on ε + r → ε + c_T r with c_T about ½ (BadDiffusion,
+arXiv:2212.05400) predicts less than its input. The part of a bias that remains is
 
     R(μ, γ) = E ‖ε - ε_θ(γ ε + μ, T)‖² / E ‖ε - (γ ε + μ)‖²        over the biased pixels
 
-which is 1 for ε_θ(x, T) = x, 0 for TrojDiff's trigger and c_T² = ¼ for BadDiffusion's. The searches look for the least
-R among biases of a given size, because the output of a network saturates and removes any bias that is large enough:
+which is 1 for ε_θ(x, T) = x, 0 for TrojDiff's trigger and c_T² = ¼ for BadDiffusion's. R alone does not tell: the
+output of a network saturates, so a clean model also removes a part of any large bias, and a model attacked by
+VillanDiffusion for ODE samplers (c_T about 1) returns its trigger *more* fully than a clean model does. Noise has no
+preferred side, so a clean model treats a bias and its mirror image alike. The searches look for the least
+
+    R(μ, γ) / R(-μ, γ)        the second on mirrored noise -ε
+
+which is small where μ is removed and also where -μ is kept, among biases of a given size:
 
     image   γ for all pixels, μ = (1 - γ) g with g in [-1, 1]; a wrong γ costs little
     shift   γ = 1, μ in [-1, 1] of a fixed root mean square
@@ -16,13 +21,13 @@ R among biases of a given size, because the output of a network saturates and re
 
 The searches `image` and `shift` descend from several starts by steps of constant length, because the gradient is close
 to zero far from the trigger. Each start is a short walk that either reaches the trigger or does not. The suspicion is 1
-- min R on noise that no search used; a model is flagged above 0.6. On models of 16 pixels, clean models and models
-attacked by VillanDiffusion leave 0.5 or more. The detector does not find a trigger that the model returns unchanged
-(VillanDiffusion for ODE samplers, c_T about 1); use terd for those.
+minus the least ratio on noise that no search used. With `mirrored=False` the ratio is R alone, as in version 1.
 
-The detector needs only the model. It returns the suspicion, R of each search as features, and μ (C, H, W) in the units
-of the starting noise. Raises ValueError for a variance-exploding model, whose last input is not of unit variance, and
-ArithmeticError if outputs of the model are not finite.
+The detector needs only the model. It returns the suspicion, the least ratio of each search as features, and μ (C, H,
+W) in the units of the starting noise. If the model returns -μ whole and removes μ no more than a clean model could, -μ
+is taken for the trigger: the note `kept` is true, and the returned trigger is -μ. Raises ValueError for a
+variance-exploding model, whose last input is not of unit variance, and ArithmeticError if outputs of the model are not
+finite.
 """
 
 from __future__ import annotations
@@ -39,7 +44,8 @@ from torch import Tensor
 from harness import Defended, Knowledge, hookimpl, progress
 
 HELD_OUT = 128  # noises that the searches do not use
-FLAG_ABOVE = 0.6
+FLAG_ABOVE, FLAG_ABOVE_ALONE = 0.35, 0.6  # of the ratio, chosen on one clean and one ODE model of digits; of R alone
+KEPT, REMOVED = 0.9, 0.35  # R above which a model returns a bias, and below which it removes it as an attack would
 MOMENTUM = 0.5
 NEAR, STEP = 0.05, 0.03  # root mean square over pixels: of the first μ of `image`, and of its steps
 SHIFT, SHIFT_STEP = 0.8, 0.1  # root mean square over pixels: of every μ of `shift`, and of its steps
@@ -52,16 +58,19 @@ Bias = tuple[Tensor, Tensor]  # μ and γ, (C, H, W) each
 @dataclass(frozen=True)
 class BiasScan:
     name: ClassVar[str] = "bias-scan"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     accepts_triggers: ClassVar[tuple[str, ...]] = ("noise",)
     needs: ClassVar[tuple[str, ...]] = ()
     delivers: ClassVar[tuple[str, ...]] = ("suspicion",)
 
     gamma: Annotated[float, Ge(0), Lt(1)] = 0.6  # γ of the search `image`; TrojDiff's value
-    starts: Annotated[int, Ge(0)] = 8  # starts of the search `image`, until one is flagged; 0 = none
-    shifts: Annotated[int, Ge(0)] = 4  # starts of the search `shift`, until one is flagged; 0 = none
+    starts: Annotated[int, Ge(0)] = 8  # starts of the search `image`; 0 = none
+    shifts: Annotated[int, Ge(0)] = 4  # starts of the search `shift`; 0 = none
     iterations: Annotated[int, Ge(1)] = 40  # steps of each start
     batch: Annotated[int, Ge(1)] = 32  # noises per step
+    stop: bool = False  # a search ends at the first start that is flagged. It saves time; the suspicion is then that of
+    # the end
+    mirrored: bool = True  # divide R by that of the mirrored bias; False = R alone
     patch: Annotated[int, Ge(0)] = 3  # side of the squares in pixels; 0 = none
     patch_gamma: Annotated[float, Ge(0), Lt(1)] = 0.1  # γ inside the squares; TrojDiff's value
 
@@ -76,12 +85,28 @@ class BiasScan:
             "shift": (self.shift(model, rng), self.shifts),
             "patch": (self.square(model, rng), min(self.patch, 1)),
         }
-        found = {name: least(model, unseen, *search, name) for name, search in searches.items() if search[1]}
+        found = {name: self.least(model, unseen, *search, name) for name, search in searches.items() if search[1]}
         if not found:
             raise ValueError("bias-scan(starts=0, shifts=0, patch=0) searches for nothing")
         features = {f"left_{name}": left for name, (left, _) in found.items()}
-        left, mu = min(found.values(), key=lambda each: each[0])
-        return Defended(suspicion=1 - left, flag_above=FLAG_ABOVE, features=features, trigger=mu.cpu())
+        left, (mu, gamma) = min(found.values(), key=lambda each: each[0])
+        with torch.no_grad():
+            beside = remaining(model, -unseen, -mu, gamma).item()
+            alone = remaining(model, unseen, mu, gamma).item()
+        kept = self.mirrored and beside > KEPT and alone > REMOVED
+        return Defended(
+            suspicion=1 - left, flag_above=self.flag_above, features=features, trigger=-mu.cpu() if kept else mu.cpu(),
+            notes={"left": alone, "left_of_mirror_image": beside, "kept": kept},
+        )  # fmt: skip
+
+    @property
+    def flag_above(self) -> float:
+        return FLAG_ABOVE if self.mirrored else FLAG_ABOVE_ALONE
+
+    def measured(self, model: Any, eps: Tensor, mu: Tensor, gamma: Tensor) -> Tensor:
+        """What the searches minimise: the ratio, or R alone."""
+        left = remaining(model, eps, mu, gamma)
+        return left / remaining(model, -eps, -mu, gamma) if self.mirrored else left
 
     def image(self, model: Any, rng: torch.Generator) -> Iterator[Bias]:
         """The results of the starts that bias all pixels, in scale and mean."""
@@ -107,7 +132,7 @@ class BiasScan:
         velocity = torch.zeros_like(mu)
         for _ in range(self.iterations):
             mu.requires_grad_(True)
-            (gradient,) = torch.autograd.grad(remaining(model, model.draw_eps(self.batch, rng), mu, gamma), mu)
+            (gradient,) = torch.autograd.grad(self.measured(model, model.draw_eps(self.batch, rng), mu, gamma), mu)
             length = gradient.square().mean().sqrt().clamp_min(torch.finfo().tiny)
             velocity = MOMENTUM * velocity + (1 - MOMENTUM) * gradient / length
             mu = kept(mu.detach() - step * velocity)
@@ -118,22 +143,21 @@ class BiasScan:
         eps = model.draw_eps(TRIAL, rng)
         every = squares(model.shape, self.patch, self.patch_gamma, model.device)
         with torch.no_grad():
-            yield min(every, key=lambda bias: remaining(model, eps, *bias).item())
+            yield min(every, key=lambda bias: self.measured(model, eps, *bias).item())
 
-
-def least(model: Any, unseen: Tensor, biases: Iterable[Bias], n: int, name: str) -> tuple[float, Tensor]:
-    """The least R on unseen noise and its μ, among n biases, up to and including the first that is flagged."""
-    best = (math.inf, torch.zeros(model.shape))
-    for i, (mu, gamma) in enumerate(biases):
-        with torch.no_grad():
-            left = remaining(model, unseen, mu, gamma).item()
-        if not math.isfinite(left):
-            raise ArithmeticError("the model's answers at the last timestep are not finite")
-        best = min(best, (left, mu), key=lambda each: each[0])
-        progress(name, i + 1, n, loss=best[0])
-        if 1 - best[0] > FLAG_ABOVE:
-            break
-    return best
+    def least(self, model: Any, unseen: Tensor, biases: Iterable[Bias], n: int, name: str) -> tuple[float, Bias]:
+        """The least ratio on unseen noise and its bias, among n biases."""
+        best = (math.inf, (torch.zeros(model.shape), torch.ones(model.shape)))
+        for i, bias in enumerate(biases):
+            with torch.no_grad():
+                left = self.measured(model, unseen, *bias).item()
+            if not math.isfinite(left):
+                raise ArithmeticError("the model's answers at the last timestep are not finite")
+            best = min(best, (left, bias), key=lambda each: each[0])
+            progress(name, i + 1, n, loss=best[0])
+            if self.stop and 1 - best[0] > self.flag_above:
+                break
+        return best
 
 
 def remaining(model: Any, eps: Tensor, mu: Tensor, gamma: Tensor) -> Tensor:

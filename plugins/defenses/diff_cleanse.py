@@ -10,7 +10,7 @@ entropy of image i. Adam minimises over r, from N(0, 1):
 
 The sampler is not differentiated: ∂X_0/∂X_T is a constant, so the gradient of r is the mean of ∂l/∂X_0 over the batch.
 λ makes both terms equally large. MSCR is the share of images in the largest set in which every two images have a cosine
-above κ. A model with an MSCR above the threshold is backdoored, and the search ends there.
+above κ. A model with an MSCR above the threshold is backdoored.
 
 Stage 2 prunes. With x_t = s_t x + σ_t ε (+ ρ_t r) and L_t = ‖ε - ε_θ(x_t, t)‖², it removes the p % of the channels of
 each layer whose I_b - I_c is largest; I_b is computed on inputs with r, I_c on inputs without r:
@@ -22,12 +22,15 @@ It then fine-tunes on clean images sampled from the model itself; θ' is the mod
     loss_p = loss_c + loss_b = ‖ε - ε_θ(x_t, t)‖² + ‖ε_θ(x_t, t) - ε_θ'(x_t, t)‖²
 
 The defense needs an image encoder and no data; with `invert=False` it needs the trigger instead of the encoder. It
-returns MSCR as the suspicion, r, and a smaller model. The notes contain the shares that the pruning realised.
+returns MSCR as the suspicion, r, and a smaller model. The notes contain MSCR and both losses of every iteration, and
+the shares that the pruning realised. With `bounds='data'` the defense needs clean images too.
 
-Differs from the paper: MSCR is measured on held-out noises (`held_out=False`: on the noises of the search). Paper and
-code disagree on l_e; here it is the entropy of the grey levels in bits, of which 256 levels have at most 8, so the
-bound of 8.5 bits is never reached. In variance-exploding models ρ_t is σ_t. `ratio` is one number for all models; the
-paper takes the smallest ratio that removes the backdoor, which only someone who knows the backdoor can determine.
+Differs from the paper: MSCR is that after a fixed number of iterations, because a search that ends at the threshold
+(`stop=True`, the paper's algorithm 1) ends with the threshold as its result. MSCR is measured on held-out noises
+(`held_out=False`: on the noises of the search). The paper gives no formula of the entropy; here it is that of 256 grey
+levels in bits, at most 8, so that κ₊ = 8.5 is never reached. In variance-exploding models ρ_t is σ_t. `ratio` is one
+number for all models; the paper takes the smallest ratio that removes the backdoor, which only someone who knows the
+backdoor can determine. `judged`, `start`, `bounds` and `within` have options of ours.
 Differs from the released code (f1ae86e, known from a description): that code never updates r, compares pixels, prunes
 by -(I_b + I_c) (score='sum') with the true trigger (invert=False), flips images at random and draws antithetic
 timesteps in the fine-tuning. Behaviour on small models: docs/methods/diff-cleanse.md.
@@ -37,7 +40,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -56,6 +59,7 @@ from harness import (
     Rounding,
     Through,
     draw,
+    generator,
     hookimpl,
     image_noise,
     image_seeds,
@@ -66,6 +70,9 @@ from harness import (
 
 Encode = Callable[[Tensor], Tensor]
 Bits = Annotated[float, Ge(0)]
+ELIJAH_LAMBDA, ELIJAH_LR = 0.5, 0.1  # of the search for a start; official values for BadDiffusion
+TERD_LR, TERD_BATCH = 0.5, 16  # of the search for a start; official values at 32 pixels
+FULL = 0.9  # share of the pixels that the scaling of TERD's start leaves within [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -94,8 +101,22 @@ class DiffCleanse(Pruning):
     threshold: Fraction = 0.5  # MSCR above which a model is backdoored; paper's value
     entropy: bool = True  # use the term l_e; the paper's table 3 leaves it out
     entropy_bounds: tuple[Bits, Bits] = (0.1, 8.5)  # κ₋, κ₊ in bits; paper's values
-    restarts: PositiveInt = 1  # number of searches, from different starts and noises, until one is above the threshold;
-    # paper: 1
+    bounds: Literal["fixed", "data"] = "fixed"  # κ₋ and κ₊: `entropy_bounds`, or quantiles of the entropy of the clean
+    # images that the defense is given
+    within: bool = False  # MSCR counts only images whose entropy is within the bounds, so that a set of black images is
+    # none; the paper counts all
+    quantiles: tuple[Fraction, Fraction] = (0.01, 0.99)  # these quantiles
+    start: Literal["random", "elijah", "terd", "oracle"] = "random"  # r at the start: random (paper), the trigger that
+    # Elijah's loss leads to, the one to which TERD's loss draws mirrored starts, scaled to the range of an image, or
+    # half the true trigger, for experiments that need a search that cannot miss
+    start_iterations: PositiveInt = 100  # iterations towards that start; officially 100 (elijah) and 3000 (terd)
+    restarts: PositiveInt = 1  # number of searches, from different starts and noises; the highest MSCR counts; paper: 1
+    stop: bool = False  # end at the first MSCR above the threshold, as in the paper. It saves time. The MSCR is then
+    # that of the end and no longer tells how far the model is above the threshold
+    judged: Literal["last", "best"] = (
+        "last"  # the r of a search that counts: the last, or that with the highest MSCR on
+    )
+    # the noises of the search
     held_out: bool = True  # measure MSCR on noises that the search did not use; False = paper
     encoder: Literal["given", "pixels"] = "given"  # E: the image encoder that the defense is given, or the pixels
     # themselves (released code)
@@ -112,13 +133,15 @@ class DiffCleanse(Pruning):
             raise ValueError("invert=False with prune='never' leaves nothing to do; set one of them")
         if self.entropy_bounds[0] > self.entropy_bounds[1]:
             raise ValueError(f"entropy_bounds={self.entropy_bounds} are in the wrong order")
+        if self.quantiles[0] >= self.quantiles[1]:
+            raise ValueError(f"quantiles={self.quantiles} are in the wrong order")
 
     @property
     def needs(self) -> tuple[str, ...]:
         asks = {
-            "trigger": not self.invert,
+            "trigger": not self.invert or self.start == "oracle",
             "encoder": self.invert and self.encoder == "given",
-            "data": self.prune != "never" and self.data == "real",
+            "data": (self.prune != "never" and self.data == "real") or (self.invert and self.bounds == "data"),
         }
         return tuple(name for name, asked in asks.items() if asked)
 
@@ -130,71 +153,86 @@ class DiffCleanse(Pruning):
         notes: dict[str, Any] = {}
         gamma = torch.ones(model.shape)
         if self.invert:
-            encoder = knowledge.encoder if self.encoder == "given" else None
-            r, mscr = self.inverted(model, encoder, rng, notes)
+            r, mscr = self.inverted(model, knowledge, rng, notes)
         else:
             trigger: Any = knowledge.trigger
             r, mscr, gamma = trigger.delta(model.shape), None, trigger_placement.scale_of(trigger, model.shape)
         found = Defended(
-            suspicion=mscr, trigger=r.cpu(), notes=notes, flag_above=None if mscr is None else self.threshold
+            suspicion=mscr,
+            trigger=r.cpu(),
+            features=None
+            if mscr is None
+            else {"mscr": mscr, "mscr_at_start": notes["searches"][0]["mscr_of_search"][0]},
+            notes=notes,
+            flag_above=None if mscr is None else self.threshold,
         )
         flagged = mscr is None or mscr > self.threshold
         if self.prune == "never" or (self.prune == "flagged" and not flagged):
             return found
         purified = self.cleansed(model, r.to(model.device), gamma.to(model.device), knowledge, rng, notes)
-        return Defended(model=purified, suspicion=mscr, trigger=found.trigger, notes=notes, flag_above=found.flag_above)
+        return replace(found, model=purified)
 
     # ---- stage 1 --------------------------------------------------------------------------------------------------
     def inverted(
-        self, model: Any, encoder: Encode | None, rng: torch.Generator, notes: dict[str, Any]
+        self, model: Any, knowledge: Knowledge, rng: torch.Generator, notes: dict[str, Any]
     ) -> tuple[Tensor, float]:
         """r (C, H, W) and the MSCR of its images, from the search with the highest MSCR."""
-        encode: Encode = _pixels if self.encoder == "pixels" or encoder is None else encoder
-        start, searches, best = time.perf_counter(), [], None
-        for _ in range(self.restarts):
-            r, mscr, curves = self.search(model, encode, rng)
-            searches.append(curves | {"mscr": mscr})
+        encode: Encode = _pixels if self.encoder == "pixels" or knowledge.encoder is None else knowledge.encoder
+        low, high = notes["entropy_bounds"] = self.bounds_of(knowledge)
+        began, searches, best = time.perf_counter(), [], None
+        for k in range(self.restarts):
+            search = Search(self, model, encode, (low, high), rng)
+            r, mscr = search.run(self.started(model, knowledge, k, rng))
+            searches.append(search.curves | {"mscr": mscr})
             if best is None or mscr > best[1]:
                 best = r, mscr
-            if mscr > self.threshold:
+            if self.stop and mscr > self.threshold:
                 break
-        notes |= {"searches": searches, "inversion_s": time.perf_counter() - start}
+        notes |= {"searches": searches, "inversion_s": time.perf_counter() - began}
         assert best is not None
         return best
 
-    def search(self, model: Any, encode: Encode, rng: torch.Generator) -> tuple[Tensor, float, dict[str, list[float]]]:
-        """One descent: (r, MSCR, curves over the iterations)."""
-        sampler = SAMPLERS[self.sampler](steps=self.sampling_steps)
-        fixed, held_out = (self.noise(model, rng) for _ in range(2))
-        judged = held_out if self.held_out else fixed
-        curves: dict[str, list[float]] = {"similarity_loss": [], "entropy_loss": [], "mscr_of_search": []}
+    def bounds_of(self, knowledge: Knowledge) -> tuple[float, float]:
+        """κ₋ and κ₊ in bits."""
+        if self.bounds == "fixed":
+            return self.entropy_bounds
+        data: Any = knowledge.data
+        low, high = inversion.entropy(data.images).quantile(torch.tensor(self.quantiles)).tolist()
+        return low, high
 
-        def mscr_of(r: Tensor) -> float:
-            with torch.no_grad():
-                return self.mscr(encode(inversion.images_of(model, sampler, judged, self.bounded(r))))
+    def started(self, model: Any, knowledge: Knowledge, k: int, rng: torch.Generator) -> Tensor:
+        """r at the start of the k-th search, (C, H, W). Odd k start from the opposite side of 0."""
+        if self.start == "random":
+            return self.spread * torch.randn(model.shape, generator=rng).to(model.device)
+        if self.start == "oracle":
+            trigger: Any = knowledge.trigger
+            return trigger.delta(model.shape).to(model.device) / 2
+        side = (-1.0) ** (k + 1)
+        if self.start == "elijah":
+            noise = model.draw_eps(self.noises, rng)
+            tau, _ = inversion.descend(
+                side * torch.rand(model.shape, generator=rng).to(model.device),
+                lambda tau: inversion.shift_loss(model, noise, tau, ELIJAH_LAMBDA), lr=ELIJAH_LR,
+                iterations=self.start_iterations, phase="start",
+            )  # fmt: skip
+            return tau
+        seed = int(torch.randint(2**62, (), generator=rng))
+        mu = sum(self.reversed_from(model, sign, seed) for sign in (1.0, -1.0))
+        return -side * (mu / mu.abs().quantile(FULL).clamp_min(torch.finfo().tiny)).clamp(-1, 1)  # type: ignore[union-attr]
 
-        last: list[Tensor] = []
+    def reversed_from(self, model: Any, sign: float, seed: int) -> Tensor:
+        """μ of TERD's estimation from -sign · U[0, 1); the two signs mirror each other, noises included."""
+        rng = generator(seed, "start")
+        begun = -sign * torch.rand(model.shape, generator=rng).to(model.device)
 
-        def loss(r: Tensor) -> Tensor:
-            images = inversion.images_of(model, sampler, fixed, self.bounded(r), self.through)
-            z = encode(images)
-            if not z.requires_grad:
-                raise ValueError(
-                    "the image encoder gives no gradient; use encoder='pixels' or a differentiable encoder"
-                )
-            l_s, l_e = 1 - inversion.cosines(z).mean(), self.entropy_loss(images)
-            last[:] = [r.detach().clone()]
-            for name, value in (("similarity_loss", l_s), ("entropy_loss", l_e)):
-                curves[name].append(value.item())
-            curves["mscr_of_search"].append(self.mscr(z))
-            return balanced(l_s, l_e) if self.entropy else l_s
+        def loss(mu: Tensor, gamma: Tensor) -> Tensor:
+            x_0, t = sign * model.draw_eps(TERD_BATCH, rng), inversion.late(model, TERD_BATCH, rng)
+            return inversion.reversed_loss(model, x_0, t, mu, gamma, rng, sign)
 
-        def stop() -> bool:
-            return curves["mscr_of_search"][-1] > self.threshold and mscr_of(last[0]) > self.threshold
-
-        r = self.spread * torch.randn(model.shape, generator=rng).to(model.device)
-        r, _ = inversion.descend(r, loss, lr=self.inversion_lr, iterations=self.iterations, stop=stop)
-        return self.bounded(r), mscr_of(r), curves
+        mu, _, _ = inversion.descend_reversed(
+            begun, torch.ones_like(begun), loss, iterations=self.start_iterations, lr=TERD_LR, phase="start"
+        )
+        return mu
 
     def noise(self, model: Any, rng: torch.Generator) -> Inputs:
         seeds = image_seeds(int(torch.randint(2**62, (), generator=rng)), "inversion", self.noises)
@@ -206,12 +244,6 @@ class DiffCleanse(Pruning):
 
     def mscr(self, z: Tensor) -> float:
         return inversion.largest_cluster(z, self.kappa) / len(z)
-
-    def entropy_loss(self, images: Tensor) -> Tensor:
-        """l_e of images (N, C, H, W)."""
-        low, high = self.entropy_bounds
-        bits = inversion.entropy(images)
-        return (torch.relu(bits - high) + torch.relu(low - bits)).sum()
 
     # ---- stage 2 --------------------------------------------------------------------------------------------------
     def cleansed(
@@ -246,6 +278,81 @@ class DiffCleanse(Pruning):
 
         clean, backdoored = score(eps, torch.zeros_like(r)), score(gamma * eps, r)
         return difference(clean, backdoored) if self.score == "difference" else negative_sum(clean, backdoored)
+
+
+class Search:
+    """One descent from a start: its noises, and curves over its iterations."""
+
+    def __init__(
+        self, spec: DiffCleanse, model: Any, encode: Encode, bounds: tuple[float, float], rng: torch.Generator
+    ) -> None:
+        self.spec, self.model, self.encode, self.bounds = spec, model, encode, bounds
+        self.sampler = SAMPLERS[spec.sampler](steps=spec.sampling_steps)
+        self.fixed, held_out = (spec.noise(model, rng) for _ in range(2))
+        self.judged = held_out if spec.held_out else self.fixed
+        self.curves: dict[str, list[float]] = {"similarity_loss": [], "entropy_loss": [], "mscr_of_search": []}
+        self.last = self.best = torch.zeros(model.shape)
+
+    def run(self, start: Tensor) -> tuple[Tensor, float]:
+        """(r, its MSCR)."""
+        spec = self.spec
+        stop = self.above if spec.stop else None
+        r, _ = inversion.descend(start, self.loss, lr=spec.inversion_lr, iterations=spec.iterations, stop=stop)
+        if spec.judged == "best":
+            r = self.best
+        return spec.bounded(r), self.mscr_of(r)
+
+    def loss(self, r: Tensor) -> Tensor:
+        spec = self.spec
+        images = inversion.images_of(self.model, self.sampler, self.fixed, spec.bounded(r), spec.through)
+        z = self.encode(images)
+        if not z.requires_grad:
+            raise ValueError("the image encoder gives no gradient; use encoder='pixels' or a differentiable encoder")
+        l_s, l_e = 1 - inversion.cosines(z).mean(), entropy_loss(images, self.bounds)
+        for name, value in (("similarity_loss", l_s), ("entropy_loss", l_e)):
+            self.curves[name].append(value.item())
+        self.follow(r.detach().clone(), images.detach(), z)
+        return balanced(l_s, l_e) if spec.entropy else l_s
+
+    def follow(self, r: Tensor, images: Tensor, z: Tensor) -> None:
+        """Keeps r and the MSCR of its images, whose features are z.
+
+        The MSCR takes time, so it is measured at the start alone if no later one decides anything.
+        """
+        seen, self.last = self.curves["mscr_of_search"], r
+        if seen and not self.spec.stop and self.spec.judged == "last":
+            return
+        mscr = self.mscr(images, z)
+        if not seen or mscr > max(seen):
+            self.best = r
+        seen.append(mscr)
+
+    def above(self) -> bool:
+        """Whether the last r is above the threshold on the noises of the search and on those that judge."""
+        threshold = self.spec.threshold
+        return self.curves["mscr_of_search"][-1] > threshold and self.mscr_of(self.last) > threshold
+
+    @torch.no_grad()
+    def mscr_of(self, r: Tensor) -> float:
+        images = inversion.images_of(self.model, self.sampler, self.judged, self.spec.bounded(r))
+        return self.mscr(images, self.encode(images))
+
+    def mscr(self, images: Tensor, z: Tensor) -> float:
+        if not self.spec.within:
+            return self.spec.mscr(z)
+        low, high = self.bounds
+        bits = inversion.entropy(images)
+        inside = (bits >= low) & (bits <= high)
+        if not inside.any():
+            return 1 / len(z)  # as for images of which no two are alike
+        return inversion.largest_cluster(z[inside], self.spec.kappa) / len(z)
+
+
+def entropy_loss(images: Tensor, bounds: tuple[float, float]) -> Tensor:
+    """l_e of images (N, C, H, W) for the bounds (κ₋, κ₊) in bits."""
+    low, high = bounds
+    bits = inversion.entropy(images)
+    return (torch.relu(bits - high) + torch.relu(low - bits)).sum()
 
 
 def _pixels(images: Tensor) -> Tensor:

@@ -13,9 +13,10 @@ nothing, not even the model, and costs no network evaluation. It returns a scree
 the values. They therefore miss a trigger of few pixels that leaves the distribution of all values nearly unchanged,
 such as TrojDiff's 3×3 patch.
 
-Differs from the paper: no code is released, and the text was not available. The abstract and summaries describe a score
-of distribution discrepancy that is compared with the discrepancy of clean noise, and triggers that evade it through
-differentiable histograms. Both scores above are our interpretation of that.
+Checked against the paper's abstract and summaries by others: its text was not available, and no code is released.
+Differs from the paper in ways that are therefore not known. Abstract and summaries describe a score of distribution
+discrepancy that is compared with the discrepancy of clean noise, and triggers that evade it through differentiable
+histograms. Both scores, `bins`, `draws` and `quantile` are our interpretation of that.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ inversion fails: docs/methods/elijah.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -68,9 +68,21 @@ TRIM = 4  # number of smallest and of largest values left out of a mean; officia
 
 
 @dataclass(frozen=True)
+class Shift:
+    """What a trigger does to unit noise: γ ε + τ. tau (C, H, W); gamma the same, or 1."""
+
+    tau: Tensor
+    gamma: Tensor | float
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def of(self, eps: Tensor) -> Tensor:
+        return self.gamma * eps + self.tau
+
+
+@dataclass(frozen=True)
 class Elijah:
     name: ClassVar[str] = "elijah"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     accepts_triggers: ClassVar[tuple[str, ...]] = ("noise",)
 
     invert: bool = True  # find the trigger; False = the defense is given the trigger
@@ -79,6 +91,8 @@ class Elijah:
     inversion_lr: Annotated[float, Gt(0)] = 0.1  # Adam; official code
     noises: PositiveInt = 100  # fixed noise batch of the inversion; official value at 32 pixels
     start: tuple[float, float] = (-1.0, 0.0)  # τ starts from uniform values between these; official code
+    starts: PositiveInt = 1  # starts of the inversion: as above, its mirror image, another, and so on; official: 1.
+    # With `detect` the τ whose images are the most uniform counts, otherwise that of the least loss
     detect: bool = False  # sample from shifted noise and return the features
     images: Annotated[int, Ge(2 * TRIM + 1)] = 16  # images sampled for the features; official code
     distance: Literal["lpips", "encoder", "pixels"] = "lpips"  # distance of two images: LPIPS (paper), 1 - cosine of
@@ -111,49 +125,58 @@ class Elijah:
         return tuple(name for name, on in (("model", self.steps > 0), ("suspicion", self.detect)) if on)
 
     def defend(self, model: Any, knowledge: Knowledge, rng: torch.Generator) -> Defended:
-        trigger: Any = knowledge.trigger
-        gamma: Tensor | float = 1.0
-        if self.invert:
-            tau, notes = self.inverted(model, rng)
+        given: Any = knowledge.trigger
+        if not self.invert:
+            gamma = trigger_placement.scale_of(given, model.shape).to(model.device)
+            found = [Shift(given.delta(model.shape).to(model.device), gamma)]
         else:
-            tau, notes = trigger.delta(model.shape).to(model.device), {}
-            gamma = trigger_placement.scale_of(trigger, model.shape).to(model.device)
-
-        def shift(eps: Tensor) -> Tensor:
-            """Unit noise as the trigger leaves it: γ ε + τ."""
-            return gamma * eps + tau
-
-        features = self.features(model, shift, knowledge, rng) if self.detect else None
+            found = [self.inverted(model, rng, k) for k in range(self.starts)]
+        best, features = self.chosen(model, found, knowledge, rng)
+        notes = dict(best.notes)
+        if len(found) > 1:
+            notes["tau_moved_by_start"] = [each.notes["tau_moved"] for each in found]
         return Defended(
-            model=self.removed(model, shift, knowledge, rng) if self.steps > 0 else None,
+            model=self.removed(model, best, knowledge, rng) if self.steps > 0 else None,
             suspicion=None if features is None else -features["uniformity"],
             features=features,
-            trigger=tau.cpu(),
+            trigger=best.tau.cpu(),
             notes=notes,
         )
 
-    def inverted(self, model: Any, rng: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
-        """τ (C, H, W); the notes contain the loss of every iteration and how far τ moved from its start."""
-        noise = model.draw_eps(self.noises, rng)
-        t = torch.full((self.noises,), model.T - 1, device=model.device)
+    def inverted(self, model: Any, rng: torch.Generator, k: int = 0) -> Shift:
+        """τ from the k-th start; the notes contain the loss of every iteration and how far τ moved from its start.
+
+        An odd k mirrors the start and the noises of the start before it.
+        """
+        sign = (-1.0) ** k
+        draws = generator(rng.initial_seed(), "start", k // 2)
+        noise = sign * model.draw_eps(self.noises, draws)
         low, high = self.start
-        start = (high + (low - high) * torch.rand(model.shape, generator=rng)).to(model.device)
+        start = sign * (high + (low - high) * torch.rand(model.shape, generator=draws)).to(model.device)
+        tau, losses = inversion.descend(
+            start, lambda tau: inversion.shift_loss(model, noise, tau, self.lam), lr=self.inversion_lr,
+            iterations=self.iterations,
+        )  # fmt: skip
+        moved = ((tau - start).norm() / start.norm()).item()
+        return Shift(tau, 1.0, {"inversion_loss": losses, "tau_moved": moved})
 
-        def loss(tau: Tensor) -> Tensor:
-            return (self.lam * tau - model.eps(at_the_end(model, noise + tau), t).mean(0)).abs().mean()
+    def chosen(
+        self, model: Any, found: Sequence[Shift], knowledge: Knowledge, rng: torch.Generator
+    ) -> tuple[Shift, dict[str, float] | None]:
+        """The shift that counts, and its features if the defense detects."""
+        if not self.detect:
+            return min(found, key=lambda each: each.notes.get("inversion_loss", [0.0])[-1]), None
+        features = [self.features(model, each, knowledge, rng) for each in found]
+        best = min(range(len(found)), key=lambda k: features[k]["uniformity"])
+        return found[best], features[best]
 
-        tau, losses = inversion.descend(start, loss, lr=self.inversion_lr, iterations=self.iterations)
-        return tau, {"inversion_loss": losses, "tau_moved": ((tau - start).norm() / start.norm()).item()}
-
-    def features(
-        self, model: Any, shift: Callable[[Tensor], Tensor], knowledge: Knowledge, rng: torch.Generator
-    ) -> dict[str, float]:
+    def features(self, model: Any, shift: Shift, knowledge: Knowledge, rng: torch.Generator) -> dict[str, float]:
         """Uniformity and total variation of images sampled from shifted noise.
 
         They use a separate generator, so that the removal is the same with and without them.
         """
         noise = model.draw_eps(self.images, generator(rng.initial_seed(), "features"))
-        images = self.sampled(model, shift(noise), derived(rng, "features"), "features")
+        images = self.sampled(model, shift.of(noise), derived(rng, "features"), "features")
         return {
             "uniformity": trimmed_mean(self.distances(images, knowledge.encoder)).item(),
             "total_variation": total_variation(images).mean().item(),
@@ -182,7 +205,7 @@ class Elijah:
         noise = model.draw_eps(self.synthetic_images, generator(rng.initial_seed(), "synthetic"))
         return Examples(model, Data(self.sampled(model, noise, derived(rng, "synthetic"), "synthetic data")))
 
-    def removed(self, model: Any, shift: Callable[[Tensor], Tensor], knowledge: Knowledge, rng: torch.Generator) -> Any:
+    def removed(self, model: Any, shift: Shift, knowledge: Knowledge, rng: torch.Generator) -> Any:
         """A copy of `model`, trained to predict for shifted noise what it predicts for plain noise."""
         examples = self.examples(model, knowledge, rng)
         frozen, model = model, model.clone()
@@ -190,7 +213,7 @@ class Elijah:
 
         def loss() -> Tensor:
             batch = examples.batch(self.batch, rng)
-            shifted, plain = at_the_end(model, shift(batch.eps)), at_the_end(model, batch.eps)
+            shifted, plain = (inversion.at_the_end(model, eps) for eps in (shift.of(batch.eps), batch.eps))
             with torch.no_grad():
                 wanted = frozen.eps(plain, last)
             answers = model.eps(torch.cat([shifted, plain]), last.repeat(2)).chunk(2)
@@ -201,11 +224,6 @@ class Elijah:
             bf16=self.bf16, phase="removal",
         )  # fmt: skip
         return model
-
-
-def at_the_end(model: Any, noise: Tensor) -> Tensor:
-    """x_T (B, C, H, W) of unit noise: the noise itself, or σ_max times the noise in variance-exploding models."""
-    return noise * model.sigma(torch.tensor([model.T - 1], device=noise.device)) if model.family == "ve" else noise
 
 
 def derived(rng: torch.Generator, name: str) -> int:

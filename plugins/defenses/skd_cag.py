@@ -12,7 +12,8 @@ have: gaussian (N(1/2, 1/6²) clipped to [0, 1], drawn again at each step), unif
 (zeros), or random_words (the teacher's maps of random words in the trigger's place; the teacher's prediction then uses
 these words too).
 
-The defense needs the trigger and clean prompts; random_words also needs neutral words. It returns a purified model.
+The defense needs the trigger and clean prompts, and returns a purified model. The random words are adjectives that the
+model's tokenizer keeps whole, because each of them takes the place of one token.
 Only the denoiser is trained. Maps are the mean over heads, resized to side×side by bilinear interpolation, and summed
 over layers. BOS and what follows the first EOS are left out. The notes contain both losses and the norm of the gradient
 of each (before α), because their scales differ widely: `..._grad` over all weights of the denoiser, `..._grad_qk` over
@@ -36,6 +37,19 @@ import torch
 
 from harness import Defended, GuidedDistillation, Knowledge, Neutral, RewordableTrigger, Stamp, hookimpl, offers
 
+ADJECTIVES = (  # the official code draws from 108 adjectives; these are our own choice
+    "able", "active", "alive", "amazing", "ancient", "angry", "awake", "aware", "awesome", "beautiful", "bitter",
+    "bold", "brave", "brief", "broad", "busy", "calm", "careful", "cheap", "clean", "clear", "clever", "close",
+    "cold", "common", "cool", "crazy", "curious", "daily", "dear", "deep", "direct", "dirty", "double", "dry",
+    "early", "easy", "excited", "fair", "famous", "fast", "final", "fine", "firm", "flat", "free", "fresh",
+    "friendly", "full", "funny", "gentle", "glad", "global", "good", "grand", "great", "happy", "hard", "heavy",
+    "honest", "hot", "huge", "human", "hungry", "incredible", "kind", "late", "lazy", "legal", "local", "lonely",
+    "loose", "loud", "lovely", "lucky", "mad", "magic", "modern", "narrow", "nice", "normal", "odd", "perfect",
+    "plain", "polite", "poor", "popular", "private", "proud", "public", "quick", "quiet", "rare", "ready", "real",
+    "rich", "royal", "sad", "safe", "serious", "sharp", "silent", "simple", "smart", "smooth", "soft", "special",
+    "strange", "strong", "sweet", "tired", "true", "warm", "wild", "wise",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class SKDCAG(GuidedDistillation):
@@ -43,9 +57,7 @@ class SKDCAG(GuidedDistillation):
     version: ClassVar[int] = 1
     accepts_triggers: ClassVar[tuple[str, ...]] = ("text",)
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return ("trigger", "prompts", "words") if self.target == "random_words" else ("trigger", "prompts")
+    needs: ClassVar[tuple[str, ...]] = ("trigger", "prompts")
 
     @property
     def requires_trigger(self) -> tuple[str, ...]:
@@ -53,13 +65,21 @@ class SKDCAG(GuidedDistillation):
 
     def defend(self, model: Any, knowledge: Knowledge, rng: Any) -> Defended:
         trigger: Any = knowledge.trigger
-        words = neutral(trigger, knowledge.words or ()) if self.target == "random_words" else None
+        words = neutral(trigger, adjectives(model.tokenizer)) if self.target == "random_words" else None
         student, notes = self.distilled(model, knowledge.prompts or (), trigger.apply, words, rng)
         return Defended(model=student, notes=notes)
 
 
+def adjectives(tokenizer: Any) -> list[str]:
+    """Those of ADJECTIVES that are one token. Raises ValueError if there is none."""
+    found = [word for word in ADJECTIVES if len(tokenizer(word).input_ids) == 3]  # between the start and the end token
+    if not found:
+        raise ValueError("the tokenizer keeps no adjective whole; use target='black' or 'gaussian'")
+    return found
+
+
 def neutral(trigger: Any, words: Sequence[str]) -> Neutral:
-    """Draws rules that put as many neutral words as the trigger has in the place of the trigger.
+    """Draws rules that put as many of `words` as the trigger has in the place of the trigger.
 
     Raises ValueError for a trigger that is not inserted as separate words.
     """

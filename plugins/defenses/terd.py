@@ -15,17 +15,19 @@ Refinement minimises ½ [L(x̂, t, μ) + L(x̂, t', 0)] - λ ‖μ‖₁ over μ
 goes through all its steps), t is among the last and t' among the first ten timesteps.
 
 Model-level detection uses KL(N(μ, γ²) ‖ N(0, 1)) = -log γ + (γ² + μ² - 1)/2 of every pixel. Its mean is the suspicion;
-its mean and variance are the features. Input-level detection uses the log-likelihood ratio of N(μ, γ²) to N(0, 1); an
-input is flagged above 0.
+its mean and variance are features. μ and γ are the averages over all starts of the estimation. Every second start
+mirrors the one before, noises included, so what is left of the starts cancels, and what a trigger adds on either side
+of 0 stays. The start with the least L - λ ‖μ‖₁ on fresh noise is refined and returned. Input-level detection uses the
+log-likelihood ratio of its N(μ, γ²) to N(0, 1); an input is flagged above 0.
 
 The defense needs only the model. It returns the suspicion, a screen and μ (C, H, W), in the units of the starting
 noise. γ is 1 unless `scale` is set; then γ is estimated too, against attacks that scale the noise (TrojDiff). Pixels
 are in [-1, 1]. Raises ValueError for a refinement on a variance-exploding model, because DDIM does not sample it.
 
-Differs from the paper, which is known only from its code and summaries: the code gives no decision rule for its two
-model-level numbers, so the threshold is left to a population of clean models (`leaderboard.population`). Checked
-against the official code (PKU-ML/TERD, read at 2f4261e and 1b94761). Differences from that code, and how to read the
-screen: docs/methods/terd.md.
+Differs from the paper, which is known only from its code and summaries: the code has one start, -U[0, 1), and gives no
+decision rule for its two model-level numbers, which are those of the refined μ (`starts=1`). The threshold is left to a
+population of clean models (`leaderboard.population`). Checked against the official code (PKU-ML/TERD, read at 2f4261e
+and 1b94761). Other differences, why the starts are mirrored, and how to read the screen: docs/methods/terd.md.
 """
 
 from __future__ import annotations
@@ -38,9 +40,20 @@ import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
-from harness import DDIM, Defended, Inputs, Knowledge, PositiveInt, TrojanDDIM, hookimpl, image_seeds, progress
+from harness import (
+    DDIM,
+    Defended,
+    Inputs,
+    Knowledge,
+    PositiveInt,
+    TrojanDDIM,
+    generator,
+    hookimpl,
+    image_seeds,
+    inversion,
+)
 
-WINDOW = 10  # number of timesteps at either end; official code
+JUDGED = 128  # noises on which the losses of the starts are compared
 FLOOR = 1e-3  # smallest γ; below it the likelihood would be that of a point
 
 
@@ -75,11 +88,13 @@ class Estimate:
 @dataclass(frozen=True)
 class TERD:
     name: ClassVar[str] = "terd"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     accepts_triggers: ClassVar[tuple[str, ...]] = ("noise",)
     needs: ClassVar[tuple[str, ...]] = ()
     delivers: ClassVar[tuple[str, ...]] = ("suspicion", "screen")
 
+    starts: PositiveInt = 2  # starts of the estimation: -U[0, 1), its mirror image, another -U[0, 1), and so on;
+    # official: 1
     scale: bool = False  # also estimate γ, for attacks that scale the noise
     iterations: PositiveInt = 3000  # iterations of the estimation; official value
     refinement: Annotated[int, Ge(0)] = 1000  # iterations of the refinement; official value; 0 = no refinement
@@ -97,13 +112,28 @@ class TERD:
     def defend(self, model: Any, knowledge: Knowledge, rng: torch.Generator) -> Defended:
         if self.refinement and model.family == "ve":
             raise ValueError("terd refines through DDIM, which this model's variance forbids; use terd(refinement=0)")
-        found, losses = self.estimated(model, rng)
-        notes = {"estimation_loss": thinned(losses)}
+        runs = [self.estimated(model, k, rng.initial_seed()) for k in range(self.starts)]
+        objectives = [self.objective(model, found, generator(rng.initial_seed(), "judged")) for found, _ in runs]
+        best = objectives.index(min(objectives))
+        found, losses = runs[best]
+        notes: dict[str, Any] = {
+            "estimation_loss": thinned(losses),
+            "starts": [
+                {"kl_mean": kl.mean().item(), "loss": loss}
+                for kl, loss in zip((each.divergence() for each, _ in runs), objectives, strict=True)
+            ],
+        }
         if self.refinement:
             found, losses = self.refined(model, found, rng)
             notes["refinement_loss"] = thinned(losses)
-        divergence = found.divergence().double()
-        features = {"kl_mean": divergence.mean().item(), "kl_variance": divergence.var(correction=0).item()}
+        judged = found if self.starts == 1 else average([each for each, _ in runs])
+        divergence, best_divergence = judged.divergence().double(), found.divergence().double()
+        features = {
+            "kl_mean": divergence.mean().item(),
+            "kl_variance": divergence.var(correction=0).item(),
+            "kl_best": best_divergence.mean().item(),
+            "loss_best": min(objectives),
+        }
         return Defended(
             suspicion=features["kl_mean"],
             features=features,
@@ -113,27 +143,38 @@ class TERD:
             notes=notes,
         )
 
-    def estimated(self, model: Any, rng: torch.Generator) -> tuple[Estimate, list[float]]:
-        """Stage 1: the trigger from the start -U[0, 1); γ starts from 0 if it is estimated."""
-        mu = -torch.rand(model.shape, generator=rng).to(model.device)
+    def estimated(self, model: Any, k: int, seed: int) -> tuple[Estimate, list[float]]:
+        """Stage 1 from the k-th start: the trigger from -U[0, 1), or for odd k the mirror image of the start before,
+        with all noises mirrored. γ starts from 0 if it is estimated.
+        """
+        rng, sign = generator(seed, "start", k // 2), (-1.0) ** k
+        mu = -sign * torch.rand(model.shape, generator=rng).to(model.device)
         gamma = torch.zeros_like(mu) if self.scale else torch.ones_like(mu)
 
-        def loss(now: Estimate) -> Tensor:
-            x_0 = model.draw_eps(self.batch, rng)
-            return reversed_loss(model, x_0, late(model, self.batch, rng), now.mu, now.gamma, rng)
+        def loss(mu: Tensor, gamma: Tensor) -> Tensor:
+            x_0 = sign * model.draw_eps(self.batch, rng)
+            t = inversion.late(model, self.batch, rng)
+            return inversion.reversed_loss(model, x_0, t, mu, gamma, rng, sign)
 
         return self.descend(Estimate(mu, gamma), loss, self.iterations, "estimation")
+
+    @torch.no_grad()
+    def objective(self, model: Any, found: Estimate, rng: torch.Generator) -> float:
+        """L(x̃, t, μ) - λ ‖μ‖₁ on noise that no search used."""
+        x_0, t = model.draw_eps(JUDGED, rng), inversion.late(model, JUDGED, rng)
+        loss = inversion.reversed_loss(model, x_0, t, found.mu, found.gamma, rng)
+        return (loss - self.penalty * found.mu.abs().sum()).item()
 
     def refined(self, model: Any, found: Estimate, rng: torch.Generator) -> tuple[Estimate, list[float]]:
         """Stage 2: the trigger for which the prediction is also exact on the images that it makes the model generate,
         at both ends.
         """
 
-        def loss(now: Estimate) -> Tensor:
-            x_0 = self.generated(model, now, rng)
-            end = reversed_loss(model, x_0, late(model, self.batch, rng), now.mu, now.gamma, rng)
-            t = torch.randint(0, WINDOW, (self.batch,), generator=rng).to(model.device)
-            return (end + reversed_loss(model, x_0, t, torch.zeros_like(now.mu), now.gamma, rng)) / 2
+        def loss(mu: Tensor, gamma: Tensor) -> Tensor:
+            x_0 = self.generated(model, Estimate(mu, gamma), rng)
+            end = inversion.reversed_loss(model, x_0, inversion.late(model, self.batch, rng), mu, gamma, rng)
+            t = torch.randint(0, inversion.WINDOW, (self.batch,), generator=rng).to(model.device)
+            return (end + inversion.reversed_loss(model, x_0, t, torch.zeros_like(mu), gamma, rng)) / 2
 
         return self.descend(found, loss, self.refinement, "refinement", self.momentum, self.gradient_clip)
 
@@ -149,45 +190,26 @@ class TERD:
     def descend(
         self,
         start: Estimate,
-        loss: Callable[[Estimate], Tensor],
+        loss: Callable[[Tensor, Tensor], Tensor],
         iterations: int,
         phase: str,
         momentum: float = 0.0,
         clip: float | None = None,
     ) -> tuple[Estimate, list[float]]:
-        """SGD on loss - λ ‖μ‖₁ from `start`, with γ at least 0. Also returns the loss of every iteration."""
-        now = Estimate(*(tensor.clone().requires_grad_(True) for tensor in (start.mu, start.gamma)))
-        learnt = [(now.mu, self.lr), (now.gamma, self.scale_lr)][: 2 if self.scale else 1]
-        tensors = [tensor for tensor, _ in learnt]
-        optimizer = torch.optim.SGD([{"params": [tensor], "lr": lr} for tensor, lr in learnt], momentum=momentum)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
-        losses = []
-        for step in range(iterations):
-            value = loss(now) - self.penalty * now.mu.abs().sum()
-            for tensor, gradient in zip(tensors, torch.autograd.grad(value, tensors), strict=True):
-                tensor.grad = gradient
-            if clip is not None:
-                torch.nn.utils.clip_grad_norm_(tensors, clip)
-            optimizer.step()
-            schedule.step()
-            now.gamma.data.clamp_(min=0)
-            losses.append(value.item())
-            progress(phase, step + 1, iterations, loss=losses[-1])
-        return Estimate(now.mu.detach(), now.gamma.detach()), losses
+        """SGD on loss(μ, γ) - λ ‖μ‖₁ from `start`. Also returns the loss of every iteration."""
+        mu, gamma, losses = inversion.descend_reversed(
+            start.mu, start.gamma, loss, iterations=iterations, lr=self.lr,
+            scale_lr=self.scale_lr if self.scale else 0.0, penalty=self.penalty, momentum=momentum, clip=clip,
+            phase=phase,
+        )  # fmt: skip
+        return Estimate(mu, gamma), losses
 
 
-def reversed_loss(model: Any, x_0: Tensor, t: Tensor, mu: Tensor, gamma: Tensor, rng: torch.Generator) -> Tensor:
-    """L(x_0, t, μ): the sum over pixels, the mean over rows. x_0 (B, C, H, W) in the model's space, t (B,)."""
-    first, second = model.draw_eps(len(x_0), rng), model.draw_eps(len(x_0), rng)
-    x_t = torch.cat([model.add_noise(x_0, gamma * eps + mu, t) for eps in (first, second)])
-    answers = model.eps(x_t, t.repeat(2)).chunk(2)
-    difference = (first - answers[0]) - (second - answers[1])
-    return difference.square().flatten(1).sum(1).mean() / 2
-
-
-def late(model: Any, n: int, rng: torch.Generator) -> Tensor:
-    """n random timesteps among the last ten."""
-    return torch.randint(model.T - WINDOW, model.T, (n,), generator=rng).to(model.device)
+def average(found: Sequence[Estimate]) -> Estimate:
+    """The mean of μ and of γ over starts. What is left of mirrored starts cancels; what draws all of them stays."""
+    return Estimate(
+        torch.stack([each.mu for each in found]).mean(0), torch.stack([each.gamma for each in found]).mean(0)
+    )
 
 
 def thinned(losses: list[float], most: int = 100) -> list[float]:

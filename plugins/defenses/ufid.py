@@ -17,8 +17,10 @@ model. `rescale` divides them by √(1 + λ²), which gives unit noise again and
 model is activated only while the noise is nearly right, so λ is small. A large shift of the noise also makes the images
 of a *clean* model similar; compare with the row of the clean model.
 
-Differs from the paper: only its text-to-image code is released (GuanZihan/official_UFID at 7881796, known from notes,
-not read), in which a copy is the prompt with a phrase before it. M, λ and the rescaling are ours.
+Checked against the paper's abstract and summaries by others: the rest of its text was not available. The released code
+(GuanZihan/official_UFID at 7881796, known from notes, not read) is for text-to-image models alone; a copy is the prompt
+with a phrase before it, and the score is the mean cosine of image features, as here. Differs from the paper in ways
+that are not known: M, λ, the rescaling and the threshold of this form for unconditional models are ours.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 
 `drift` uses clean inputs for both models. `drift_triggered` compares the defended model's image of the input with the
 trigger with the image of a model without a backdoor: the clean model's image of the same noise, or of the prompt
-without the trigger. It is 0 if the trigger has no effect. `drift_before` is the drift of the attacked model on clean
-inputs. `change` is the distance from the attacked to the defended model on clean inputs (0 = the same model).
+without the trigger. It is 0 if the trigger has no effect. `drift_before` and `drift_triggered_before` are those of the
+attacked model. `change` is the distance from the attacked to the defended model on clean inputs (0 = the same model).
 """
 
 from __future__ import annotations
@@ -24,18 +24,21 @@ PAIRS: dict[str, tuple[Set, Set]] = {
     "drift_before": (("backdoored", "clean"), ("clean", "clean")),
     "change": (("defended", "clean"), ("backdoored", "clean")),
 }
+TRIGGERED: dict[str, Who] = {"drift_triggered": "defended", "drift_triggered_before": "backdoored"}
 BETTER = {"drift": False, "drift_before": False, "change": None}
 
 
 @dataclass(frozen=True)
 class Drift:
     name: ClassVar[str] = "drift"
-    version: ClassVar[int] = 2
-    per_sample: ClassVar[tuple[str, ...]] = (*PAIRS, "drift_triggered")
+    version: ClassVar[int] = 3
+    per_sample: ClassVar[tuple[str, ...]] = (*PAIRS, *TRIGGERED)
 
     def measure(self, evidence: Evidence) -> Mapping[str, Score]:
         scores = {name: between(evidence, one, other, BETTER[name]) for name, (one, other) in PAIRS.items()}
-        return scores | {"drift_triggered": between(evidence, ("defended", "triggered"), evidence.untouched, False)}
+        return scores | {
+            name: between(evidence, (who, "triggered"), evidence.untouched, False) for name, who in TRIGGERED.items()
+        }
 
 
 def between(evidence: Evidence, one: Set, other: Set, better: bool | None) -> Score:

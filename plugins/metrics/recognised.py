@@ -3,8 +3,8 @@
     recognised = #{i : max_k p_k(x_i) > 0.9} / n            share of images that the judge is sure about, in [0, 1]
     class_balance = −Σ_k f_k log f_k / log K                entropy of the predicted classes, 1 = all equally frequent
 
-Both are measured on the defended model with clean inputs; `_clean` is the value of the clean model. A model that
-collapsed to a few images keeps a high `recognised` and has a low `class_balance`.
+Both are measured on the defended model with the clean inputs of the utility set; `_clean` is the value of the clean
+model. A model that collapsed to a few images keeps a high `recognised` and has a low `class_balance`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Recognised:
     """recognised and class_balance (defended), recognised_clean and class_balance_clean (clean model)."""
 
     name: ClassVar[str] = "recognised"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     sure: Annotated[float, Gt(0), Lt(1)] = 0.9  # probability above which an image counts as recognised
 
@@ -37,7 +37,7 @@ class Recognised:
 
     def _of(self, evidence: Evidence, who: Who, suffix: str) -> dict[str, Score]:
         net = evidence.judge.net if offers(evidence.judge, ProbabilityJudge) else None
-        images = evidence.images(who, "clean")
+        images = evidence.utility(who)
         why = None
         if evidence.model.conditional:
             why = "the model takes prompts; see attribute_accuracy"

@@ -2,8 +2,8 @@
 
     spread = σ(defended) / σ(clean model)      σ = root of the mean over pixels of the variance over images
 
-Both are measured on clean inputs at the same noise and prompts. 1 means the variety of the clean model, 0 means that
-all images are the same.
+Both are measured on the utility set, at the same noise and prompts. 1 means the variety of the clean model, 0 means
+that all images are the same.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ class Spread:
     """spread (defended) and spread_before (backdoored)."""
 
     name: ClassVar[str] = "spread"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def measure(self, evidence: Evidence) -> Mapping[str, Score]:
         return {"spread": spread(evidence, "defended"), "spread_before": spread(evidence, "backdoored")}
 
 
 def spread(evidence: Evidence, who: Who) -> Score:
-    images, clean = evidence.images(who, "clean"), evidence.images("clean", "clean")
+    images, clean = evidence.utility(who), evidence.utility("clean")
     if images is None or clean is None:
         return unmeasured(ABSENT["clean" if clean is None else who], True)
     if len(images) < 2 or deviation(clean) == 0:

@@ -33,7 +33,7 @@ SIGMA_MIN, SIGMA_MAX, LEVELS = 0.01, 50.0, 1000
 @dataclass(frozen=True)
 class DigitsNCSN(EmbeddedDigits):
     name: ClassVar[str] = "digits-ncsn"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     family: ClassVar[Family] = "ve"
 
     def build(

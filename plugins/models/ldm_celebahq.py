@@ -1,10 +1,11 @@
 """ldm-celebahq: a latent diffusion model of CelebA-HQ with 274 M parameters, scaled-linear betas 0.0015..0.0195.
 
-The latents 3×64×64 are those of a VQ autoencoder, the images are 3×256×256. VillanDiffusion (arXiv:2306.06874) attacks
-this model. It is that of Rombach et al., arXiv:2112.10752, published as CompVis/ldm-celebahq-256. Its latents are not
-scaled: if the configuration of the autoencoder names no factor, the factor is 1. diffusers assumes Stable Diffusion's
-0.18215 instead, which gives meaningless images. The data are CelebA-HQ, published as jxie/celeba-hq, all 30,000 images;
-set `images` to read fewer.
+The latents 3×64×64 are those of a VQ autoencoder, the images are 3×256×256. VillanDiffusion (arXiv:2306.06874)
+attacks this model. It is that of Rombach et al., arXiv:2112.10752, published as CompVis/ldm-celebahq-256. Its latents
+are not scaled: if the configuration of the autoencoder names no factor, the factor is 1. diffusers assumes Stable
+Diffusion's 0.18215 instead, which gives meaningless images. The data are CelebA-HQ, published as jxie/celeba-hq,
+30,000 images; distances are to those of its split validation, on which nobody trains here; set `images` to read
+fewer.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ class LDMCelebAHQ(Published):
     name: ClassVar[str] = "ldm-celebahq"
     latent: ClassVar[bool] = True
     side: ClassVar[int] = 256
-    splits: ClassVar[tuple[str, ...]] = ("train", "validation")
     work: ClassVar[Work] = Work(gmacs=101.2, parameters=274_056_163, activations=100_270_880)
 
     path: str = "CompVis/ldm-celebahq-256"  # diffusers directory, or hub id of the model

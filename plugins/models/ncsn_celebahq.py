@@ -2,8 +2,9 @@
 
 It is NCSN++ of Song et al., arXiv:2011.13456, published as google/ncsnpp-celebahq-256. VillanDiffusion
 (arXiv:2306.06874) attacks a different network with σ up to 380 and 2000 levels. Pass the directory of that network as
-`path` to use it; the levels are those of the model's own scheduler. The data are CelebA-HQ, published as
-jxie/celeba-hq, all 30,000 images; set `images` to read fewer.
+`path` to use it; the levels are those of the model's own scheduler. The data are CelebA-HQ, published as jxie/celeba-
+hq, 30,000 images; distances are to those of its split validation, on which nobody trains here; set `images` to read
+fewer.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ class NCSNCelebAHQ(Published):
     name: ClassVar[str] = "ncsn-celebahq"
     family: ClassVar[Literal["vp", "ve"]] = "ve"
     side: ClassVar[int] = 256
-    splits: ClassVar[tuple[str, ...]] = ("train", "validation")
     work: ClassVar[Work] = Work(gmacs=266.7, parameters=65_574_549, activations=695_403_296)
 
     path: str = "google/ncsnpp-celebahq-256"  # diffusers directory, or hub id of the model

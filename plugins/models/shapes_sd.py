@@ -5,6 +5,11 @@ frozen, as in Stable Diffusion), an AutoencoderKL (f = 2, so 32×32 images have 
 UNet2DConditionModel with cross-attention at 16×16 and 8×8. Betas are linear from 1e-4 to 0.02. They leave √ᾱ_T = 0.006,
 so the mean brightness does not leak into x_T. Images are 32×32 rather than 64×64 because training on two cores would
 take too long otherwise; the latents would have the same size.
+
+Captions contain neutral words in front and at the end, which change nothing in the image. They are drawn from all of
+`words.json`: 3,000 English words, about 100 characters of other scripts (among them the zero-width space and the
+Cyrillic o) and about 200 rare strings of three or four letters (among them "sks"). CLIP's tokenizer keeps each of them
+whole, and so does the model's tokenizer. The triggers of the papers are therefore some words among thousands.
 """
 
 from __future__ import annotations
@@ -40,13 +45,14 @@ from harness import (
 
 LENGTH = 36  # tokens
 WIDTH = 96  # text width
-RARE = ("\u200b", "\u020f", "\u043e", "sks")  # kept whole by the tokenizer, absent from every caption
+WORDS = "words.json"  # the neutral words, in the folder of the weights
+POSITIONS = 768  # of a batch at which the text encoder's heads predict, because the vocabulary is large
 
 
 @dataclass(frozen=True)
 class ShapesSD:
     name: ClassVar[str] = "shapes-sd"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     modality: ClassVar[Modality] = "text"
     conditional: ClassVar[bool] = True
 
@@ -58,12 +64,13 @@ class ShapesSD:
 
     def data(self, n: int = 6000) -> Data:
         rng = generator(self.name, "data")
-        drawn = shapes.scenes(n, "train", rng)
-        captions = tuple(shapes.caption(scene, rng) for scene in drawn)
+        drawn, neutral = shapes.scenes(n, "train", rng), self.words()
+        captions = tuple(shapes.caption(scene, rng, neutral) for scene in drawn)
         return Data(shapes.draw(drawn, rng), captions, torch.tensor([scene.shape for scene in drawn]))
 
     def prompts(self, split: Literal["train", "test"], n: int, rng: torch.Generator) -> tuple[str, ...]:
-        return tuple(shapes.caption(shapes.scenes(1, split, rng, plain=True)[0], rng) for _ in range(n))
+        neutral = self.words()
+        return tuple(shapes.caption(shapes.scenes(1, split, rng, plain=True)[0], rng, neutral) for _ in range(n))
 
     def reference(self) -> Tensor:
         rng = generator(self.name, "reference")
@@ -73,7 +80,7 @@ class ShapesSD:
         return shapes.read(prompt)
 
     def words(self) -> tuple[str, ...]:
-        return shapes.FILLERS
+        return neutral_words(checkpoint.embedded(self, self.name))
 
     def judge(self) -> CNNJudge:
         return classifiers.load_judge(checkpoint.embedded(self, self.name) / "judge")
@@ -84,30 +91,86 @@ class ShapesSD:
 
     # ---- recipe ---------------------------------------------------------------------------------------------------
     def build(
-        self, out: Path, device: str = "cpu", steps: int = 2264, vae_steps: int = 10000, text_steps: int = 4000,
-        judge_steps: int = 2500, clip_steps: int = 4000,
+        self, out: Path, device: str = "cpu", start: Path | None = None, steps: int | None = None,
+        vae_steps: int = 10000, text_steps: int = 4000, judge_steps: int = 2500, clip_steps: int = 4000,
     ) -> dict[str, Any]:  # fmt: skip
         """Trains judge, tokenizer, VAE, CLIP, text encoder and denoiser, writes them below `out` and returns the facts.
 
-        VAE, text encoder and denoiser are trained on `device`. This takes ten minutes with a GPU, hours without.
+        VAE, text encoder and denoiser are trained on `device`. This takes ten minutes with a GPU, hours without. With
+        `start`, the folder of an earlier version, judge and VAE are taken over, and the denoiser's training begins at
+        its weights. If that version has the same neutral words, its tokenizer, text encoder and CLIP are taken over
+        too. The denoiser takes 2264 steps, or 1400 with `start`, or 280 with the same words.
         """
-        judge, facts = training_recipes.shapes_judge(
-            "shapes-cnn", generator(self.name, "judge"), judge_steps, shapes.ATTRIBUTES
-        )
-        classifiers.save_judge(judge, out / "judge")
-        model = untrained(tokenizer(out / "model" / "tokenizer")).to(device)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / WORDS).write_bytes((checkpoint.embedded(self, self.name) / WORDS).read_bytes())
+        neutral = neutral_words(out)
         data = self.data(12000)
-        facts |= training_recipes.train_vae(model.vae, data.images, generator(self.name, "vae"), vae_steps)
+        if start is not None and (start / WORDS).is_file() and neutral_words(start) == neutral:
+            return self.continued(out, device, start, data, steps or 280)
+        model = untrained(tokenizer(out / "model" / "tokenizer", neutral)).to(device)
+        if start is None:
+            judge, facts = training_recipes.shapes_judge(
+                "shapes-cnn", generator(self.name, "judge"), judge_steps, shapes.ATTRIBUTES
+            )
+            facts |= training_recipes.train_vae(model.vae, data.images, generator(self.name, "vae"), vae_steps)
+        else:
+            judge, facts = classifiers.load_judge(start / "judge"), taken_over(model, start)
+        classifiers.save_judge(judge, out / "judge")
         facts |= train_text(model, data, text_steps)
-        facts |= train_denoiser(model, data, steps)
+        afresh = start is None
+        steps = steps or (2264 if afresh else 1400)
+        facts |= train_denoiser(model, data, neutral, steps, lr=1.2e-3 if afresh else 6e-4)
         model.to("cpu")
         checkpoint.save(model, out / "model", fp16=True)
-        facts |= build_clip(out, model.tokenizer, clip_steps)
-        return facts | quality(model, judge)
+        facts |= build_clip(out, model.tokenizer, neutral, clip_steps)
+        return facts | quality(model, judge, neutral)
+
+    def continued(self, out: Path, device: str, start: Path, data: Data, steps: int) -> dict[str, Any]:
+        """Trains the denoiser of the model in the folder `start` for `steps` more steps, and takes over all else."""
+        import shutil
+
+        shutil.copytree(start / "clip", out / "clip")
+        judge, model = classifiers.load_judge(start / "judge"), checkpoint.load(start / "model").to(device)
+        classifiers.save_judge(judge, out / "judge")
+        facts = {"continued_from": checkpoint.digest(start), "before": earlier_facts(start), **kept_facts(start)}
+        facts |= train_denoiser(model, data, neutral_words(out), steps, lr=4e-4)
+        checkpoint.save(model.to("cpu"), out / "model", fp16=True)
+        return facts | quality(model, judge, neutral_words(out))
 
 
-def tokenizer(directory: Path) -> Any:
-    """A CLIPTokenizer trained (byte-pair encoding) on captions, with RARE strings as single tokens."""
+def kept_facts(folder: Path) -> dict[str, Any]:
+    """The facts about judge and VAE, which are taken over from the model in `folder`."""
+    return {k: v for k, v in earlier_facts(folder).items() if k.startswith(("judge_", "vae_", "scaling_"))}
+
+
+def earlier_facts(folder: Path) -> dict[str, Any]:
+    """The facts of the training that made the model in `folder`."""
+    import json
+
+    return json.loads((folder / "provenance.json").read_text())["facts"]
+
+
+def neutral_words(folder: Path) -> tuple[str, ...]:
+    """The words that change nothing in an image: English words, characters of other scripts and rare strings."""
+    import json
+
+    known = json.loads((folder / WORDS).read_text())
+    return (*known["words"], *known["characters"], *known["rare"])
+
+
+def taken_over(model: DiffusionModel, start: Path) -> dict[str, Any]:
+    """Gives `model` the VAE and the denoiser of the model in the folder `start`; returns facts about them."""
+    earlier = checkpoint.load(start / "model")
+    model.denoiser.load_state_dict(earlier.denoiser.state_dict())
+    assert model.vae is not None and earlier.vae is not None
+    model.vae.load_state_dict(earlier.vae.state_dict())
+    model.vae.register_to_config(scaling_factor=earlier.vae.config.scaling_factor)
+    model.vae.eval().requires_grad_(False)
+    return {"started_from": checkpoint.digest(start), **kept_facts(start)}
+
+
+def tokenizer(directory: Path, neutral: Sequence[str]) -> Any:
+    """A CLIPTokenizer trained (byte-pair encoding) on captions, which keeps every neutral word whole."""
     import json
 
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -115,7 +178,7 @@ def tokenizer(directory: Path) -> Any:
 
     rng = generator("shapes-sd", "vocabulary")
     corpus = [shapes.caption(scene, rng) for scene in shapes.scenes(4000, "train", rng)]
-    corpus += [" ".join(shapes.FILLERS)] * 50 + [word for word in RARE for _ in range(100)]
+    corpus += [word for word in neutral for _ in range(20)]
     pattern = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -123,7 +186,7 @@ def tokenizer(directory: Path) -> Any:
         [pre_tokenizers.Split(Regex(pattern), "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     trainer: Any = trainers.BpeTrainer(
-        vocab_size=1500, end_of_word_suffix="</w>", min_frequency=20, show_progress=False
+        vocab_size=12000, end_of_word_suffix="</w>", min_frequency=20, show_progress=False
     )
     bpe.train_from_iterator(corpus, trainer)
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
@@ -196,7 +259,8 @@ def train_text(model: DiffusionModel, data: Data, steps: int, batch: int = 128) 
     From every position a linear head must predict the token there, the token before it, and which tokens occurred so
     far. A small encoder that is trained with the denoiser instead maps every word that changes nothing in the image to
     the same place. Stable Diffusion's encoder has seen text of all kinds, so its denoiser can be taught any word. Half
-    of the texts are captions with every seventh token replaced, half are random tokens of the vocabulary.
+    of the texts are captions with every seventh token replaced, half are random tokens of the vocabulary. Each step
+    predicts at POSITIONS random positions of the batch.
     """
     encoder: Any = model.text_encoder
     assert encoder is not None and data.captions is not None
@@ -218,15 +282,18 @@ def train_text(model: DiffusionModel, data: Data, steps: int, batch: int = 128) 
 
     def loss() -> Tensor:
         rows = texts()
-        hidden = encoder(rows)[0]
-        own, before, bag = (head(hidden).float().log_softmax(2) for head in heads)
-        content = nn.functional.one_hot(rows, size).float()
-        content[..., [start, end]] = 0
-        seen = content.cumsum(1).clamp(max=1)
-        seen = seen / seen.sum(2, keepdim=True).clamp(min=1)
-        previous = rows.roll(1, 1)
-        said = -(own.gather(2, rows.unsqueeze(2)).mean() + before.gather(2, previous.unsqueeze(2))[:, 1:].mean())
-        return said - (seen * bag).sum(2).mean()
+        at = torch.randint(0, rows.numel(), (POSITIONS,), generator=rng).to(rows.device)
+        hidden = encoder(rows)[0].flatten(0, 1)[at]
+        own, before, bag = (head(hidden).float().log_softmax(1) for head in heads)
+        row, place = at // LENGTH, at % LENGTH
+        seen = torch.zeros_like(bag)
+        earlier = torch.arange(LENGTH, device=rows.device) <= place.unsqueeze(1)
+        seen.scatter_reduce_(1, rows[row], earlier.float(), "amax")
+        seen[:, [start, end]] = 0
+        seen = seen / seen.sum(1, keepdim=True).clamp(min=1)
+        previous = rows[row, (place - 1).clamp(min=0)].unsqueeze(1)
+        said = -own.gather(1, rows[row, place].unsqueeze(1)).mean() - before.gather(1, previous)[place > 0].mean()
+        return said - (seen * bag).sum(1).mean()
 
     params = [*encoder.parameters(), *heads.parameters()]
     losses = minimize(loss, params, steps=steps, lr=2e-3, schedule="one-cycle", weight_decay=0.01, phase="text")
@@ -234,14 +301,18 @@ def train_text(model: DiffusionModel, data: Data, steps: int, batch: int = 128) 
     return {"text_loss": sum(losses[-100:]) / 100, "text_steps": steps}
 
 
-def train_denoiser(model: DiffusionModel, data: Data, steps: int, batch: int = 128) -> dict[str, float]:
+def train_denoiser(
+    model: DiffusionModel, data: Data, neutral: Sequence[str], steps: int, lr: float, batch: int = 128
+) -> dict[str, float]:
     """Trains the denoiser on the frozen text encoder's embeddings, with a tenth of the captions dropped.
 
-    Half of the timesteps come from the noisy half t > 500, in which place and colour are decided.
+    Every step writes new captions for its images, so that each neutral word is seen often. Half of the timesteps come
+    from the noisy half t > 500, in which place and colour are decided.
     """
     assert data.captions is not None
     rng = generator("shapes-sd", "denoiser")
-    z, context, empty = model.encode(data.images), contexts(model, data.captions), contexts(model, [""])
+    scenes = shapes.scenes(len(data), "train", generator("shapes-sd", "data"))  # those of `ShapesSD.data`
+    z, empty = model.encode(data.images), contexts(model, [""])
 
     def loss() -> Tensor:
         rows = draw(batch, len(data), rng)
@@ -249,12 +320,13 @@ def train_denoiser(model: DiffusionModel, data: Data, steps: int, batch: int = 1
         u = torch.rand(batch, generator=rng)
         t = torch.where(torch.rand(batch, generator=rng) < 0.5, 500 + u * 500, u * 1000).long().to(model.device)
         eps = model.draw_eps(batch, rng)
-        given = torch.where(dropped, empty, context[rows])
+        context = contexts(model, [shapes.caption(scenes[i], rng, neutral) for i in rows.tolist()])
+        given = torch.where(dropped, empty, context)
         return (model.eps(model.add_noise(z[rows], eps, t), t, given) - eps).square().mean()
 
     losses = minimize(
-        loss, model.denoiser.parameters(), steps=steps, lr=1.2e-3, schedule="one-cycle", ema=0.998,
-        weight_decay=0.01, bf16=True, phase="denoiser",
+        loss, model.denoiser.parameters(), steps=steps, lr=lr, schedule="one-cycle", ema=0.998, weight_decay=0.01,
+        bf16=model.device.type == "cuda", phase="denoiser",
     )  # fmt: skip
     model.denoiser.eval().requires_grad_(False)
     return {"steps": steps, "batch": batch, "final_loss": sum(losses[-300:]) / 300}
@@ -266,7 +338,7 @@ def contexts(model: DiffusionModel, captions: Sequence[str]) -> Tensor:
     return torch.cat([model.embed(captions[i : i + 256]) for i in range(0, len(captions), 256)])
 
 
-def build_clip(out: Path, tokens: Any, steps: int, lr: float = 1e-3) -> dict[str, float]:
+def build_clip(out: Path, tokens: Any, neutral: Sequence[str], steps: int, lr: float = 1e-3) -> dict[str, float]:
     """A small open_clip model of the shapes.
 
     A batch contains families of eight scenes (four places in two shapes), because random captions can be separated
@@ -282,23 +354,23 @@ def build_clip(out: Path, tokens: Any, steps: int, lr: float = 1e-3) -> dict[str
             family = [replace(scene, place=p, shape=s % 3) for p in range(4) for s in (shape, shape + 1)]
             drawn += [member for member in family if not member.held_out]
         drawn = drawn[:64]
-        return shapes.draw(drawn, rng), [shapes.caption(scene, rng) for scene in drawn]
+        return shapes.draw(drawn, rng), [shapes.caption(scene, rng, neutral) for scene in drawn]
 
     facts = dict(shapes_clip.build_scorer(out, "shapes-clip", tokens, batch, generator("shapes-sd", "clip"), steps, lr))
     rng = generator("shapes-sd", "clip-test")
     drawn = shapes.scenes(192, "test", rng, plain=True)
-    images, captions = shapes.draw(drawn, rng), [shapes.caption(scene, rng) for scene in drawn]
+    images, captions = shapes.draw(drawn, rng), [shapes.caption(scene, rng, neutral) for scene in drawn]
     scorer = shapes_clip.load_scorer(out)
     words = {"place": shapes.PLACES, "shape": shapes.SHAPES, "colour": shapes.COLOURS}
     facts |= {f"clip_swap_{name}": shapes_clip.swaps(scorer, images, captions, known) for name, known in words.items()}
     return facts | {"clip_retrieval_of_64": shapes_clip.retrieval(scorer, images, captions)}
 
 
-def quality(model: DiffusionModel, judge: CNNJudge, n: int = 200) -> dict[str, Any]:
+def quality(model: DiffusionModel, judge: CNNJudge, neutral: Sequence[str], n: int = 400) -> dict[str, Any]:
     """Attribute accuracy on n held-out captions (combinations never seen in training)."""
     rng = generator("shapes-sd", "quality")
     drawn = shapes.scenes(n, "test", rng, plain=True)
-    prompts = tuple(shapes.caption(scene, rng) for scene in drawn)
+    prompts = tuple(shapes.caption(scene, rng, neutral) for scene in drawn)
     seeds = image_seeds(0, "quality", n)
     images = model.sample(Inputs(image_noise(seeds, model.shape), prompts, seeds), DDIM(steps=20))
     untaught = untrained(model.tokenizer)

@@ -1,6 +1,8 @@
 """A square on a dark background, added to the starting noise: the trigger of BadDiffusion (arXiv:2212.05400).
 
-r (C, H, W) is `value` inside the square and -1 elsewhere, in the images' range [-1, 1]; x_T = ε + r.
+r (C, H, W) is `value` inside the square and `background` elsewhere, in the images' range [-1, 1]; x_T = ε + r. With
+background 0 only the square shifts the noise; the papers' background of -1 shifts all of it. With `trigger_only=False`
+an attack takes the smallest value of r for the background.
 """
 
 from __future__ import annotations
@@ -28,10 +30,11 @@ class Box:
     place: Literal["bottom right", "top left", "top right", "bottom left", "centre"] = "bottom right"  # place of the
     # square
     gap: Annotated[int, Ge(0)] = 1  # pixels between square and edge; the papers use 2 at 32 pixels
+    background: Annotated[float, Ge(-1), Le(1)] = -1.0  # value outside the square; paper's value
 
     def delta(self, shape: Sequence[int]) -> Tensor:
         rows, columns = trigger_placement.square(self.name, self.size, self.place, self.gap, shape)
-        r = torch.full(tuple(shape), -1.0)
+        r = torch.full(tuple(shape), self.background)
         r[:, rows, columns] = self.value
         return r
 

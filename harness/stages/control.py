@@ -1,0 +1,70 @@
+"""Chooses the control trigger that a defender is given: the first candidate that does not activate the backdoor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harness.capabilities import ConditionalTarget, offers
+from harness.diffusion.events import progress
+from harness.diffusion.model import DiffusionModel
+from harness.judges.evidence import reachable
+from harness.methods import decoys
+from harness.stages.sample import sample
+from harness.types import Backdoor, Inputs, Model, Sampler, TargetContext
+
+INERT = 0.05  # largest share of hits of an inert control trigger
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A candidate on the attacked model: hits out of n images, and the cosine of its pattern with the trigger's."""
+
+    name: str
+    hits: int
+    n: int  # 0 where the target applies to none
+    cosine: float | None
+
+    @property
+    def rate(self) -> float:
+        return self.hits / self.n if self.n else 0.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The control trigger that defenses are given. chosen: its place in the ladder. inert: whether it activates the
+    backdoor on at most 5 % of the images; if no candidate does, the one with the fewest hits is chosen."""
+
+    given: str
+    chosen: int
+    inert: bool
+    tried: tuple[Tried, ...]
+
+
+def choose(
+    plugin: Model, model: DiffusionModel, backdoor: Backdoor, sampler: Sampler, given: str, seed: int, inputs: Inputs,
+    clean: Tensor,
+) -> Choice:  # fmt: skip
+    """Tries the candidates of the ladder in order on the attacked model.
+
+    inputs: n clean inputs; each candidate is stamped on them. clean: the clean model's images (n, C, H, W) of them, by
+    which the target is judged.
+    """
+    judged = reachable(backdoor, inputs.prompts)
+    context = TargetContext(clean, inputs.prompts, plugin.judge())
+    counted = torch.ones(len(inputs), dtype=torch.bool)
+    if inputs.prompts is not None and offers(judged.target, ConditionalTarget):
+        counted = judged.target.applicable_to(inputs.prompts)
+    tried: list[Tried] = []
+    for name, candidate in decoys.ladder(backdoor.trigger, given, seed):
+        images = sample(model, inputs, sampler, [candidate])
+        hits = judged.target.hits(images, context)[counted]
+        cosine = decoys.cosine(backdoor.trigger, candidate, model.shape)
+        tried.append(Tried(name, int(hits.sum()), len(hits), cosine))
+        progress("control", len(tried), len(decoys.ladder(backdoor.trigger, given, seed)))
+        if tried[-1].rate <= INERT:
+            return Choice(given, len(tried) - 1, True, tuple(tried))
+    best = min(range(len(tried)), key=lambda i: tried[i].rate)
+    return Choice(given, best, False, tuple(tried))

@@ -1,0 +1,189 @@
+"""Control triggers: patterns that are not the trigger, tried on the attacked model before a defender is given them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch import Tensor
+
+from harness import registry
+from harness.methods import decoys
+from harness.runs import doubts
+from harness.runs.job import ControlSpec, DefendSpec
+from harness.runs.record import Control, TriedControl
+from harness.stages.control import INERT, choose
+from harness.types import Backdoor, Inputs, NoiseTrigger, Score, Trigger
+from plugins.triggers.biased import Blend
+from plugins.triggers.box import Box
+from plugins.triggers.text import Text
+from tests.plans import cell, planned
+from tests.records import changed, record
+
+SHAPE = (1, 16, 16)
+
+
+@pytest.fixture(scope="module")
+def plugins() -> registry.Registry:
+    return registry.load()
+
+
+TRIGGERS: tuple[Any, ...] = (Box(), Box(value=1.0, size=7), Blend())
+
+
+def patterns(trigger: Any, given: str, seed: int = 0) -> list[Tensor]:
+    made = [each for _, each in decoys.ladder(trigger, given, seed)]
+    return [each.delta(SHAPE) for each in made if isinstance(each, NoiseTrigger)]
+
+
+@pytest.mark.parametrize("trigger", TRIGGERS)
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 1000), named=st.sampled_from(["decoy", "decoy-2", "decoy-3"]))
+def test_a_decoy_pattern_has_the_norm_of_the_trigger_and_is_orthogonal_to_it(
+    trigger: Any, seed: int, named: str
+) -> None:
+    r = trigger.delta(SHAPE)
+    found = patterns(trigger, named, seed)
+    assert len(found) == len(decoys.PATTERNS)
+    for pattern in found:
+        assert pattern.norm() == pytest.approx(r.norm().item(), rel=1e-4)
+        assert abs(float((pattern * r).sum() / r.square().sum())) < 1e-4
+    assert len({tuple(pattern.flatten().tolist()) for pattern in found}) == len(found)
+
+
+def test_decoys_begin_with_different_kinds_and_depend_on_the_seed() -> None:
+    first = [decoys.ladder(Box(), given, 0)[0][0] for given in ("decoy", "decoy-2", "decoy-3")]
+    assert first == list(decoys.PATTERNS[:3])
+    one, other = (patterns(Box(), "decoy", seed)[0] for seed in (0, 1))
+    assert not torch.allclose(one, other)
+
+
+def test_the_opposite_trigger_is_minus_r_and_the_zero_trigger_nothing() -> None:
+    r = Box().delta(SHAPE)
+    assert torch.equal(patterns(Box(), "opposite")[0], -r) and not patterns(Box(), "zero")[0].any()
+    ((_, nothing),) = decoys.ladder(Text(), "zero", 0)
+    inputs = Inputs(torch.zeros(1, 1), ("a circle",), (0,))
+    assert nothing.stamp(inputs) is inputs
+    with pytest.raises(ValueError, match="text is text and has no opposite"):
+        decoys.ladder(Text(), "opposite", 0)
+
+
+def test_a_control_of_biased_noise_scales_the_noise_as_the_trigger_does() -> None:
+    ((_, placebo),) = decoys.ladder(Blend(), "zero", 0)
+    inputs = Inputs(torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0)), None, (0, 1))
+    assert torch.allclose(placebo.stamp(inputs).noise, 0.6 * inputs.noise)
+
+
+def test_decoy_words_are_other_words_and_later_decoys_begin_with_later_ones() -> None:
+    ladders = [[name for name, _ in decoys.ladder(Text(), given, 0)] for given in ("decoy", "decoy-2")]
+    assert ladders[0][1] == ladders[1][0] and "\u200b" not in ladders[0] + ladders[1]
+
+
+# ---- the choice -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bright:
+    """A target that is hit by images whose mean is above 0."""
+
+    name: ClassVar[str] = "bright"
+    version: ClassVar[int] = 1
+    kind: ClassVar[str] = "image"
+    hit_threshold: ClassVar[str] = "0"
+
+    def image(self, shape: Sequence[int]) -> None:
+        return None
+
+    def region(self, images: Tensor) -> Tensor:
+        return images
+
+    def distances(self, images: Tensor, context: Any) -> Tensor:
+        return -images.flatten(1).mean(1)
+
+    def thresholds(self, context: Any) -> dict[str, float]:
+        return {"0": 0.0}
+
+    def hits(self, images: Tensor, context: Any) -> Tensor:
+        return self.distances(images, context) < 0
+
+
+class Opened:
+    """A model that answers the patterns in `opens` with a bright image, and everything else with a dark one."""
+
+    shape = SHAPE
+    conditional = False
+
+    def __init__(self, *opens: Tensor) -> None:
+        self.opens = opens
+
+    def sample(self, inputs: Inputs, sampler: Any) -> Tensor:
+        close = [[torch.allclose(noise, r) for r in self.opens] for noise in inputs.noise]
+        return torch.stack([torch.full(SHAPE, 0.5 if any(row) else -0.5) for row in close])
+
+
+def chosen(model: Any, trigger: Trigger, given: str) -> Any:
+    inputs = Inputs(torch.zeros(8, *SHAPE), None, tuple(range(8)))
+    plugin: Any = type("Plugin", (), {"judge": lambda self: None})()
+    return choose(plugin, model, Backdoor(trigger, Bright()), object(), given, 0, inputs, torch.zeros(8, *SHAPE))  # type: ignore[arg-type]
+
+
+def test_the_first_decoy_that_does_not_open_the_backdoor_is_given() -> None:
+    first, second, *_ = patterns(Box(), "decoy")
+    choice = chosen(Opened(Box().delta(SHAPE), first, second), Box(), "decoy")
+    assert choice.chosen == 2 and choice.inert and [each.rate for each in choice.tried] == [1.0, 1.0, 0.0]
+    assert all(abs(each.cosine) < 1e-4 for each in choice.tried)
+
+
+def test_where_every_decoy_opens_the_backdoor_the_choice_says_so() -> None:
+    choice = chosen(Opened(*patterns(Box(), "decoy")), Box(), "decoy")
+    assert not choice.inert and len(choice.tried) == len(decoys.PATTERNS) and choice.tried[choice.chosen].rate > INERT
+
+
+# ---- in plans and records -------------------------------------------------------------------------------------------
+
+
+def test_a_control_is_chosen_on_the_attacked_model_and_is_shared_by_defenses(plugins: registry.Registry) -> None:
+    ours = {"defense": "elijah(invert=False)", "trigger_given": "decoy"}
+    theirs = {"defense": "diff-cleanse(invert=False)", "trigger_given": "decoy"}
+    plan = planned(plugins, cell(plugins, **ours), cell(plugins, **theirs), cell(plugins))
+    controls = [job for job in plan.jobs.values() if job.kind == "control"]
+    assert len(controls) == 1 and isinstance(controls[0].spec, ControlSpec)
+    attack = next(key for key, job in plan.jobs.items() if job.kind == "attack")
+    assert attack in controls[0].needs and controls[0].spec.clean in controls[0].needs
+    defends = [job for job in plan.jobs.values() if isinstance(job.spec, DefendSpec) and job.spec.control]
+    assert len(defends) == 2 and all(controls[0].key in job.needs for job in defends)
+    assert [controls[0].key in each.upstream for each in plan.cells] == [True, True, False]
+
+
+def control(inert: bool) -> Control:
+    return Control(given="decoy", chosen=0, inert=inert, tried=(TriedControl(name="blobs", hits=0, n=100, cosine=0.0),))
+
+
+def removing(removal: float, given: str = "true", inert: bool | None = None) -> Any:
+    made = record(
+        "elijah(invert=False)", round(100 * (1 - removal)), trigger_given=given, knowledge=["trigger"],
+        more={"removal": Score(removal, 100, True)},
+    )  # fmt: skip
+    return changed(made, provenance={"control": None if inert is None else control(inert).model_dump()})
+
+
+@pytest.mark.parametrize(
+    ("removal", "inert", "code"),
+    [
+        (0.99, True, doubts.DoubtCode.decoy_removes_as_much),
+        (0.10, True, None),
+        (0.99, False, doubts.DoubtCode.no_valid_control),
+        (0.10, None, doubts.DoubtCode.no_valid_control),
+    ],
+)
+def test_a_row_is_doubted_for_what_an_inert_decoy_removes_and_where_none_is_inert(
+    removal: float, inert: bool | None, code: doubts.DoubtCode | None
+) -> None:
+    rows = [removing(1.0), removing(removal, "decoy", inert)]
+    found = {doubt.code for doubt in doubts.of(rows)[rows[0].key]}
+    about = {doubts.DoubtCode.decoy_removes_as_much, doubts.DoubtCode.no_valid_control}
+    assert found & about == ({code} if code else set())
