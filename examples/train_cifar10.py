@@ -41,7 +41,7 @@ def main() -> None:
     asked = words.parse_args()
     torch.manual_seed(0)
     model = DiffusionModel(untrained(), DDPMScheduler(num_train_timesteps=1000)).to(asked.device)
-    examples = Examples(model, image_folders.read(asked.data, ("train", "test"), 32, asked.images))
+    examples = Examples(model, image_folders.read(asked.data, ("train",), 32, asked.images))
     rng = generator("cifar10-small", "train")
     end = time.monotonic() + 60 * asked.minutes
 

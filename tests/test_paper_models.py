@@ -476,4 +476,4 @@ def test_the_script_of_the_docs_trains_what_the_small_suite_names(
     suite = suites.load_suite("cifar10-small", plugins)
     (named,) = {cell.model for cell in suite.cells}
     model = plugins.build("models", named)
-    assert model.load().shape == (3, 32, 32) and len(model.data()) == 8
+    assert model.load().shape == (3, 32, 32) and len(model.data()) == 6

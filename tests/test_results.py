@@ -16,6 +16,7 @@ import tomllib
 import venv
 import zipfile
 from collections.abc import Callable
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import pytest
 from harness.cli import Exit, call
 from harness.runs.jsonable import key_of
 from harness.runs.record import Dropped, Provenance, Record
+from harness.types import Cell
 from leaderboard import add_results, check, releases, results
 from tests.records import changed, digest, picture, record, score, small, write_sealed, write_suite
 
@@ -186,16 +188,16 @@ def test_the_tracked_tree_is_small_and_holds_nothing_derived(tracked: list[str])
 
 @pytest.mark.slow
 def test_every_committed_record_is_stored_as_it_would_be_today() -> None:
-    """But for parts of the provenance that are younger than the record."""
-    defaults = results.to_jsonable(Provenance())
+    """But for parts of the cell and of the provenance that are younger than the record."""
+    usual = {field.name: field.default for field in fields(Cell) if field.default is not MISSING}
+    defaults = {"provenance": results.to_jsonable(Provenance()), "cell": usual}
     for folder in results.folders(results.SHIPPED):
         for path in results.record_files(folder):
             document = results.load(path)
             today = results.stored(results.read_record(path))
-            younger = {
-                name: today["provenance"].pop(name) for name in today["provenance"].keys() - document["provenance"]
-            }
-            assert younger == {name: defaults[name] for name in younger}, path
+            for part, known in defaults.items():
+                younger = {name: today[part].pop(name) for name in today[part].keys() - document[part]}
+                assert younger == {name: known[name] for name in younger}, path
             today[results.SEAL] = results.digest(today)
             assert results.dump(today) == gzip.decompress(path.read_bytes()).decode(), path
 
