@@ -95,10 +95,10 @@ def _continuous(record: Record) -> Iterator[tuple[str, bytes]]:
 
 def near(records: Iterable[Record]) -> Iterator[tuple[Record, str]]:
     """(record, what is wrong) for each one whose drifts are nearly those of another seed of its cell: a copy that was
-    shaken. Seeds share their noise, and their models differ by much more than that."""
+    shaken. Models of two seeds differ by much more than that, even on the same noise."""
     cells: dict[Cell, list[Record]] = defaultdict(list)
     for record in records:
-        cells[replace(record.cell, seed=0)].append(record)
+        cells[replace(record.cell, seed=0, evaluation_seed=0)].append(record)
     for seeds in cells.values():
         for i, record in enumerate(seeds):
             alike = ((other, name) for other in seeds[:i] for name in DRIFTS if _nearly(record, other, name))

@@ -5,7 +5,7 @@ Seeds of the attack training are the unit of variance. Two defenses are shown to
 LEAST_SEEDS seeds and the 95 % interval of their paired difference excludes 0. This interval is the wider one of two:
 
     over seeds    Student's t over the differences, one per seed
-    over samples  of the same mean difference. Sample i has the same starting noise at every seed, so its differences
+    over samples  of the same mean difference. Differences of sample i, which may have one starting noise at all seeds,
                   are averaged over the seeds first, and the interval is normal over the n averages
 
 The interval over samples keeps seeds that agree by chance (0 of 100 hits against 1 of 100, three times) from counting
@@ -36,6 +36,7 @@ Place = tuple[tuple[str, str | int], ...]
 Pair = tuple[Record, Record]
 Placed = Mapping[Place, Mapping[int, Record]]
 SETTING = ("model", "attack", "trigger", "target", "sampler", "n")
+MEASURED_ON = ("seed", "evaluation_seed", "utility_n", "utility_sampler")  # beside the setting
 DEFAULT_SCORES = ("asr", "drift", "attribute_accuracy", "screen_auroc")
 LEAST_SEEDS = 3  # of the attack's training; with fewer nothing is called better
 ROUNDING = 1e-9  # of the numbers; differences that vary by less are equal
@@ -143,8 +144,9 @@ def _meeting(a: Placed, b: Placed) -> Iterator[Pair]:
 
 
 def place(record: Record) -> Place:
-    """Where a record stands but for its defense: records of one place are about one backdoored model."""
-    return (*_setting(record), ("seed", record.cell.seed))
+    """Where a record stands but for its defense: records of one place are about one backdoored model, measured on the
+    same samples."""
+    return (*_setting(record), *((name, getattr(record.cell, name)) for name in MEASURED_ON))
 
 
 def _setting(record: Record) -> Place:

@@ -360,9 +360,9 @@ def test_a_published_row_of_before_is_taken_only_as_it_was_published(
 # ---- copies ---------------------------------------------------------------------------------------------------------
 
 
-def as_seed(record: Record, seed: int, declared: Declared) -> Record:
+def as_seed(record: Record, seed: int, declared: Declared, evaluation_seed: int = 0) -> Record:
     document = record.model_dump()
-    document["cell"]["seed"] = seed
+    document["cell"] |= {"seed": seed, "evaluation_seed": evaluation_seed}
     return verifiable(Record.model_validate(document), declared)
 
 
@@ -398,6 +398,24 @@ def test_a_seed_that_was_copied_and_shaken_is_refused(folder: Path, declared: De
         lines = [line for line in found(folder, declared) if copy.key in line and "are nearly those of" in line]
         assert len(lines) == refused, lines
         (folder / "records" / f"{copy.key}.json").unlink()
+
+
+def test_a_shaken_copy_is_found_under_another_evaluation_seed_too(folder: Path, declared: Declared) -> None:
+    honest = results.read_record(row(folder, "skd-cag"))
+    copy = shaken(as_seed(honest, 1, declared, evaluation_seed=1), 0.003)
+    results.write_record(folder, copy)
+    lines = [line for line in found(folder, declared) if copy.key in line]
+    assert any("are nearly those of" in line for line in lines)
+
+
+def test_rows_of_one_seed_on_other_evaluation_samples_are_no_rows_of_one_table(
+    folder: Path, declared: Declared
+) -> None:
+    """Their clean images differ, and what they say of the backdoored model may differ too."""
+    other = as_seed(results.read_record(row(folder, "skd-cag")), 0, declared, evaluation_seed=7)
+    results.write_record(folder, other)
+    lines = [line for line in found(folder, declared) if other.key in line]
+    assert not any("another protocol" in line or "another backdoored model" in line for line in lines), lines
 
 
 def test_an_attack_of_one_seed_under_another_number_is_refused(folder: Path, declared: Declared) -> None:
