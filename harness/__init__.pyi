@@ -62,6 +62,7 @@ from harness.diffusion.samplers import (
     DDIM as DDIM,
     DDPM as DDPM,
     SAMPLERS as SAMPLERS,
+    AroundAnother as AroundAnother,
     PredictorCorrector as PredictorCorrector,
     SchedulerSampler as SchedulerSampler,
 )

@@ -21,6 +21,7 @@ WRONG = 4  # near triggers (`wrong`) for the false-trigger rate
 Modality = Literal["noise", "text"]
 Family = Literal["vp", "ve"]
 TriggerGiven = str  # "true", or a control
+INERT = 0.05  # largest share of hits of an inert control trigger
 CONTROL = r"decoy(-[2-9])?|opposite|zero"  # names of controls: harness.methods.decoys
 Stream = Literal["evaluation", "utility"]  # of random inputs: for rates and drift, for distances to real images
 

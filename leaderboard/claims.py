@@ -14,14 +14,13 @@ from harness.runs.jsonable import to_jsonable
 from harness.runs.printable import printable
 from harness.runs.record import Record, bare, control_words
 from harness.runs.suite import AXES
-from harness.types import WRONG, Cell
+from harness.types import INERT, WRONG, Cell
 from leaderboard import recompute
 from leaderboard.recompute import SHARES
 from leaderboard.results import Results
 from leaderboard.rows import SETTING
 from leaderboard.wellformed import unverifiable
 
-INERT = 0.05  # largest share of hits of an inert control trigger; harness.stages.control, which needs torch
 CLOSE = 1e-5  # relative, of thresholds that were computed in single precision
 OF_RUN = ("version", "weights", "libraries")  # what of a plugin's identity no record can be held to
 ALIKE = str.maketrans("01_.", "ol--")
@@ -93,9 +92,9 @@ def _counted(record: Record, declared: Declared) -> Iterator[str]:
         score = record.scores.get(name)
         if score is None or not score.per_sample or math.isnan(score.value):
             continue
-        wanted = counted or (True,) * cell.n
+        wanted = counted
         if name == "false_triggers":
-            wanted = wanted[: math.ceil(cell.n / WRONG)] * WRONG
+            wanted = counted[: math.ceil(cell.n / WRONG)] * WRONG
         left_out = [not math.isnan(value) for value in score.per_sample]
         if tuple(left_out) != wanted:
             yield f"{name} counts {sum(left_out)} images; its target and trigger count {sum(wanted)}, or others"

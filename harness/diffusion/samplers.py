@@ -16,7 +16,7 @@ from torch import Tensor
 
 from harness.diffusion.events import progress
 from harness.diffusion.seeds import generator
-from harness.types import Family, Inputs
+from harness.types import Family, Inputs, Sampler
 
 if TYPE_CHECKING:
     from harness.diffusion.model import DiffusionModel
@@ -313,6 +313,21 @@ def made_as_asked(name: str, config: Any, **options: Any) -> Any:
     if type(made) is not cls:
         raise TypeError(f"asked for {cls.__name__}, got {type(made).__name__}")
     return made
+
+
+class AroundAnother:
+    """Base of a registered sampler that a defense delivers around the cell's (a WrappingSampler): a subclass defines
+    `around`. A cell that names it alone samples around ddim."""
+
+    def around(self, inner: Sampler) -> Any:
+        raise NotImplementedError
+
+    @property
+    def nfe(self) -> int:
+        return self.around(DDIM()).nfe
+
+    def run(self, model: DiffusionModel, inputs: Inputs) -> Tensor:
+        return self.around(DDIM()).run(model, inputs)
 
 
 def check_family(sampler: Any, model: DiffusionModel) -> None:

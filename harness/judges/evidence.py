@@ -163,13 +163,8 @@ class Evidence:
         return TargetContext(self.context.clean[:m].repeat(k, 1, 1, 1), prompts, self.judge)
 
     def counted(self, n: int) -> Tensor:
-        """(n,) bool: the images that count. A target with `applicable_to` leaves out prompts that ask for the target
-        anyway.
-        """
-        target = self.backdoor.target
-        if self.prompts is None or not offers(target, ConditionalTarget):
-            return torch.ones(n, dtype=torch.bool)
-        return target.applicable_to(self.prompts[:n])
+        """(n,) bool: which of the first n images count."""
+        return counted(self.backdoor.target, self.prompts, n)
 
     def features(self, who: Who, given: Given) -> Tensor | None:
         """(N, D) features by the judge; None without images or judge."""
@@ -177,6 +172,14 @@ class Evidence:
         if images is None or judge is None:
             return None
         return self.once(("features", who, given), lambda: judge.features(images))
+
+
+def counted(target: Target, prompts: Sequence[str] | None, n: int) -> Tensor:
+    """(n,) bool: which of the images of the first n prompts count. A target with `applicable_to` leaves out those of
+    prompts that ask for it anyway."""
+    if prompts is None or not offers(target, ConditionalTarget):
+        return torch.ones(n, dtype=torch.bool)
+    return target.applicable_to(prompts[:n])
 
 
 class Reachable:

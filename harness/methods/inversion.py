@@ -106,6 +106,22 @@ def reversed_loss(
     return difference.square().flatten(1).sum(1).mean() / 2
 
 
+def mirrored_search(
+    model: DiffusionModel, sign: float, batch: int, rng: torch.Generator
+) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
+    """TERD's estimation on noise x_0: its start -sign · U[0, 1), (C, H, W), and L(x_0, t, μ) as a function of μ and γ.
+
+    Searches with sign 1 and -1 under the same rng mirror each other, noises included. batch: noises per step.
+    """
+    start = -sign * torch.rand(model.shape, generator=rng).to(model.device)
+
+    def loss(mu: Tensor, gamma: Tensor) -> Tensor:
+        x_0 = sign * model.draw_eps(batch, rng)
+        return reversed_loss(model, x_0, late(model, batch, rng), mu, gamma, rng, sign)
+
+    return start, loss
+
+
 def late(model: DiffusionModel, n: int, rng: torch.Generator) -> Tensor:
     """n random timesteps among the last ten, (n,)."""
     return torch.randint(model.T - WINDOW, model.T, (n,), generator=rng).to(model.device)

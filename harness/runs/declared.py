@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from harness.capabilities import ConditionalTarget, delivers, keeps_per_sample, offers
+from harness.capabilities import delivers, keeps_per_sample
 from harness.registry import RegistryError
 from harness.runs import planning, suite
 from harness.runs.suite import AXES, Suite
@@ -94,9 +94,9 @@ class Declared:
         found = _asked(lambda: type(target).thresholds(_Measured(target, kept), context))  # type: ignore[arg-type]
         return target.hit_threshold, {name: float(tau) for name, tau in found.items()}
 
-    def _counted(self, model: str, trigger: str, target: str, n: int, evaluation_seed: int) -> tuple[bool, ...] | None:
-        """Which of the n evaluated inputs count in rates; None for all. Raises Unknown."""
-        from harness.judges.evidence import reachable
+    def _counted(self, model: str, trigger: str, target: str, n: int, evaluation_seed: int) -> tuple[bool, ...]:
+        """Which of the n evaluated inputs count in rates. Raises Unknown."""
+        from harness.judges.evidence import counted, reachable
         from harness.stages.inputs import evaluation_prompts
 
         plugin, *pair = (
@@ -104,12 +104,8 @@ class Declared:
             for kind, spec in (("models", model), ("triggers", trigger), ("targets", target))
         )
         prompts = _asked(lambda: evaluation_prompts(plugin, n, evaluation_seed))
-        if prompts is None:
-            return None
         judge = _asked(lambda: reachable(Backdoor(*pair), prompts)).target
-        if not offers(judge, ConditionalTarget):
-            return None
-        return tuple(map(bool, _asked(lambda: judge.applicable_to(prompts).tolist())))
+        return tuple(map(bool, _asked(lambda: counted(judge, prompts, n).tolist())))
 
     def _suite(self, name: str) -> Suite:
         """The suite of that name, expanded. Raises Unknown."""

@@ -288,6 +288,10 @@ def _cells(grid: Grid, registry: Registry) -> list[tuple[Cell, str | None]]:
         for axis, kind in AXES.items()
     }
     built = {axis: {spec: registry.build(AXES[axis], spec) for spec in specs} for axis, specs in canonical.items()}
+    sets = {
+        (model, sampler): utility(grid, registry, built["model"][model], built["sampler"][sampler])
+        for model, sampler in itertools.product(canonical["model"], canonical["sampler"])
+    }
     found: list[tuple[Cell, str | None]] = []
     models, attacks, triggers, targets, samplers, defenses = (canonical[axis] for axis in AXES)
     for model, attack, trigger, target, sampler, seed, defense in itertools.product(
@@ -296,7 +300,7 @@ def _cells(grid: Grid, registry: Registry) -> list[tuple[Cell, str | None]]:
         axes = dict(zip(AXES, (model, attack, trigger, target, sampler, defense), strict=True))
         parts = {axis: built[axis][spec] for axis, spec in axes.items()}
         reason = impossible(parts)
-        size, fast = utility(grid, registry, parts)
+        size, fast = sets[model, sampler]
         for evaluation_seed in (seed,) if grid.evaluation_seeds is None else dict.fromkeys(grid.evaluation_seeds):
             cell = Cell(
                 model, attack, trigger, target, defense, sampler, seed, n=grid.n, evaluation_seed=evaluation_seed,
@@ -311,12 +315,12 @@ def _cells(grid: Grid, registry: Registry) -> list[tuple[Cell, str | None]]:
     return found
 
 
-def utility(grid: Grid, registry: Registry, parts: Mapping[str, Any]) -> tuple[int, str]:
-    """The size of the utility set of a cell of these plugin instances and the spec of its sampler; 0 and "" for none.
+def utility(grid: Grid, registry: Registry, model: Any, own: Any) -> tuple[int, str]:
+    """The size of the utility set of cells of this model and sampler, and the spec of the sampler of the set; 0 and ""
+    for none.
 
     Raises SuiteError where the grid names a sampler that does not sample the model.
     """
-    model = parts["model"]
     usual = UTILITY_N["text-to-image" if model.conditional else "unconditional"] if grid.n >= TRIAL else 0
     size = usual if grid.utility_n is None else grid.utility_n
     if size == 0:
@@ -328,7 +332,7 @@ def utility(grid: Grid, registry: Registry, parts: Mapping[str, Any]) -> tuple[i
         return size, spec
     if named is not None:
         raise SuiteError(f"{grid.place}: utility_sampler {named} does not sample {model.name} without a trigger")
-    return size, registry.canonical("samplers", _vanilla(parts["sampler"]))
+    return size, registry.canonical("samplers", _vanilla(own))
 
 
 def _vanilla(sampler: Any) -> str:

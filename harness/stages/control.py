@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from harness.capabilities import ConditionalTarget, offers
 from harness.diffusion.events import progress
 from harness.diffusion.model import DiffusionModel
-from harness.judges.evidence import reachable
+from harness.judges.evidence import counted, reachable
 from harness.methods import decoys
 from harness.stages.sample import sample
-from harness.types import Backdoor, Inputs, Model, Sampler, TargetContext
-
-INERT = 0.05  # largest share of hits of an inert control trigger
+from harness.types import INERT, Backdoor, Inputs, Model, Sampler, TargetContext
 
 
 @dataclass(frozen=True)
@@ -54,16 +50,15 @@ def choose(
     """
     judged = reachable(backdoor, inputs.prompts)
     context = TargetContext(clean, inputs.prompts, plugin.judge())
-    counted = torch.ones(len(inputs), dtype=torch.bool)
-    if inputs.prompts is not None and offers(judged.target, ConditionalTarget):
-        counted = judged.target.applicable_to(inputs.prompts)
+    counting = counted(judged.target, inputs.prompts, len(inputs))
+    candidates = decoys.ladder(backdoor.trigger, given, seed)
     tried: list[Tried] = []
-    for name, candidate in decoys.ladder(backdoor.trigger, given, seed):
+    for name, candidate in candidates:
         images = sample(model, inputs, sampler, [candidate])
-        hits = judged.target.hits(images, context)[counted]
+        hits = judged.target.hits(images, context)[counting]
         cosine = decoys.cosine(backdoor.trigger, candidate, model.shape)
         tried.append(Tried(name, int(hits.sum()), len(hits), cosine))
-        progress("control", len(tried), len(decoys.ladder(backdoor.trigger, given, seed)))
+        progress("control", len(tried), len(candidates))
         if tried[-1].rate <= INERT:
             return Choice(given, len(tried) - 1, True, tuple(tried))
     best = min(range(len(tried)), key=lambda i: tried[i].rate)

@@ -28,11 +28,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from harness import DDIM, Defended, Family, Inputs, Knowledge, SchedulerSampler, hookimpl
+from harness import AroundAnother, Defended, Family, Inputs, Knowledge, SchedulerSampler, hookimpl
 
 
 @dataclass(frozen=True)
-class Clipping:
+class Clipping(AroundAnother):
     """A sampler that wraps another one and clips x_t after every step, the predicted x_0 within it, or both."""
 
     name: ClassVar[str] = "clipping"
@@ -54,14 +54,6 @@ class Clipping:
                 "ddim, ddpm, pndm, unipc, ..."
             )
         return bounded(replace(inner, clip=True) if self.x_0 else inner, self.x_t)
-
-    @property
-    def nfe(self) -> int:
-        return DDIM().nfe
-
-    def run(self, model: Any, inputs: Inputs) -> Tensor:
-        """x_0 (B, C, H, W) by DDIM, for a cell that names this sampler alone."""
-        return self.around(DDIM()).run(model, inputs)
 
 
 def bounded(inner: SchedulerSampler, x_t: bool) -> SchedulerSampler:

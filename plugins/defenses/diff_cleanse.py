@@ -222,13 +222,7 @@ class DiffCleanse(Pruning):
 
     def reversed_from(self, model: Any, sign: float, seed: int) -> Tensor:
         """μ of TERD's estimation from -sign · U[0, 1); the two signs mirror each other, noises included."""
-        rng = generator(seed, "start")
-        begun = -sign * torch.rand(model.shape, generator=rng).to(model.device)
-
-        def loss(mu: Tensor, gamma: Tensor) -> Tensor:
-            x_0, t = sign * model.draw_eps(TERD_BATCH, rng), inversion.late(model, TERD_BATCH, rng)
-            return inversion.reversed_loss(model, x_0, t, mu, gamma, rng, sign)
-
+        begun, loss = inversion.mirrored_search(model, sign, TERD_BATCH, generator(seed, "start"))
         mu, _, _ = inversion.descend_reversed(
             begun, torch.ones_like(begun), loss, iterations=self.start_iterations, lr=TERD_LR, phase="start"
         )

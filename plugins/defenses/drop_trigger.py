@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from harness import DDIM, Defended, Inputs, Knowledge, Removal, hookimpl, prompt_edits
+from harness import AroundAnother, Defended, Inputs, Knowledge, Removal, hookimpl, prompt_edits
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class DropTrigger:
 
 
 @dataclass(frozen=True)
-class WithoutTrigger:
+class WithoutTrigger(AroundAnother):
     """The cell's sampler (ddim if it is used alone) on prompts without the trigger; see the defense drop-trigger."""
 
     name: ClassVar[str] = "drop-trigger"
@@ -46,13 +46,6 @@ class WithoutTrigger:
 
     def around(self, inner: Any) -> Around:
         return Around(Removal(self.text, self.instead), inner)
-
-    @property
-    def nfe(self) -> int:
-        return self.around(DDIM()).nfe
-
-    def run(self, model: Any, inputs: Inputs) -> Tensor:
-        return self.around(DDIM()).run(model, inputs)
 
 
 @dataclass(frozen=True)

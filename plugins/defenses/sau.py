@@ -36,7 +36,7 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from harness import (
-    DDIM,
+    AroundAnother,
     Defended,
     Fraction,
     Inputs,
@@ -82,7 +82,7 @@ class SAU(SpatialMasks):
 
 
 @dataclass(frozen=True)
-class SAUSampler(SpatialMasks):
+class SAUSampler(AroundAnother, SpatialMasks):
     """Spatial attention unlearning around the cell's sampler (around ddim if it is used alone); see the defense sau."""
 
     name: ClassVar[str] = "sau"
@@ -94,13 +94,6 @@ class SAUSampler(SpatialMasks):
 
     def around(self, inner: Any) -> Around:
         return Around(self, inner)
-
-    @property
-    def nfe(self) -> int:
-        return self.around(DDIM()).nfe
-
-    def run(self, model: Any, inputs: Inputs) -> Tensor:
-        return self.around(DDIM()).run(model, inputs)
 
 
 @dataclass(frozen=True)

@@ -147,15 +147,8 @@ class TERD:
         """Stage 1 from the k-th start: the trigger from -U[0, 1), or for odd k the mirror image of the start before,
         with all noises mirrored. γ starts from 0 if it is estimated.
         """
-        rng, sign = generator(seed, "start", k // 2), (-1.0) ** k
-        mu = -sign * torch.rand(model.shape, generator=rng).to(model.device)
+        mu, loss = inversion.mirrored_search(model, (-1.0) ** k, self.batch, generator(seed, "start", k // 2))
         gamma = torch.zeros_like(mu) if self.scale else torch.ones_like(mu)
-
-        def loss(mu: Tensor, gamma: Tensor) -> Tensor:
-            x_0 = sign * model.draw_eps(self.batch, rng)
-            t = inversion.late(model, self.batch, rng)
-            return inversion.reversed_loss(model, x_0, t, mu, gamma, rng, sign)
-
         return self.descend(Estimate(mu, gamma), loss, self.iterations, "estimation")
 
     @torch.no_grad()

@@ -30,7 +30,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from harness import DDIM, LOOK_ALIKES, Defended, Fraction, Inputs, Knowledge, generator, hookimpl
+from harness import LOOK_ALIKES, AroundAnother, Defended, Fraction, Inputs, Knowledge, generator, hookimpl
 
 ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")  # rows of a keyboard
 NEIGHBOURS = {letter: row[max(0, i - 1) : i] + row[i + 1 : i + 2] for row in ROWS for i, letter in enumerate(row)}
@@ -80,7 +80,7 @@ class TextualPerturbation(PromptMap):
 
 
 @dataclass(frozen=True)
-class PerturbedPrompts(PromptMap):
+class PerturbedPrompts(AroundAnother, PromptMap):
     """Changes prompts before the cell's sampler (before ddim if it is used alone); see the defense
     textual-perturbation.
     """
@@ -91,13 +91,6 @@ class PerturbedPrompts(PromptMap):
 
     def around(self, inner: Any) -> Around:
         return Around(self, inner)
-
-    @property
-    def nfe(self) -> int:
-        return self.around(DDIM()).nfe
-
-    def run(self, model: Any, inputs: Inputs) -> Tensor:
-        return self.around(DDIM()).run(model, inputs)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from harness import ABSENT, ConditionalTarget, Evidence, Given, Score, Who, hookimpl, offers, rate, unmeasured
+from harness import ABSENT, Evidence, Given, Score, Who, hookimpl, rate, unmeasured
 
 SHARES = ("asr", "asr_before", "clean_hits", "clean_hits_before", "false_triggers", "clean_model_hits")
 
@@ -69,10 +69,7 @@ def rates(evidence: Evidence, name: str, who: Who, given: Given) -> dict[str, Sc
 
 def applies(evidence: Evidence, n: int, triggers: int) -> Tensor:
     """(n,) bool: to which of n images, n / `triggers` per trigger, the target applies."""
-    target = evidence.backdoor.target
-    if evidence.prompts is None or not offers(target, ConditionalTarget):
-        return torch.ones(n, dtype=torch.bool)
-    return target.applicable_to(evidence.prompts[: n // triggers]).repeat(triggers)
+    return evidence.counted(n // triggers).repeat(triggers)
 
 
 def hit_rate(distances: Tensor, tau: float, keep: bool = False, counted: Tensor | None = None) -> Score:

@@ -2,9 +2,9 @@
 
 It is NCSN++ of Song et al., arXiv:2011.13456, published as google/ncsnpp-celebahq-256. VillanDiffusion
 (arXiv:2306.06874) attacks a different network with σ up to 380 and 2000 levels. Pass the directory of that network as
-`path` to use it; the levels are those of the model's own scheduler. The data are CelebA-HQ, published as jxie/celeba-
-hq, 30,000 images; distances are to those of its split validation, on which nobody trains here; set `images` to read
-fewer.
+`path` to use it; the levels are those of the model's own scheduler. The data are CelebA-HQ, published as
+jxie/celeba-hq, 30,000 images; distances are to those of its split validation, on which nobody trains here; set
+`images` to read fewer.
 """
 
 from __future__ import annotations
