@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
@@ -12,11 +12,16 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from harness import registry
+from harness.diffusion.samplers import DDIM
+from harness.diffusion.seeds import generator
 from harness.methods import decoys
 from harness.runs import doubts
 from harness.runs.job import ControlSpec, DefendSpec
 from harness.runs.record import Control, TriedControl
 from harness.stages.control import INERT, choose
+from harness.stages.sample import sample, wrapped
+from harness.testing import tiny
+from harness.testing.methods import known
 from harness.types import Backdoor, Inputs, NoiseTrigger, Score, Trigger
 from plugins.triggers.biased import Blend
 from plugins.triggers.box import Box
@@ -141,6 +146,38 @@ def test_the_first_decoy_that_does_not_open_the_backdoor_is_given() -> None:
 def test_where_every_decoy_opens_the_backdoor_the_choice_says_so() -> None:
     choice = chosen(Opened(*patterns(Box(), "decoy")), Box(), "decoy")
     assert not choice.inert and len(choice.tried) == len(decoys.PATTERNS) and choice.tried[choice.chosen].rate > INERT
+
+
+def test_the_zero_trigger_of_a_text_is_tried_on_prompts_as_they_are() -> None:
+    """It changes no prompt; a model would refuse it as a trigger that its tokenizer drops."""
+    model = tiny.model("text")
+    inputs, plugin = tiny.inputs(model, 4), tiny.Model("text")
+    clean = model.sample(inputs, DDIM(steps=1))
+    choice = choose(plugin, model, Backdoor(Text(), Bright()), DDIM(steps=1), "zero", 0, inputs, clean)  # type: ignore[arg-type]
+    hits = int(Bright().hits(clean, None).sum())
+    assert [(each.name, each.hits, each.n) for each in choice.tried] == [("zero", hits, 4)]
+
+
+SHORT = {"skd": "steps=2, batch=2", "skd-cag": "steps=2, batch=2", "finetune-reversal": "steps=2, batch=2",
+         "sau": "", "drop-trigger": ""}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(SHORT))
+def test_defenses_that_are_given_a_text_take_the_zero_trigger(name: str, plugins: registry.Registry) -> None:
+    model = tiny.model("text")
+    defense = plugins.build("defenses", f"{name}({SHORT[name]})")
+    ((_, nothing),) = decoys.ladder(Text(), "zero", 0)
+    knowledge = replace(known("text"), trigger=nothing)
+    done = defense.defend(model, knowledge, generator(0, "zero"))
+    purified, own = done.model or model, wrapped(DDIM(steps=2), done.sampler)
+    assert sample(purified, tiny.inputs(model, 3), own, [None]).isfinite().all()
+
+
+def test_every_defense_that_is_given_a_text_is_tried_with_the_zero_trigger(plugins: registry.Registry) -> None:
+    given = {
+        n for n, d in plugins.classes("defenses").items() if "trigger" in d().needs and "text" in d.accepts_triggers
+    }
+    assert given == set(SHORT)
 
 
 # ---- in plans and records -------------------------------------------------------------------------------------------

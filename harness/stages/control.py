@@ -54,7 +54,8 @@ def choose(
     candidates = decoys.ladder(backdoor.trigger, given, seed)
     tried: list[Tried] = []
     for name, candidate in candidates:
-        images = sample(model, inputs, sampler, [candidate])
+        nothing = isinstance(candidate, decoys.NoText)  # no prompt changes, which `sample` would refuse
+        images = sample(model, inputs, sampler, [None if nothing else candidate])
         hits = judged.target.hits(images, context)[counting]
         cosine = decoys.cosine(backdoor.trigger, candidate, model.shape)
         tried.append(Tried(name, int(hits.sum()), len(hits), cosine))
