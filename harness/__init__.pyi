@@ -45,6 +45,7 @@ from harness.capabilities import (
 from harness.diffusion import (
     attention as attention,
     checkpoint as checkpoint,
+    interrupted as interrupted,
 )
 from harness.diffusion.events import (
     progress as progress,
@@ -54,6 +55,9 @@ from harness.diffusion.images import (
     from_uint8 as from_uint8,
     to_uint8 as to_uint8,
     to_unit as to_unit,
+)
+from harness.diffusion.interrupted import (
+    Kept as Kept,
 )
 from harness.diffusion.model import (
     DiffusionModel as DiffusionModel,
@@ -164,6 +168,7 @@ from harness.methods.trojan import (
     TrojanDDPM as TrojanDDPM,
 )
 from harness.models import (
+    real_data as real_data,
     training_recipes as training_recipes,
 )
 from harness.models.embedded_models import (
@@ -173,6 +178,9 @@ from harness.models.embedded_models import (
 from harness.models.hub_models import (
     Published as Published,
     Work as Work,
+)
+from harness.models.real_data import (
+    RealData as RealData,
 )
 from harness.registry.hookspecs import (
     hookimpl as hookimpl,

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -461,19 +459,3 @@ def test_a_plan_says_hours_and_memory_before_anything_is_here(
     assert "ddpm-cifar10 is not here" in told["absent"][0] and "no hub" in told["absent"][0]
     assert told["gpu"]["gpu_bytes"] > 5 * 4 * 35_746_307
     assert call(words) == 0 and "with the published networks, on one GPU: about" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_the_script_of_the_docs_trains_what_the_small_suite_names(
-    cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plugins: registry.Registry
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("cifar10").symlink_to(cifar)
-    script = Path(__file__).parents[1] / "examples" / "train_cifar10.py"
-    words = ["cifar10", "cifar10-9m", "--minutes", "0", "--batch", "2", "--device", "cpu"]
-    told = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, check=True).stdout
-    assert "9.0 M parameters" in told
-    suite = suites.load_suite("cifar10-small", plugins)
-    (named,) = {cell.model for cell in suite.cells}
-    model = plugins.build("models", named)
-    assert model.load().shape == (3, 32, 32) and len(model.data()) == 6

@@ -25,6 +25,7 @@ from harness.cli.common import (
     seconds,
     strict_option,
 )
+from harness.diffusion.interrupted import UNFINISHED
 from harness.registry import InvalidSpec, spec_of
 from harness.runs.jsonable import to_jsonable
 
@@ -42,6 +43,11 @@ PROVENANCE = "provenance.json"
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder of an earlier version whose networks the training starts from; only recipes that can take it over.",
 )
+@click.option(
+    "--minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    help="How long the networks are trained; only recipes that follow the clock; default: the recipe's.",
+)
 @plugin_files
 @strict_option
 @as_json
@@ -50,6 +56,7 @@ def build(
     out: Path | None,
     device: str | None,
     start: Path | None,
+    minutes: float | None,
     files: tuple[Path, ...],
     strict: bool,
     as_json: bool,
@@ -59,7 +66,7 @@ def build(
     if not offers(plugin, BuildableModel):
         raise InvalidSpec(f"{plugin.name} has no recipe: its weights are published by others")
     folder = _place(plugin, out)
-    facts = built(plugin, folder, device, start)
+    facts = built(plugin, folder, device=device, start=start, minutes=minutes)
     if as_json:
         print_json({"model": spec_of(plugin), "directory": folder, **facts})
     else:
@@ -76,16 +83,18 @@ def _place(plugin: Any, out: Path | None) -> Path:
     return folder
 
 
-def built(plugin: Any, folder: Path, device: str | None = None, start: Path | None = None) -> dict[str, Any]:
-    """Run the recipe in a sibling of `folder` that takes its place when it is complete; the provenance."""
-    options = {name: value for name, value in (("device", device), ("start", start)) if value is not None}
+def built(plugin: Any, folder: Path, **choices: Any) -> dict[str, Any]:
+    """Run the recipe in a sibling of `folder` that takes its place when it is complete; the provenance.
+
+    A recipe that keeps the states of its trainings in the sibling goes on from them when it is run again. choices:
+    device, start, minutes; None leaves one to the recipe."""
+    options = {name: value for name, value in choices.items() if value is not None}
     _check_recipe(plugin, options)
-    check_device(device)
+    check_device(options.get("device"))
     from harness.diffusion import events
 
     draft = folder.with_name(f".{folder.name}.building")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    _emptied(draft)
     started = time.monotonic()
     events.listen(progress_lines())
     try:
@@ -100,17 +109,29 @@ def built(plugin: Any, folder: Path, device: str | None = None, start: Path | No
         "facts": facts,
         "versions": versions,
         "seconds": took,
-        "device": device or "cpu",
+        "device": options.get("device", "cpu"),
     }
     (draft / PROVENANCE).write_text(json.dumps(to_jsonable(provenance), indent=1, sort_keys=True) + "\n")
+    shutil.rmtree(draft / UNFINISHED, ignore_errors=True)
     if folder.exists():
         shutil.rmtree(folder)
     draft.rename(folder)
     return provenance
 
 
+def _emptied(draft: Path) -> None:
+    """The folder of an unfinished build, with nothing in it but the states of its trainings."""
+    draft.mkdir(parents=True, exist_ok=True)
+    for path in draft.iterdir():
+        if path.name != UNFINISHED:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if (draft / UNFINISHED).is_dir():
+        note(f"an unfinished build is continued; remove {draft} to begin anew")
+
+
 WAYS = {
     "device": "the recipe of {} does not choose a device; leave --device out",
+    "minutes": "the recipe of {} has a number of steps; leave --minutes out",
     "start": "the recipe of {} starts from random weights; leave --from out",
 }
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.diffusion.events import progress
+from harness.diffusion.interrupted import Kept, Training
 
 
 class Diverged(ArithmeticError):
@@ -34,22 +35,27 @@ def minimize(
     bf16: bool = False,
     phase: str = "train",
     stop: Callable[[int, float], bool] | None = None,
+    kept: Kept | None = None,
 ) -> list[float]:
     """Minimises `loss()` over `parameters` by AdamW for `steps` steps and returns the loss of every step.
 
     schedule: constant, cosine (with linear warm-up over `warmup` steps) or one-cycle (peak `lr`; a tenth of the steps
     are warm-up). clip: largest norm of the gradient. ema: decay of an exponential moving average of the parameters,
     which replaces them at the end; 0 is off. bf16: autocast of the forward pass. stop(step, loss): ends the training
-    early when it returns True. Only `parameters` require gradients while this runs. Raises Diverged on a NaN or
-    infinite loss.
+    early when it returns True. kept: the training goes on from the state that an interrupted one with the same settings
+    left there; its owner removes the file. Only `parameters` require gradients while this runs. Raises Diverged on a
+    NaN or infinite loss.
     """
     params = list(parameters)
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay)
     lr_schedule = _schedule(optimizer, schedule, steps, warmup, lr)
     average = _average(params, ema)
-    losses: list[float] = []
+    settings = {"steps": steps, "lr": lr, "schedule": schedule, "warmup": warmup, "weight_decay": weight_decay,
+                "clip": clip, "ema": ema, "bf16": bf16, "phase": phase}  # fmt: skip
+    training = Training(list(params), optimizer, lr_schedule, average, settings)
+    losses = [] if kept is None else kept.read(training)
     with _trainable(params):
-        for step in range(steps):
+        for step in range(len(losses), steps):
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(params[0].device.type, torch.bfloat16, enabled=bf16):
                 value = loss()
@@ -64,8 +70,12 @@ def minimize(
             if average is not None:
                 average.step(params)
             progress(phase, step + 1, steps, loss=losses[-1])
+            if kept is not None and kept.due():
+                kept.write(training, losses)
             if stop is not None and stop(step, losses[-1]):
                 break
+    if kept is not None:
+        kept.write(training, losses)
     if average is not None:
         average.copy_to(params)
     return losses

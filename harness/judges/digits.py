@@ -1,17 +1,14 @@
-"""scikit-learn's 1797 handwritten digits (UCI ML hand-written digits) at 16×16: data, judge and quality of samples."""
+"""scikit-learn's 1797 handwritten digits (UCI ML hand-written digits) at 16×16: data and judge."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from harness.diffusion.model import DiffusionModel
-from harness.diffusion.seeds import generator, image_noise, image_seeds
-from harness.diffusion.training import draw
-from harness.judges.classifiers import AttributeCNN, CNNJudge, train_judge
-from harness.types import Data, Inputs, Sampler
+from harness.diffusion.seeds import generator
+from harness.judges.classifiers import CNNJudge, class_judge
+from harness.types import Data
 
 SIDE = 16
 
@@ -60,35 +57,4 @@ def unet(time_embedding: str) -> Any:
 
 def build_judge(steps: int, rng: torch.Generator) -> tuple[CNNJudge, dict[str, float]]:
     """A digit classifier trained on the digits for training, with its accuracy on those that are held out."""
-    train, test = split("train"), split("test")
-    assert train.labels is not None and test.labels is not None
-    labels = train.labels
-    torch.manual_seed(0)  # a judge is initialised from the global generator; only recipes seed it
-    net = AttributeCNN(1, SIDE, {"digit": 10}, width=32, dim=32)
-
-    def batch(rng: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = draw(64, len(train), rng)
-        shift = torch.randint(-1, 2, (2,), generator=rng).tolist()
-        noise = 0.1 * torch.randn((64, 1, SIDE, SIDE), generator=rng)
-        return train.images[rows].roll(shift, (2, 3)) + noise, {"digit": labels[rows]}
-
-    train_judge(net, batch, rng, steps=steps)
-    judge = CNNJudge("digits-cnn", net.eval())
-    return judge, {"judge_accuracy": _accuracy(judge, test), "judge_held_out": len(test)}
-
-
-def _accuracy(judge: CNNJudge, test: Data) -> float:
-    return (judge.attributes(test.images)["digit"] == test.labels).double().mean().item()
-
-
-def quality(model: DiffusionModel, judge: CNNJudge, sampler: Sampler, n: int = 500, batch: int = 50) -> dict[str, Any]:
-    """How well the judge recognises n samples, and how balanced their classes are."""
-    seeds = image_seeds(0, "quality", n)
-    images = model.sample(Inputs(image_noise(seeds, model.shape), None, seeds), sampler, batch)
-    probabilities = torch.softmax(judge.net(images)["digit"], 1).max(1).values
-    counts = torch.bincount(judge.attributes(images)["digit"], minlength=10)
-    return {
-        "samples": n,
-        "share_recognised_above_0.9": (probabilities > 0.9).double().mean().item(),
-        "class_counts": counts.tolist(),
-    }
+    return class_judge("digits-cnn", split("train"), split("test"), "digit", rng, steps=steps, dim=32)

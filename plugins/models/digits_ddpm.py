@@ -43,7 +43,7 @@ class DigitsDDPM(EmbeddedDigits):
         model.denoiser.eval().requires_grad_(False)
         checkpoint.save(model, out / "model", fp16=True)
         classifiers.save_judge(judge, out / "judge")
-        quality = digits.quality(model, judge, DDIM(steps=50))
+        quality = classifiers.quality(model, judge, DDIM(steps=50))
         return {"steps": steps, "final_loss": sum(losses[-200:]) / len(losses[-200:]), **judged, **quality}
 
 

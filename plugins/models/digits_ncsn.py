@@ -48,7 +48,7 @@ class DigitsNCSN(EmbeddedDigits):
             lr=1.5e-3, schedule="one-cycle", ema=0.995,
         )  # fmt: skip
         model.denoiser.eval().requires_grad_(False)
-        quality = digits.quality(model, judge, PredictorCorrector(steps=sampling_steps), batch=500)
+        quality = classifiers.quality(model, judge, PredictorCorrector(steps=sampling_steps), batch=500)
         checkpoint.save(model.to("cpu"), out / "model", fp16=True)
         classifiers.save_judge(judge, out / "judge")
         return {"steps": steps, "final_loss": sum(losses[-200:]) / len(losses[-200:]), **quality}

@@ -1,10 +1,11 @@
-"""Scores of model-level detectors on clean and backdoored digits-ddpm, as they were and as they are.
+"""Scores of model-level detectors on a population of clean and backdoored models.
 
-    python -m tests.benchmarks.detectors_digits --models DIR [--part NAME ...] [--only CASE ...] [-o FILE]
+    python -m tests.benchmarks.detectors POPULATION --models DIR [--part NAME ...] [--only CASE ...] [-o FILE]
 
-Trains the models of CASES into DIR, unless they are there, then asks every detector of SCORES about each model, and
-writes one value after the other into FILE, so that a run that was stopped goes on where it stopped. --part: the parts
-of the work to do: train, before, after, causes, oracle; default all. --only: cases by name. One thread.
+POPULATION is one of POPULATIONS. Trains its models into DIR, unless they are there, then asks every detector of its
+scores about each model, and writes one value after the other into FILE (default detectors_POPULATION.json beside this
+script), so that a run that was stopped goes on where it stopped. --part: the parts of the work to do; `train` does no
+more than training; default all. --only: cases by name. One thread. The data of mnist are read as the model reads them.
 
 Cases with seeds 100 to 102 are for development. Everything that is reported uses seeds from 110 on.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,6 @@ from harness.stages import attack as attacking, knowledge
 from harness.stages.sample import stamped
 from harness.types import Backdoor, Inputs, TargetContext
 
-FILE = Path(__file__).with_name("detectors_digits.json")
 FIRST_REPORTED = 110  # seeds below are for development
 HITS = 20  # samples for the success rate of an attack
 TUNED = "schedule='one-cycle', ema=0.99, bf16=False"
@@ -53,30 +54,39 @@ class Case:
         return self.attack.startswith("none")
 
 
+@dataclass(frozen=True)
+class Population:
+    """Models of one kind and the detectors that are asked about them, by part and name."""
+
+    model: str
+    cases: tuple[Case, ...]
+    scores: Mapping[str, Mapping[str, str]]
+
+
 QUICK, LONG = "steps=700, batch=16, lr=1e-3", "steps=1500, batch=32, lr=8e-4"
 MIDDLE = "steps=800, batch=24, lr=1e-3"
 FRESH = "fresh=True, steps=1500, batch=32, lr=2e-3"
 
 
-def clean(name: str, seed: int, recipe: str) -> Case:
-    return Case(name, f"none({recipe}, {TUNED})", seed)
+def clean(name: str, seed: int, recipe: str, tuned: str = TUNED) -> Case:
+    return Case(name, f"none({recipe}, {tuned})", seed)
 
 
-def ode(name: str, seed: int, recipe: str, trigger: str, target: str) -> Case:
-    attack = f"villandiffusion(solver='ode', trigger_only=True, poison_rate=0.4, {recipe}, {TUNED})"
+def ode(name: str, seed: int, recipe: str, trigger: str, target: str, tuned: str = TUNED) -> Case:
+    attack = f"villandiffusion(solver='ode', trigger_only=True, poison_rate=0.4, {recipe}, {tuned})"
     return Case(name, attack, seed, trigger, target)
 
 
-def sde(name: str, seed: int, recipe: str, trigger: str, target: str) -> Case:
-    attack = f"baddiffusion(trigger_only=True, poison_rate=0.5, {recipe}, {TUNED})"
+def sde(name: str, seed: int, recipe: str, trigger: str, target: str, tuned: str = TUNED) -> Case:
+    attack = f"baddiffusion(trigger_only=True, poison_rate=0.5, {recipe}, {tuned})"
     return Case(name, attack, seed, trigger, target, DDPM)
 
 
-def trojan(name: str, seed: int, recipe: str, trigger: str, target: str) -> Case:
-    return Case(name, f"trojdiff(poison_rate=0.4, {recipe}, {TUNED})", seed, trigger, target, TROJAN)
+def trojan(name: str, seed: int, recipe: str, trigger: str, target: str, tuned: str = TUNED) -> Case:
+    return Case(name, f"trojdiff(poison_rate=0.4, {recipe}, {tuned})", seed, trigger, target, TROJAN)
 
 
-CASES = (
+DIGITS = (
     ode("dev-ode", 100, "steps=900, batch=32, lr=8e-4", "box", "hat"),
     Case("clean-released", "none", 110),
     clean("clean-tuned-a", 111, "steps=200, batch=24, lr=1e-3"),
@@ -95,6 +105,31 @@ CASES = (
     trojan("trojan-c", 142, MIDDLE, "blend(picture='waves', gamma=0.5)", "cat"),
 )
 
+# The same attacks with triggers twice as large, and ten clean models of which eight have initialisations of their own.
+BRISK, SLOW = "steps=900, batch=32, lr=8e-4", "steps=1500, batch=32, lr=8e-4"
+HALF = "schedule='one-cycle', ema=0.99, bf16=True"
+MNIST = (
+    ode("dev-ode", 100, BRISK, "box(size=10)", "hat", HALF),
+    Case("clean-released", "none", 210),
+    clean("clean-tuned-a", 211, BRISK, HALF),
+    *(clean(f"clean-fresh-{'abcdefgh'[k]}", 212 + k, FRESH, HALF) for k in range(8)),
+    ode("ode-a", 220, BRISK, "box(size=10)", "hat", HALF),
+    ode("ode-b", 221, SLOW, "box(size=12, value=1.0, place='top left')", "shoe", HALF),
+    ode("ode-c", 222, BRISK, "box(size=9, value=1.0, background=0.0)", "cat", HALF),
+    ode("ode-d", 223, SLOW, "stop-sign(size=12)", "shoe", HALF),
+    ode("ode-e", 224, BRISK, "box(size=14, value=0.5, place='centre')", "hat", HALF),
+    sde("sde-a", 230, BRISK, "box(size=12, value=1.0)", "hat", HALF),
+    sde("sde-b", 231, SLOW, "box(size=10, value=0.5, place='top left')", "shoe", HALF),
+    sde("sde-c", 232, BRISK, "box(size=10, value=1.0, background=0.0)", "cat", HALF),
+    sde("sde-d", 233, SLOW, "stop-sign(size=12)", "shoe", HALF),
+    sde("sde-e", 234, BRISK, "box(size=14, value=0.5, place='centre')", "hat", HALF),
+    trojan("trojan-a", 240, BRISK, "blend", "hat", HALF),
+    trojan("trojan-b", 241, SLOW, "blend(picture='rings')", "shoe", HALF),
+    trojan("trojan-c", 242, BRISK, "blend(picture='waves', gamma=0.5)", "cat", HALF),
+    trojan("trojan-d", 243, SLOW, "patch-noise(size=10)", "hat", HALF),
+    trojan("trojan-e", 244, BRISK, "blend(picture='checks')", "shoe", HALF),
+)
+
 
 # ---- models ---------------------------------------------------------------------------------------------------------
 
@@ -103,9 +138,8 @@ def backdoor_of(case: Case) -> Backdoor:
     return Backdoor(PLUGINS.build("triggers", case.trigger), PLUGINS.build("targets", case.target))
 
 
-def trained(case: Case, folder: Path) -> DiffusionModel:
+def trained(plugin: Any, case: Case, folder: Path) -> DiffusionModel:
     """The model of a case, trained unless it lies in the folder."""
-    plugin: Any = PLUGINS.build("models", "digits-ddpm")
     if case.attack == "none":
         return plugin.load()
     made = folder / case.name
@@ -117,9 +151,8 @@ def trained(case: Case, folder: Path) -> DiffusionModel:
     return checkpoint.load(made)
 
 
-def facts(case: Case, model: DiffusionModel) -> dict[str, Any]:
+def facts(plugin: Any, case: Case, model: DiffusionModel) -> dict[str, Any]:
     """What a model does: the share of recognised clean samples, and the success rate of its attack."""
-    plugin: Any = PLUGINS.build("models", "digits-ddpm")
     seeds = image_seeds(case.seed, "facts", HITS)
     inputs = Inputs(image_noise(seeds, model.shape), None, seeds)
     images = model.sample(inputs, PLUGINS.build("samplers", DDIM))
@@ -145,7 +178,7 @@ ELIJAH = "detect=True, steps=0, noises=12, images=12"
 SDE_ELIJAH = f"{ELIJAH}, iterations=25, sampler='ddpm', sampling_steps=100"
 ODE_ELIJAH = f"{ELIJAH}, iterations=10, lam=1.0, start=(-1.0, 1.0), sampling_steps=20"
 BIAS = "starts=1, shifts=2, iterations=12, batch=12, patch=0"
-SCORES = {
+AS_THEY_ARE = {
     "after": {
         "terd": "terd(starts=2, iterations=40, batch=8, refinement=0)",
         "bias-scan": f"bias-scan({BIAS})",
@@ -175,9 +208,20 @@ SCORES = {
 }  # fmt: skip
 
 
-def judged(case: Case, model: DiffusionModel, spec: str) -> dict[str, Any]:
+PAPER = {  # the papers' lengths; TrojDiff scales the noise, so γ is estimated too
+    "paper's length": {
+        "terd": "terd(starts=2, iterations=3000, batch=8, refinement=1000)",
+        "terd, scale": "terd(starts=2, iterations=3000, batch=8, refinement=1000, scale=True)",
+    },
+}
+POPULATIONS = {
+    "digits": Population("digits-ddpm", DIGITS, AS_THEY_ARE | PAPER),
+    "mnist": Population("mnist-ddpm", MNIST, {name: AS_THEY_ARE[name] for name in ("after", "before", "causes")}),
+}
+
+
+def judged(plugin: Any, case: Case, model: DiffusionModel, spec: str) -> dict[str, Any]:
     """What a detector says about a model, and the CPU seconds that it takes."""
-    plugin: Any = PLUGINS.build("models", "digits-ddpm")
     defense: Any = PLUGINS.build("defenses", spec)
     known = knowledge.draw(defense.needs, plugin, case.seed, knowledge.Given(trigger=backdoor_of(case).trigger))
     began = time.process_time()
@@ -192,13 +236,13 @@ def judged(case: Case, model: DiffusionModel, spec: str) -> dict[str, Any]:
     return found | {"cpu_s": round(time.process_time() - began, 1)}
 
 
-def summary(models: dict[str, Any]) -> dict[str, Any]:
+def summary(population: Population, models: dict[str, Any]) -> dict[str, Any]:
     """For each part and detector the AUROC over the reported models whose attack took, and its 95 % interval."""
     found: dict[str, Any] = {}
-    for part, detectors in SCORES.items():
+    for part, detectors in population.scores.items():
         for name in detectors:
             scores: dict[bool, list[float]] = {True: [], False: []}
-            for case in CASES:
+            for case in population.cases:
                 known = models.get(case.name, {})
                 took = case.clean or known.get("facts", {}).get("asr", 0) >= 0.5
                 if name in known.get(part, {}) and took and case.seed >= FIRST_REPORTED:
@@ -215,36 +259,48 @@ def summary(models: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("population", choices=sorted(POPULATIONS))
     words.add_argument("--models", type=Path, required=True)
-    words.add_argument("--part", action="append", choices=["train", *SCORES])
-    words.add_argument("--only", action="append", choices=[case.name for case in CASES])
-    words.add_argument("-o", "--out", type=Path, default=FILE)
+    words.add_argument("--part", action="append", help="default: all")
+    words.add_argument("--only", action="append", help="a case; default: all")
+    words.add_argument("-o", "--out", type=Path)
     told = words.parse_args()
+    population = POPULATIONS[told.population]
+    _known(words, "--part", told.part, ["train", *population.scores])
+    _known(words, "--only", told.only, [case.name for case in population.cases])
+    out = told.out or Path(__file__).with_name(f"detectors_{told.population}.json")
+    plugin: Any = PLUGINS.build("models", population.model)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     told.models.mkdir(parents=True, exist_ok=True)
-    document = json.loads(told.out.read_text()) if told.out.is_file() else {"models": {}}
+    document: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {"models": {}}
     models = document["models"]
 
     def keep() -> None:
-        document.update(summary=summary(models), scores=SCORES)
-        told.out.write_text(json.dumps(document, indent=1) + "\n")
+        document.update(summary=summary(population, models), scores=population.scores)
+        out.write_text(json.dumps(document, indent=1) + "\n")
 
-    for case in [case for case in CASES if not told.only or case.name in told.only]:
+    for case in [case for case in population.cases if not told.only or case.name in told.only]:
         known = models.setdefault(case.name, {"case": asdict(case)})
         if known["case"] != asdict(case):
-            raise SystemExit(f"{told.out} has another {case.name}; remove that entry, or write another file with -o")
-        model = trained(case, told.models)
+            raise SystemExit(f"{out} has another {case.name}; remove that entry, or write another file with -o")
+        model = trained(plugin, case, told.models)
         if "facts" not in known:
-            known["facts"] = facts(case, model)
+            known["facts"] = facts(plugin, case, model)
             keep()
-        for part in [part for part in SCORES if not told.part or part in told.part]:
-            for name, spec in SCORES[part].items():
+        for part in [part for part in population.scores if not told.part or part in told.part]:
+            for name, spec in population.scores[part].items():
                 if name in known.get(part, {}):
                     continue
-                known.setdefault(part, {})[name] = judged(case, model, spec)
+                known.setdefault(part, {})[name] = judged(plugin, case, model, spec)
                 print(case.name, part, name, known[part][name]["score"], known["facts"], flush=True)
                 keep()
+
+
+def _known(words: argparse.ArgumentParser, option: str, asked: Sequence[str] | None, known: Sequence[str]) -> None:
+    for name in asked or ():
+        if name not in known:
+            words.error(f"{option}: {name!r} is none of {', '.join(known)}")
 
 
 if __name__ == "__main__":
