@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SUITE ?= quick
 STAMP := $(VENV)/.installed
 
-.PHONY: run check test fast fast-1 fast-2 lint docs clean
+.PHONY: run check test fast fast-1 fast-2 lint docs oldest clean
 run: $(STAMP)
 	$(BIN)/bench run $(SUITE)
 
@@ -40,5 +40,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt -e ".[dev]"
 	touch $@
 
+# the fast tests with the oldest versions that pyproject.toml allows, in an environment of their own
+oldest:
+	test -x .oldest/bin/uv || { $(PYTHON) -m venv .oldest && .oldest/bin/python -m pip install --quiet uv; }
+	.oldest/bin/uv pip install --quiet --python .oldest/bin/python --resolution lowest-direct -e ".[dev]"
+	OMP_NUM_THREADS=1 .oldest/bin/python -m pytest -q -m "not slow"
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .oldest .pytest_cache .ruff_cache

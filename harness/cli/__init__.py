@@ -102,6 +102,8 @@ def bench() -> None:
 
 def main() -> None:
     """Entry point of the console script. A bug shows its traceback and has its own exit code."""
+    if sys.platform == "win32":  # processes, locks and limits are POSIX's
+        sys.exit("bench: Windows is not supported; use Linux, or the Windows Subsystem for Linux")
     streams.install()
     try:
         code = call(sys.argv[1:])

@@ -25,6 +25,7 @@ from harness.cli.common import (
     seconds,
     strict_option,
 )
+from harness.cli.completion import Named
 from harness.diffusion.interrupted import UNFINISHED
 from harness.registry import InvalidSpec, spec_of
 from harness.runs.jsonable import to_jsonable
@@ -34,7 +35,7 @@ PROVENANCE = "provenance.json"
 
 
 @click.command(short_help="Train an embedded model from its recipe.")
-@click.argument("model")
+@click.argument("model", type=Named("models"))
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Directory to write; default: next to the plugin.")
 @click.option("--device", metavar="NAME", help="Where the networks are trained, such as cuda; default: the recipe's.")
 @click.option(

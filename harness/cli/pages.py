@@ -57,6 +57,44 @@ def commands() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def api(homes: Mapping[str, str]) -> str:
+    """Markdown of what plugins import from `harness`: name → the module that holds it, or that it is a module of.
+
+    Each module is a directive of mkdocstrings, which writes the signatures and docstrings of its names."""
+    members: dict[str, list[str]] = {}
+    for name, module in homes.items():
+        members.setdefault(module, []).append(name)
+    parts = [API]
+    for module, names in sorted(members.items()):
+        inner = [name for name in names if _is_module(f"{module}.{name}")]
+        own = sorted(set(names) - set(inner))
+        parts += [_directive(module, own)] if own else []
+        parts += [_directive(f"{module}.{name}", None) for name in sorted(inner)]
+    return "\n\n".join(parts) + "\n"
+
+
+API = """# API
+
+Everything that a plugin imports comes from `harness`: `from harness import Defended, Knowledge`. This page has the
+names by the module in which they live. The modules themselves, such as `harness.digits`, are imported in the same
+way."""
+
+
+def _directive(module: str, names: list[str] | None) -> str:
+    """The section of a module with the names, or with all that it defines."""
+    shown = "" if names is None else f"\n      members: {names}"
+    return f"## `{module}`\n\n::: {module}\n    options:\n      show_root_toc_entry: false{shown}"
+
+
+def _is_module(name: str) -> bool:
+    from importlib.util import find_spec
+
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # the parent is no package
+        return False
+
+
 def _walk(group: click.Group, above: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], click.Command]]:
     context = click.Context(group)
     for name in group.list_commands(context):
@@ -83,4 +121,6 @@ def _prose(command: click.Command) -> str:
 
 def written(entries: Sequence[Entry]) -> Mapping[str, str]:
     """Every derived page by its path below docs/."""
-    return {**reference(entries), "commands.md": commands()}
+    import harness
+
+    return {**reference(entries), "commands.md": commands(), "reference/api.md": api(harness.homes())}

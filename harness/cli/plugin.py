@@ -16,6 +16,7 @@ import click
 
 from harness.cli import Exit
 from harness.cli.common import Finite, as_json, columns, echo, index_of, loaded, note, plugin_files, print_json
+from harness.cli.completion import Named
 from harness.registry import KINDS, OWN, RegistryError, kind_of, parse_spec, unknown_name
 from harness.registry.hookspecs import API_VERSION
 from harness.runs.jsonable import to_jsonable
@@ -100,7 +101,7 @@ def _filled(file: str, words: dict[str, str]) -> str:
 
 
 @plugin.command(short_help="Check plugins against the contract.")
-@click.argument("what", nargs=-1)
+@click.argument("what", nargs=-1, type=Named("any"))
 @click.option("--kind", help="Only plugins of this kind, if several kinds have the name.")
 @click.option("--seconds", type=Finite(1), help="Limit of one run on a tiny model; default: 60.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Report to write, .md or .json.")

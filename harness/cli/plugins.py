@@ -8,11 +8,12 @@ from pathlib import Path
 import click
 
 from harness.cli.common import as_json, columns, echo, index_of, plugin_files, print_json, strict_option, words_of
+from harness.cli.completion import Kind, Named
 from harness.registry import KINDS, Entry, kind_of, unknown_name
 
 
 @click.command("list", short_help="Models, attacks, defenses ... and suites.")
-@click.argument("kind", required=False)
+@click.argument("kind", required=False, type=Kind())
 @plugin_files
 @as_json
 def list_(kind: str | None, files: tuple[Path, ...], as_json: bool) -> None:
@@ -46,7 +47,7 @@ def _list_suites(as_json: bool) -> None:
 
 
 @click.command(short_help="Docstring, parameters, needs and file of a plugin.")
-@click.argument("name")
+@click.argument("name", type=Named("any"))
 @click.option("--kind", help="Only the plugin of this kind, if several kinds have the name.")
 @plugin_files
 @as_json

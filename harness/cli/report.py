@@ -9,6 +9,7 @@ import click
 
 from harness.cli import Exit
 from harness.cli.common import as_json, echo, opened, print_json, store_option
+from harness.cli.completion import Named
 from harness.cli.status import run_of
 from harness.registry import RegistryError
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="The tables of a run that is over.")
-@click.argument("run", default="quick")
+@click.argument("run", default="quick", type=Named(suites=True))
 @store_option
 @as_json
 def report(run: str, store: Path | None, as_json: bool) -> int:

@@ -30,6 +30,7 @@ from harness.cli.common import (
     strict_option,
     writable,
 )
+from harness.cli.completion import Named, Spec
 from harness.runs.jsonable import to_jsonable
 
 if TYPE_CHECKING:
@@ -48,8 +49,10 @@ Again = Callable[[], Mapping[str, Any]]
 def suite_options(command: Any) -> Any:
     """The options by which `run` and `plan` agree on what is to be computed."""
     options = [
-        click.argument("suite", default="quick"),
-        click.option("--only", multiple=True, metavar="KEY=TEXT", help="Keep cells that match; repeatable."),
+        click.argument("suite", default="quick", type=Named(suites=True)),
+        click.option(
+            "--only", multiple=True, type=Spec(), metavar="KEY=TEXT", help="Keep cells that match; repeatable."
+        ),
         click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Change the suite: n=16, grid.0.n=16."),
         click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads per CPU job."),
         store_option,

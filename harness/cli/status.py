@@ -15,6 +15,7 @@ from click.core import ParameterSource
 
 from harness.cli import Exit
 from harness.cli.common import as_json, echo, note, opened, print_json, seconds, store_option
+from harness.cli.completion import Named
 from harness.cli.run import Settings, compute, engine_options, places, prepare, publish
 from harness.cli.streams import lost
 from harness.registry import did_you_mean
@@ -29,7 +30,7 @@ LISTED = 40  # jobs up to which all are shown
 
 
 @click.command(short_help="The state of a run, live or finished.")
-@click.argument("suite", required=False)
+@click.argument("suite", required=False, type=Named(suites=True))
 @click.option("-f", "--follow", is_flag=True, help="Refresh until the run ends.")
 @click.option("--all", "whole", is_flag=True, help=f"Show every job, also of more than {LISTED}.")
 @store_option
@@ -179,7 +180,7 @@ def _job(store: Store, beginning: str) -> str:
 
 
 @click.command(short_help="Run failed jobs again with the same settings.")
-@click.argument("suite", required=False)
+@click.argument("suite", required=False, type=Named(suites=True))
 @click.argument("keys", nargs=-1)
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Directory of the report; default: that of the run.")
 @engine_options

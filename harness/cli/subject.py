@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from harness.cli.common import as_json, check_device, plugin_files, strict_option
+from harness.cli.completion import Named
 
 if TYPE_CHECKING:
     from harness.registry import Registry
@@ -22,7 +23,12 @@ def model_options(command: Any) -> Any:
     options = [
         click.argument("model"),
         click.option("--revision", default="main", show_default=True, help="Branch, tag or commit of a hub model."),
-        click.option("--like", metavar="MODEL", help="The plugin whose data, prompts and population fit this model."),
+        click.option(
+            "--like",
+            metavar="MODEL",
+            type=Named("models"),
+            help="The plugin whose data, prompts and population fit this model.",
+        ),
         click.option(
             "--population", type=click.Path(path_type=Path), help="Clean models, written by bench calibrate -o."
         ),
