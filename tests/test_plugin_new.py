@@ -20,6 +20,7 @@ from harness.runs.suite import load_suite
 from harness.testing import checks, kind_by_methods
 
 KINDS = ("defense", "attack", "metric", "trigger", "target", "sampler", "model")
+SHAPES = {"detector": "defense", "screen": "defense", "prompt-filter": "defense", "text-attack": "attack"}
 Result = SimpleNamespace
 OURS = str(Path(registry.__file__).resolve().parent.parent.parent)
 
@@ -46,7 +47,7 @@ def bench(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *SHAPES])
 def test_a_new_plugin_keeps_the_contract_and_runs_in_its_suite(kind: str, bench, plugins: Registry) -> None:
     found = bench("plugin", "new", "my-thing", "--kind", kind)
     assert found.code == 0, found.err
@@ -60,7 +61,7 @@ def test_a_new_plugin_keeps_the_contract_and_runs_in_its_suite(kind: str, bench,
     both = Registry()
     both._classes = {each: dict(classes) for each, classes in plugins._classes.items()}
     both.load_file(folder / "bench_my_thing.py")
-    kinds = registry.kind_of(kind)
+    kinds = registry.kind_of(SHAPES.get(kind, kind))
     cls = both.find(kinds, "my-thing")
     assert cls.__name__ == "MyThing" and kind_by_methods(cls) == kinds
     assert registry.describe(kinds, cls, "mine", alone=True).facts["api"] == API_VERSION
@@ -78,7 +79,7 @@ def test_a_new_plugin_keeps_the_contract_and_runs_in_its_suite(kind: str, bench,
         (["9lives", "--kind", "defense"], "'9lives' cannot be a plugin's name"),
         (["a b", "--kind", "defense"], "cannot be a plugin's name; use letters"),
         (["elijah", "--kind", "defense"], "has a defense 'elijah' already"),
-        (["fresh", "--kind", "defence"], "no kind 'defence'; did you mean 'defenses'"),
+        (["fresh", "--kind", "defence"], "no kind 'defence'; did you mean 'defense'"),
         (["fresh"], "--kind"),
         (["fresh", "--kind", "metric", "-o", "full"], "full exists and is not empty; name another directory with -o"),
     ],

@@ -7,7 +7,7 @@ import re
 import string
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ import click
 from harness.cli import Exit
 from harness.cli.common import Finite, as_json, columns, echo, index_of, loaded, note, plugin_files, print_json
 from harness.cli.completion import Named
-from harness.registry import KINDS, OWN, RegistryError, kind_of, parse_spec, unknown_name
+from harness.registry import KINDS, OWN, RegistryError, UnknownName, did_you_mean, kind_of, parse_spec, unknown_name
 from harness.registry.hookspecs import API_VERSION
 from harness.runs.jsonable import to_jsonable
 
@@ -28,7 +28,14 @@ PARTS = {  # of the suite that tries a new plugin out; the plugin's own name tak
     "model": "digits-ddpm", "attack": "villandiffusion(solver='ode', trigger_only=True, steps=20, batch=16)",
     "trigger": "box", "target": "corner", "defense": "finetune(steps=4, batch=8)", "sampler": "ddim(steps=5)",
 }  # fmt: skip
+TEXT_PARTS = {  # of the suite of a plugin for models that take prompts
+    "model": "shapes-sd", "attack": "rickrolling(steps=20, batch=8)", "trigger": "text", "target": "prompt",
+    "defense": "finetune(steps=4, batch=4)", "sampler": "ddim(steps=5)",
+}  # fmt: skip
 SHORT = {"attack": "(steps=20, batch=16)", "sampler": "(steps=5)"}
+SHAPES = {"detector": "defense", "screen": "defense", "prompt-filter": "defense", "text-attack": "attack"}  # template →
+# the kind of plugin that it makes; each kind has a template of its own name too
+OF_TEXT = ("prompt-filter", "text-attack")
 
 
 @click.group(short_help="Create a plugin; check one against the contract.")
@@ -41,20 +48,23 @@ def plugin() -> None:
 
 @plugin.command(short_help="Write a package with one plugin in it.")
 @click.argument("name")
-@click.option("--kind", required=True, metavar="KIND", help="defense, attack, metric, model, trigger, target, sampler.")
+@click.option(
+    "--kind", required=True, metavar="KIND",
+    help="defense, detector, screen, prompt-filter, attack, text-attack, metric, model, trigger, target, sampler.",
+)  # fmt: skip
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Directory to write; default: bench-NAME.")
 @as_json
 def new(name: str, kind: str, out: Path | None, as_json: bool) -> None:
     """Write a package for the plugin NAME: one module that works unchanged, its tests, and a suite to try it in."""
-    kind = kind_of(kind)[:-1]
-    words = _words(name, kind)
+    template = kind if kind in SHAPES else _kind(kind)
+    words = _words(name, SHAPES.get(template, template), TEXT_PARTS if template in OF_TEXT else PARTS)
     folder = (out or Path(words["package"])).expanduser().absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise click.UsageError(f"{folder} exists and is not empty; name another directory with -o")
     texts = {
         "pyproject.toml": _filled("pyproject.toml", words),
         "README.md": _filled("README.md", words),
-        f"{words['module']}.py": _filled(f"{kind}.py", words),
+        f"{words['module']}.py": _filled(f"{template}.py", words),
         "tests/test_contract.py": _filled("test_contract.py", words),
         "try.toml": _filled("try.toml", words),
     }
@@ -68,7 +78,16 @@ def new(name: str, kind: str, out: Path | None, as_json: bool) -> None:
     echo(f"next: cd {folder} && pip install -e '.[test]' && bench plugin check {name}")
 
 
-def _words(name: str, kind: str) -> dict[str, str]:
+def _kind(word: str) -> str:
+    """The kind of plugin that a word names. Raises UnknownName, which knows the templates too."""
+    try:
+        return kind_of(word)[:-1]
+    except UnknownName:
+        known = (*(kind[:-1] for kind in KINDS), *SHAPES)
+        raise UnknownName(f"no kind '{word}'{did_you_mean(word, known)} kinds: {', '.join(known)}") from None
+
+
+def _words(name: str, kind: str, parts_of_suite: Mapping[str, str]) -> dict[str, str]:
     """The values for the templates. Raises RegistryError for a name that no spec, module or registry accepts."""
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9]*([-_][A-Za-z0-9]+)*", name):
         raise RegistryError(f"'{name}' cannot be a plugin's name; use letters, digits, '-' and '_', a letter first")
@@ -88,7 +107,7 @@ def _words(name: str, kind: str) -> dict[str, str]:
         "slug": "_".join(parts).lower(),
         "title": " ".join(parts).capitalize(),
         "api": str(API_VERSION),
-        **{**PARTS, **own},
+        **{**parts_of_suite, **own},
     }
 
 
