@@ -48,9 +48,10 @@ CELL = (
 )
 MARKS = "abcdefghijklmnopqrstuvwxyz"
 Text = Callable[[object], str]
+WIDTH = 120  # characters of a line where stdout is no terminal
 
 
-def terminal(records: Iterable[Record], dropped: Iterable[Dropped] = (), width: int = 120) -> str:
+def terminal(records: Iterable[Record], dropped: Iterable[Dropped] = (), width: int = WIDTH) -> str:
     """The leaderboard as text at most `width` columns wide where that is possible; what does not fit is left to
     report.md."""
     parts, cells = [], pooled(list(records), list(dropped))
@@ -64,7 +65,9 @@ def terminal(records: Iterable[Record], dropped: Iterable[Dropped] = (), width: 
         states = [f"  {one_line(r.defense)} [{one_line(r.knows)}]: {one_line(r.state)}" for r in table.of("missing")]
         footnotes = [f"  {mark}: {one_line(words)}" for mark, words in notes.legend()]
         remark = [f"  {one_line(table.remark)}"] if table.remark else []
-        parts.append("\n".join([_title(table, one_line), "", body, *states, *footnotes, *remark]))
+        under = [textwrap.fill(line, width, subsequent_indent="    ") for line in (*states, *footnotes, *remark)]
+        title = textwrap.fill(_title(table, one_line), width, subsequent_indent="  ", break_on_hyphens=False)
+        parts.append("\n".join([title, "", body, *under]))
     detection = population.sentences(cells, one_line)
     parts += ["\n".join(["detection over populations of models", "", *detection])] if detection else []
     return "\n\n\n".join([*parts, textwrap.fill(LEGEND, width)]) if parts else "no records"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -13,7 +14,8 @@ import pytest
 from click.testing import CliRunner
 
 import harness
-from harness.cli import bench, main, pages
+from harness.cli import bench, call, main, pages
+from harness.cli.common import columns
 from harness.cli.completion import Named, Spec
 from harness.registry import KINDS
 from harness.runs.suite import suites
@@ -120,6 +122,37 @@ def test_every_dependency_has_a_lower_bound() -> None:
     extras = about["optional-dependencies"]
     for need in (*about["dependencies"], *(need for extra in extras.values() for need in extra)):
         assert ">=" in need, need
+
+
+WIDTHS = (80, 100)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("words", [["list"], ["list", "defenses"], ["show", "none"], ["show", "finetune"]])
+def test_lists_fit_the_terminal(words: list[str], width: int, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert call(words) == 0
+    printed = capsys.readouterr().out.splitlines()
+    lines = [line for line in printed if not re.match(r" {4}\S|from ", line)]  # formulas and paths are not broken
+    assert lines and max(map(len, lines)) <= width
+
+
+def test_a_plan_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
+    for width in WIDTHS:
+        monkeypatch.setenv("COLUMNS", str(width))
+        assert call(["plan", "smoke", "--only", "model=digits-ddpm", "--store", str(tmp_path)]) == 0
+        table = capsys.readouterr().out.splitlines()
+        assert table[0].startswith("key") and max(map(len, table)) <= width
+
+
+def test_what_goes_into_a_pipe_is_not_broken_into_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [("a", "word " * 60), ("bb", "short")]
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert columns(rows).splitlines() == [f"a   {'word ' * 59}word", "bb  short"]
+    monkeypatch.setenv("COLUMNS", "40")
+    broken = columns(rows, "  ").splitlines()
+    assert max(map(len, broken)) <= 40 and all(line.startswith("      word") for line in broken[1:-1])
+    assert " ".join(" ".join(broken).split()) == f"a {'word ' * 60}bb short"
 
 
 def test_the_api_page_has_every_public_name() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,12 +128,31 @@ def writable(path: Path, option: str = "-o", file: bool = False) -> None:
         raise click.UsageError(f"{path}: cannot be written ({reason}); name another with {option}") from None
 
 
+NARROW = 24  # characters of a last column below which it is not broken into lines
+
+
+def terminal_width() -> int | None:
+    """The characters of a line of the terminal that reads stdout, or those that COLUMNS names; None for a file or a
+    pipe."""
+    named = os.environ.get("COLUMNS", "")
+    try:
+        return shutil.get_terminal_size().columns if named.isdigit() or sys.stdout.isatty() else None
+    except (ValueError, AttributeError):  # a stream that is closed, or none
+        return None
+
+
 def columns(rows: Sequence[Sequence[str]], indent: str = "") -> str:
-    """Rows as aligned text; the last column runs free."""
+    """Rows as aligned text. The last column is broken into lines where stdout is a terminal, else it runs free."""
     if not rows:
         return ""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    lines = ["  ".join([*map(str.ljust, row, widths), row[-1]]) for row in rows]
+    before, width = len(indent) + sum(widths) + 2 * len(widths), terminal_width()
+    room = None if width is None or width - before < NARROW else width - before
+    lines = []
+    for *front, last in rows:
+        parts = [last] if room is None else textwrap.wrap(last, room) or [""]
+        lines.append("  ".join([*map(str.ljust, front, widths), parts[0]]))
+        lines += [" " * (before - len(indent)) + part for part in parts[1:]]
     return "\n".join(f"{indent}{line}".rstrip() for line in lines)
 
 

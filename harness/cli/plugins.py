@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from pathlib import Path
 
 import click
 
-from harness.cli.common import as_json, columns, echo, index_of, plugin_files, print_json, strict_option, words_of
+from harness.cli.common import (
+    as_json,
+    clipped,
+    columns,
+    echo,
+    index_of,
+    plugin_files,
+    print_json,
+    strict_option,
+    terminal_width,
+    words_of,
+)
 from harness.cli.completion import Kind, Named
 from harness.registry import KINDS, Entry, kind_of, unknown_name
 
@@ -66,14 +78,31 @@ def show(name: str, kind: str | None, files: tuple[Path, ...], as_json: bool) ->
         echo("\n\n".join(map(_described, found)))
 
 
+def filled(text: str) -> str:
+    """A docstring with its prose in lines that fit the terminal. Indented formulas and lists stay as they are."""
+    width = terminal_width()
+    if width is None or width >= max(map(len, text.splitlines())):
+        return text
+    parts = text.split("\n\n")
+    return "\n\n".join(p if any(line[:1] == " " for line in p.splitlines()) else textwrap.fill(p, width) for p in parts)
+
+
 def _described(entry: Entry) -> str:
     parts = [f"{entry.kind[:-1]} {entry.name}, version {entry.version}"]
-    parts += [entry.docstring] if entry.docstring else []
+    parts += [filled(entry.docstring)] if entry.docstring else []
     facts = {name.replace("_", " "): words_of(value) for name, value in entry.facts.items()}
     parts += ["\n".join(f"{name}: {words}" for name, words in facts.items())] if facts else []
     if entry.fields:
-        rows = [(f"{f.name} = {f.default}", f.type, f.comment) for f in entry.fields]
-        parts.append(f"parameters:\n{columns(rows, '  ')}")
+        wide = terminal_width()
+        if wide is None:
+            rows = [(f"{f.name} = {f.default}", f.type, f.comment) for f in entry.fields]
+            parts.append(f"parameters:\n{columns(rows, '  ')}")
+        else:  # a parameter on a line of its own, and below it what it is
+            lines = ["parameters:"]
+            for f in entry.fields:
+                lines.append(f"  {clipped(f'{f.name} = {f.default}', wide - 2)}")
+                lines += [f"      {line}" for line in textwrap.wrap(f"{f.comment} ({f.type})", wide - 6)]
+            parts.append("\n".join(lines))
     parts.append(f"from {entry.distribution}: {entry.file}")
     return "\n\n".join(parts)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from harness.cli import Exit
-from harness.cli.common import as_json, echo, opened, print_json, store_option
+from harness.cli.common import as_json, echo, opened, print_json, store_option, terminal_width
 from harness.cli.completion import Named
 from harness.cli.status import run_of
 from harness.registry import RegistryError
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 @as_json
 def report(run: str, store: Path | None, as_json: bool) -> int:
     """Print the tables of RUN: a suite's name, or the directory that `bench run -o` wrote."""
-    from leaderboard.report import brief, terminal
+    from leaderboard.report import WIDTH, brief, terminal
 
     done = read_run(Path(run)) if Path(run).is_dir() else _last(run, opened(store))
     if as_json:
         print_json({"records": [brief(record) for record in done.records], "dropped": done.dropped})
     else:
-        echo(terminal(done.records, done.dropped))
+        echo(terminal(done.records, done.dropped, terminal_width() or WIDTH))
     return Exit.failed if any(record.error for record in done.records) else Exit.ok
 
 

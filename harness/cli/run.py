@@ -28,6 +28,7 @@ from harness.cli.common import (
     seconds,
     store_option,
     strict_option,
+    terminal_width,
     writable,
 )
 from harness.cli.completion import Named, Spec
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from harness.runs.suite import Suite
 
 LABEL, REASON = 64, 84  # characters of a job's label and of the reason of a miss in the table of a plan
+FRONT = 10 + 8 + 3 * 2  # characters of the key, the estimate and the gaps in that table
 
 
 Again = Callable[[], Mapping[str, Any]]
@@ -325,7 +327,7 @@ def publish(ready: Prepared, results: Mapping[str, Any], out: Path | None, as_js
         summary = {"suite": ready.suite.name, "jobs": counts, "failed_cells": len(failed), "paths": paths}
         print_json({**summary, "records": records, "dropped": dropped})
     else:
-        echo(report.terminal(records, dropped))
+        echo(report.terminal(records, dropped, terminal_width() or report.WIDTH))
         echo("\n" + columns([(name, str(path)) for name, path in paths.items()]))
         echo(summary_line(counts, len(records), len(failed)))
     return Exit.failed if failed else Exit.ok
@@ -368,8 +370,11 @@ def show_plan(ready: Prepared, as_json: bool) -> None:
         told = {"jobs": rows, "cells": suite.cells, "dropped": suite.dropped, "missing_s": missing}
         print_json({**told, "gpu": gpu, "absent": ready.absent})
         return
+    width = terminal_width()
+    label = LABEL if width is None else max(20, min(LABEL, (width - FRONT) // 2))
+    reason = REASON if width is None else max(20, width - FRONT - label)
     rows = [
-        (key[:10], seconds(job.estimate), clipped(job.label, LABEL), clipped(states[key], REASON))
+        (key[:10], seconds(job.estimate), clipped(job.label, label), clipped(states[key], reason))
         for key, job in jobs.items()
     ]
     echo(columns([("key", "estimate", "job", "state"), *rows]))
