@@ -26,7 +26,6 @@ from harness.cli.common import (
     strict_option,
 )
 from harness.cli.completion import Named
-from harness.diffusion.interrupted import UNFINISHED
 from harness.registry import InvalidSpec, spec_of
 from harness.runs.jsonable import to_jsonable
 
@@ -93,6 +92,7 @@ def built(plugin: Any, folder: Path, **choices: Any) -> dict[str, Any]:
     _check_recipe(plugin, options)
     check_device(options.get("device"))
     from harness.diffusion import events
+    from harness.diffusion.interrupted import UNFINISHED
 
     draft = folder.with_name(f".{folder.name}.building")
     _emptied(draft)
@@ -122,6 +122,8 @@ def built(plugin: Any, folder: Path, **choices: Any) -> dict[str, Any]:
 
 def _emptied(draft: Path) -> None:
     """The folder of an unfinished build, with nothing in it but the states of its trainings."""
+    from harness.diffusion.interrupted import UNFINISHED
+
     draft.mkdir(parents=True, exist_ok=True)
     for path in draft.iterdir():
         if path.name != UNFINISHED:
