@@ -254,13 +254,67 @@ def summary(population: Population, models: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+def tables(population: Population, document: dict[str, Any]) -> str:
+    """Two tables in Markdown: the scores of every reported model before and after, with the areas under the ROC curve,
+    and the scores of every other setting."""
+    models, areas = document["models"], summary(population, document["models"])
+    done = [case for case in population.cases if case.name in models and case.seed >= FIRST_REPORTED]
+    names = [name for name in population.scores.get("after", {}) if name in population.scores.get("before", {})]
+    rows = [["model", "ASR %", *(f"`{name.split(',')[0]}`{name.partition(',')[1:][1]}" for name in names)]]
+    for case in done:
+        known = models[case.name]
+        rows.append([case.name, _asr(known), *(_change(known, name) for name in names)])
+    rows.append(
+        ["AUROC", "", *(" → ".join(_area(areas, f"{part}: {name}") for part in ("before", "after")) for name in names)]
+    )
+    others = {part: settings for part, settings in population.scores.items() if part not in ("before", "after")}
+    more = [["setting", *(case.name for case in done), "AUROC"]]
+    for part, settings in others.items():
+        for name in settings:
+            scores = [_score(models[case.name], part, name) for case in done]
+            if any(score != "" for score in scores):
+                more.append([name, *scores, _area(areas, f"{part}: {name}")])
+    return "\n\n".join(_markdown(each) for each in (rows, more) if len(each) > 1)
+
+
+def _asr(known: dict[str, Any]) -> str:
+    asr = known.get("facts", {}).get("asr")
+    return "clean" if asr is None else f"{100 * asr:.0f}"
+
+
+def _change(known: dict[str, Any], name: str) -> str:
+    before, after = (_score(known, part, name) for part in ("before", "after"))
+    return f"{before} → {after}" if before or after else ""
+
+
+def _score(known: dict[str, Any], part: str, name: str) -> str:
+    found = known.get(part, {}).get(name)
+    if found is None:
+        return ""
+    return f"{found['score']:.5f}" if "terd" in name and part != "before" else f"{found['score']:.3f}"
+
+
+def _area(areas: dict[str, Any], name: str) -> str:
+    found = areas.get(name)
+    return "" if found is None else f"{found['auroc']:.2f} ({found['low']:.2f}–{found['high']:.2f})"
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]])
+
+
 # ---- command --------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("population", choices=sorted(POPULATIONS))
-    words.add_argument("--models", type=Path, required=True)
+    words.add_argument("--models", type=Path, help="where the models are kept")
+    words.add_argument("--table", action="store_true", help="print the tables of FILE and compute nothing")
     words.add_argument("--part", action="append", help="default: all")
     words.add_argument("--only", action="append", help="a case; default: all")
     words.add_argument("-o", "--out", type=Path)
@@ -269,6 +323,11 @@ def main() -> None:
     _known(words, "--part", told.part, ["train", *population.scores])
     _known(words, "--only", told.only, [case.name for case in population.cases])
     out = told.out or Path(__file__).with_name(f"detectors_{told.population}.json")
+    if told.table:
+        print(tables(population, json.loads(out.read_text())))
+        return
+    if told.models is None:
+        words.error("--models DIR is needed, unless --table prints what is there")
     plugin: Any = PLUGINS.build("models", population.model)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
