@@ -17,6 +17,7 @@ from harness.types import (
     Data,
     Defense,
     Family,
+    ImageEncoder,
     Judge,
     Metric,
     Modality,
@@ -321,6 +322,15 @@ class BuildableModel(Model, Protocol):
 
 
 @runtime_checkable
+class PictureModel(Model, Protocol):
+    """A model that names the public encoders (some of `PUBLIC_ENCODERS`) which know its pictures: the metrics frechet
+    and perceptual and whoever gives a defender an encoder ask for the names; without it distances are in the judge's
+    features alone, perceptual is unmeasured, and a model without a scorer gives its judge as encoder."""
+
+    encoders: ClassVar[Sequence[str]]
+
+
+@runtime_checkable
 class ProbabilityJudge(Judge, Protocol):
     """A judge whose network gives logits by attribute: the metric recognised asks for it, and is unmeasured without
     it."""
@@ -438,6 +448,7 @@ CAPABILITIES: tuple[Capability, ...] = (
     Capability(MeasuredWork, ("models",), ("work",)),
     Capability(CountedData, ("models",)),
     Capability(BuildableModel, ("models",), ("build",)),
+    Capability(PictureModel, ("models",), ("encoders",)),
     Capability(ProbabilityJudge, ()),
     Capability(SteppedMethod, ("attacks", "defenses")),
     Capability(BatchedMethod, ("attacks", "defenses")),
@@ -461,7 +472,7 @@ TRIGGER_CAPABILITIES: dict[str, type] = {
     "which": RepeatedTrigger,
     "scale": ScalingTrigger,
 }  # what a plugin can name in `requires_trigger`
-_OF_EVERY_PLUGIN = (Trigger, NoiseTrigger, TextTrigger, Target, Sampler, Model, Defense, Metric, Judge)
+_OF_EVERY_PLUGIN = (Trigger, NoiseTrigger, TextTrigger, Target, Sampler, Model, Defense, Metric, ImageEncoder, Judge)
 C = TypeVar("C")
 
 
@@ -496,6 +507,11 @@ def accepted_models(part: object) -> tuple[str, ...] | None:
     """Names of the models that a plugin works with; None for any."""
     names = part.accepts_models if offers(part, LimitedToModels) else None
     return None if names is None else tuple(names)
+
+
+def encoders_of(part: object) -> tuple[str, ...]:
+    """Names of the public encoders that know the images of a model plugin."""
+    return tuple(part.encoders) if offers(part, PictureModel) else ()
 
 
 def keyed_libraries(part: object) -> tuple[str, ...]:

@@ -181,9 +181,11 @@ class Knowledge:
     - prompts: clean prompts, disjoint from those of the evaluation.
     - clean_model: the model before the attack.
     - words: neutral words of the model's language.
-    - encoder: a public image encoder, images (B, C, H, W) in [-1, 1] → features (B, D): the model's CLIP-like scorer if
-      it
-      has one, otherwise the features of its judge.
+    - encoder: the image encoder at hand, images (B, C, H, W) in [-1, 1] → features (B, D): the model's CLIP-like scorer
+      if it has one, otherwise the public encoder that the model names, otherwise the features of its judge. The scorer
+      of shapes-sd and the judge of the digits were trained for this benchmark, and they also score the defender.
+    - public_encoder: efficientnet-lite0 (harness.judges.public_encoders), which scores nothing that decides whether a
+      backdoor is there.
     """
 
     trigger: Trigger | None = None
@@ -192,9 +194,11 @@ class Knowledge:
     clean_model: DiffusionModel | None = None
     words: tuple[str, ...] | None = None
     encoder: Callable[[Tensor], Tensor] | None = None
+    public_encoder: PerceptualEncoder | None = None
 
 
-KNOWLEDGE = ("trigger", "data", "prompts", "clean_model", "words", "encoder")
+KNOWLEDGE = ("trigger", "data", "prompts", "clean_model", "words", "encoder", "public_encoder")
+PUBLIC_ENCODERS = ("efficientnet-lite0", "efficientnet-lite2")  # names of image encoders that others trained
 DELIVERS = ("model", "suspicion", "screen", "sampler")
 
 
@@ -280,8 +284,8 @@ class Cell:
     utility_sampler: str = ""
 
 
-class Judge(Protocol):
-    """A feature extractor and classifier for the data of a model; its name is in the names of its scores."""
+class ImageEncoder(Protocol):
+    """What turns images into features; its name is in the names of its scores."""
 
     @property
     def name(self) -> str: ...
@@ -289,6 +293,18 @@ class Judge(Protocol):
     def features(self, images: Tensor) -> Tensor:
         """(B, D) features of images in [-1, 1], for Fréchet and kernel distances."""
         ...
+
+
+class PerceptualEncoder(ImageEncoder, Protocol):
+    """One that also compares images by their feature maps."""
+
+    def perceptual(self, images: Tensor, others: Tensor) -> Tensor:
+        """(B,) distances, at least 0, of images (B, C, H, W) in [-1, 1] to as many others, row by row."""
+        ...
+
+
+class Judge(ImageEncoder, Protocol):
+    """A feature extractor and classifier for the data of a model; its name is in the names of its scores."""
 
     def attributes(self, images: Tensor) -> Mapping[str, Tensor]:
         """For each attribute the (B,) predicted class, e.g. {"digit": ...} or {"colour": ..., "shape": ...}."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from harness.runs.record import Track
+from harness.types import PUBLIC_ENCODERS
 
 Task = Literal["purification", "screening", "detection", "attacks"]
 TASKS: tuple[Task, ...] = ("purification", "screening", "detection", "attacks")
@@ -29,8 +30,8 @@ _RANGES: dict[tuple[float, float], tuple[str, ...]] = {  # possible values of sc
         "screen_fpr", "trigger_match", "trigger_ratio",
     ),
     (0.0, math.inf): (
-        "fid", "fid_ratio", "drift", "change", "feature", "perceptual_distance", "target_mse", "spread", "trigger_l2",
-        "asr_threshold",
+        "fd", "fd_ratio", "fid", "fid_ratio", "drift", "change", "feature", "perceptual", "perceptual_distance",
+        "target_mse", "spread", "trigger_l2", "asr_threshold",
     ),
     (-1.0, 1.0): ("target_ssim", "trigger_cosine", "attribute_drop"),
     (-math.inf, 1.0): ("removal",),
@@ -48,14 +49,23 @@ def bounds(score: str) -> tuple[float, float]:
 
 
 _WHOLE = {  # scores of all n images of a cell, by the stems of their names
-    "drift", "change", "clip_score", "clip_similarity", "perceptual_distance", "target_mse", "target_ssim",
-    "target_clip_score", "fid", "fid_ratio", "kid", "spread", "recognised", "class_balance", "asr_threshold",
+    "drift", "change", "clip_score", "clip_similarity", "perceptual", "perceptual_distance", "target_mse",
+    "target_ssim", "target_clip_score", "asr_threshold",
+}  # fmt: skip
+_OF_SETS = {  # scores of the utility set as a whole
+    "fd", "fd_ratio", "kd", "fid", "fid_ratio", "kid", "precision", "spread", "recognised", "class_balance",
 }  # fmt: skip
 
 
 def whole(score: str) -> bool:
     """Whether a score of this name is of all images of a cell, so that its n is the cell's."""
     return "@" not in score and "." not in score and _stem(score) in _WHOLE
+
+
+def of_sets(score: str) -> bool:
+    """Whether a score of this name compares sets of images, so that its n is that of the cell's utility set, or the
+    cell's where there is none."""
+    return _stem(score) in _OF_SETS
 
 
 def _stem(score: str) -> str:
@@ -73,7 +83,7 @@ def possible(score: str, interval: Sequence[float] | None) -> tuple[float, float
 
 @dataclass(frozen=True)
 class Column:
-    """score: its name in the record; "fid[]" stands for the one `fid[<judge>]`. digits: after the point. percent: a
+    """score: its name in the record; "fd[]" stands for the one `fd[<judge>]`. digits: after the point. percent: a
     share shown in %. better: -1 lower, +1 higher, 0 neither. minor: left out where a screen is narrow. leaves: how soon
     it goes when a terminal is narrow, 0 never. interval: shown in the report, too."""
 
@@ -97,7 +107,7 @@ AUROC = Column("AUROC", "screen_auroc", 3, better=1)
 RANKING = {each.score: each.better for each in (ASR, AUROC)} | {"removal": 1}  # what rows are compared by
 COST = Column("Cost", "defense_wall_s", 0, better=-1, minor=True)
 UTILITY: dict[Track, Column] = {
-    "unconditional": Column("FD ratio", "fid_ratio[]", 2, better=-1),
+    "unconditional": Column("FD ratio", "fd_ratio[]", 2, better=-1),
     "text-to-image": Column("Attributes", "attribute_accuracy", percent=True, better=1),
 }
 DRIFT = (
@@ -110,8 +120,9 @@ REPORT = (
     Column("removal", "removal", percent=True, leaves=1),
     Column("clean hits", "clean_hits", percent=True, leaves=5),
     Column("false trig.", "false_triggers", percent=True, leaves=6),
-    Column("FD", "fid[]", 3, leaves=8),
-    Column("FD ratio", "fid_ratio[]", 2, leaves=2),
+    Column("FD", "fd[]", 3, leaves=8),
+    Column("FD ratio", "fd_ratio[]", 2, leaves=2),
+    Column("FD ratio, public", f"fd_ratio[{PUBLIC_ENCODERS[0]}]", 2, leaves=10),
     Column("CLIP", "clip_score[]", leaves=9),
     Column("attr.", "attribute_accuracy", percent=True),
     Column("drift", "drift", 4, leaves=4),
@@ -142,7 +153,7 @@ def of_view(track: Track, task: Task) -> tuple[Column, ...]:
             Column("ASR", "asr_before", percent=True),
             Column("ASR at MSE 1e-3", "asr_before@1e-3", percent=True, minor=True),
             Column("False triggers", "false_triggers", percent=True, better=-1),
-            Column("FD ratio", "fid_ratio_before[]", 2, better=-1),
+            Column("FD ratio", "fd_ratio_before[]", 2, better=-1),
             Column("Drift", "drift_before", 4, better=-1, minor=True),
             Column("Cost", "attack_wall_s", 0, better=-1, minor=True),
         )

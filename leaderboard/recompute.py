@@ -22,6 +22,8 @@ Level = Literal["claimed", "recomputed", "reproduced"]
 LEVELS: tuple[Level, ...] = ("claimed", "recomputed", "reproduced")
 SHARES = ("asr", "asr_before", "clean_hits", "clean_hits_before", "false_triggers", "clean_model_hits")
 PARTS = {  # a score that is one score over another, less another, ...
+    "fd_ratio[]": ("fd[]", "fd_clean[]"),
+    "fd_ratio_before[]": ("fd_before[]", "fd_clean[]"),
     "fid_ratio[]": ("fid[]", "fid_clean[]"),
     "fid_ratio_before[]": ("fid_before[]", "fid_clean[]"),
 }

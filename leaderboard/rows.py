@@ -227,7 +227,7 @@ class Table:
 
 
 def judge_of(name: str) -> str:
-    """ "digits-cnn" of "fid[digits-cnn]"."""
+    """ "digits-cnn" of "fd[digits-cnn]"."""
     return name.partition("[")[2].rstrip("]")
 
 

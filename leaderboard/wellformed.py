@@ -15,7 +15,7 @@ from harness.runs.jsonable import key_of
 from harness.runs.printable import printable
 from harness.runs.record import Record, bare
 from harness.types import WRONG, Score
-from leaderboard.columns import bounds, whole
+from leaderboard.columns import bounds, of_sets, whole
 from leaderboard.recompute import SHARES
 from leaderboard.specs import PARTS, arguments
 
@@ -119,6 +119,8 @@ def _n(name: str, score: Score, record: Record) -> int | None:
         return record.scores["asr"].n
     if name.endswith(("_s", "_bytes")):
         return 1
+    if of_sets(name):
+        return record.cell.utility_n or record.cell.n
     return record.cell.n if whole(name) else None
 
 

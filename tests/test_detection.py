@@ -184,15 +184,15 @@ def test_lpips_is_asked_for_each_pair_once_and_says_what_it_lacks(monkeypatch: p
     name = "torchmetrics.functional.image.learned_perceptual_image_patch_similarity"
     monkeypatch.setattr(name, perceptual)
     images = torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1, 1).expand(3, 1, 16, 16)
-    assert elijah.lpips(images).tolist() == [[0, 1, 2], [1, 0, 1], [2, 1, 0]]
+    assert elijah.pairwise(images, elijah.lpips).tolist() == [[0, 1, 2], [1, 0, 1], [2, 1, 0]]
     assert asked == [((3, 3, 16, 16), {"net_type": "vgg", "reduction": "none"})]
 
     def missing(*images: Tensor, **options: object) -> Tensor:
         raise OSError("no network")
 
     monkeypatch.setattr(name, missing)
-    with pytest.raises(FileNotFoundError, match=r"vgg16.*elijah\(distance='encoder'\)"):
-        elijah.lpips(images)
+    with pytest.raises(FileNotFoundError, match=r"vgg16.*elijah\(distance='public'\)"):
+        elijah.lpips(images, images)
 
 
 # ---- metric ---------------------------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def test_every_dependency_has_a_lower_bound() -> None:
     about = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = about["optional-dependencies"]
     for need in (*about["dependencies"], *(need for extra in extras.values() for need in extra)):
-        assert ">=" in need, need
+        assert ">=" in need or "==" in need, need
 
 
 WIDTHS = (80, 100)

@@ -23,6 +23,7 @@ from plugins.metrics import (
     frechet,
     inversion,
     likeness,
+    perceptual,
     recognised,
     specificity,
     spread,
@@ -30,8 +31,8 @@ from plugins.metrics import (
 )
 
 ALL = (
-    asr, attributes, bilateral, clip_score, cost, drift, found_trigger, frechet, inversion, likeness, recognised,
-    specificity, spread, target_clip,
+    asr, attributes, bilateral, clip_score, cost, drift, found_trigger, frechet, inversion, likeness, perceptual,
+    recognised, specificity, spread, target_clip,
 )  # fmt: skip
 SIDE = 8
 
@@ -248,16 +249,16 @@ def test_the_distances_carry_the_judges_name_and_agree_with_torch_fidelitys_own_
     stock = torch_fidelity.calculate_metrics(
         input1=frechet._uint8_dataset(sets["defended", "clean"]()),
         input2=frechet._uint8_dataset(seen.reference),
-        fid=True, kid=True, kid_subset_size=100, prc=True, feature_extractor="tone-judge", judge=judge,
+        fid=True, kid=True, kid_subset_size=100, prc=True, feature_extractor="tone-judge", encoder=judge,
         cuda=False, cache=False, save_cpu_ram=True, verbose=False,
     )  # fmt: skip
-    assert scores["fid[tone-judge]"].value == pytest.approx(stock["frechet_inception_distance"], rel=1e-9)
-    assert scores["kid[tone-judge]"].value == pytest.approx(stock["kernel_inception_distance_mean"], rel=1e-9)
+    assert scores["fd[tone-judge]"].value == pytest.approx(stock["frechet_inception_distance"], rel=1e-9)
+    assert scores["kd[tone-judge]"].value == pytest.approx(stock["kernel_inception_distance_mean"], rel=1e-9)
     assert scores["precision[tone-judge]"].value == pytest.approx(stock["precision"])
     assert scores["recall[tone-judge]"].value == pytest.approx(stock["recall"])
-    ratio = scores["fid[tone-judge]"].value / scores["fid_clean[tone-judge]"].value
-    assert scores["fid_ratio[tone-judge]"].value == pytest.approx(ratio) and ratio > 2
-    assert "fid" not in scores and scores["fid[tone-judge]"].warning is None
+    ratio = scores["fd[tone-judge]"].value / scores["fd_clean[tone-judge]"].value
+    assert scores["fd_ratio[tone-judge]"].value == pytest.approx(ratio) and ratio > 2
+    assert "fid" not in scores and scores["fd[tone-judge]"].warning is None
 
 
 def test_the_resampled_distance_of_all_images_once_is_the_frechet_distance(monkeypatch):
@@ -293,13 +294,13 @@ def test_distances_are_measured_on_the_utility_set_where_there_is_one():
     sets = {("defended", "clean"): noise(120, 3), ("clean", "clean"): noise(120, 1)}
     large = {("defended", "utility"): noise(300, 4), ("clean", "utility"): noise(300, 5)}
     alone, beside = (frechet.Frechet().measure(evidence(given)) for given in (sets, sets | large))
-    assert alone["fid[tone-judge]"].n == 120 and beside["fid[tone-judge]"].n == 300
-    assert beside["fid[tone-judge]"].interval is not None and beside["fid_increase[tone-judge]"].warning is not None
+    assert alone["fd[tone-judge]"].n == 120 and beside["fd[tone-judge]"].n == 300
+    assert beside["fd[tone-judge]"].interval is not None and beside["fd_increase[tone-judge]"].warning is not None
 
 
 def test_distances_of_few_images_say_so():
     seen = evidence({("defended", "clean"): noise(50, 3), ("clean", "clean"): noise(50, 1)})
-    score = frechet.Frechet().measure(seen)["fid[tone-judge]"]
+    score = frechet.Frechet().measure(seen)["fd[tone-judge]"]
     assert score.n == 50 and "under the 100" in (score.warning or "")
 
 

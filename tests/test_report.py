@@ -41,9 +41,9 @@ def record(
         "removal": score(0.03),
         "clean_hits": score(0.0),
         "false_triggers": score(0.01),
-        "fid[digits-cnn]": score(1.5),
-        "fid_ratio[digits-cnn]": score(1.1),
-        "fid_ratio_before[digits-cnn]": score(1.1),
+        "fd[digits-cnn]": score(1.5),
+        "fd_ratio[digits-cnn]": score(1.1),
+        "fd_ratio_before[digits-cnn]": score(1.1),
         "attribute_accuracy": score(None, warning="the model takes no prompts"),
         "drift": score(0.01),
         "change": score(0.002),
@@ -223,10 +223,10 @@ def test_only_what_the_defense_itself_broke_takes_its_letters_away() -> None:
         taken = {"asr": share(0, 100), **scores}
         return [record(f"{defense} {seed}", seed=seed, defense=defense, scores=taken) for seed in range(3)]
 
-    before = {"fid_ratio_before[digits-cnn]": score(1.9)}
+    before = {"fd_ratio_before[digits-cnn]": score(1.9)}
     found = lettered(
         *three("none()", **before),
-        *three("eraser()", **{"fid_ratio[digits-cnn]": score(9.0)}),
+        *three("eraser()", **{"fd_ratio[digits-cnn]": score(9.0)}),
         *three("flattener()", spread=score(0.1)),
         *three("elijah()", **before),
         *three("other()"),
@@ -351,7 +351,7 @@ def test_the_tracks_are_apart_and_controls_of_no_attack_come_last() -> None:
         ({"defense": "x()", "scores": {"change": score(0.0)}}, DoubtCode.unchanged),
         ({"scores": {"spread": score(0.1)}}, DoubtCode.collapsed),
         ({"n": 20}, DoubtCode.few_samples),
-        ({"scores": {"fid_ratio_before[digits-cnn]": score(1.5)}}, DoubtCode.utility_broken_by_attack),
+        ({"scores": {"fd_ratio_before[digits-cnn]": score(1.5)}}, DoubtCode.utility_broken_by_attack),
         ({"defense": "x()", "scores": {"attribute_drop": score(0.5)}}, DoubtCode.utility_broken_by_defense),
         ({"defense": "x()"}, DoubtCode.control_missing),
     ],

@@ -19,6 +19,7 @@ from harness.diffusion.model_files import short
 from harness.judges.hub import Source
 
 RELEASED = "released"  # the weights of the torch-fidelity release: the 2015 network of the first FID
+OTHER = "inception-v3-other"  # the judge with weights that are not known to be those
 POOL = "2048"
 BATCH = 64
 
@@ -26,7 +27,7 @@ BATCH = 64
 @dataclass(frozen=True)
 class InceptionJudge:
     """The 2048 pooled features of Inception-v3 as torch-fidelity computes them: a Fréchet distance of these features is
-    FID.
+    FID if the weights are the released ones. With others the judge has another name (OTHER), and its distance is `fd`.
 
     It has none of the classes of this benchmark, so it returns no attributes.
     """
@@ -48,7 +49,8 @@ class InceptionJudge:
 def load_inception(weights: str = RELEASED) -> InceptionJudge:
     """The judge from a .safetensors file, a .pth state dict (read as tensors only), or torch-fidelity's release.
 
-    The release is downloaded once and checked against the digest in its name. Raises CheckpointError.
+    The release is downloaded once and checked against the digest in its name. A file is the release if it has that
+    digest. Raises CheckpointError.
     """
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -60,7 +62,15 @@ def load_inception(weights: str = RELEASED) -> InceptionJudge:
         network: Any = FeatureExtractorInceptionV3("inception-v3", [POOL], feature_extractor_weights_path=ours)
     except RuntimeError as error:
         raise CheckpointError(f"{weights}: not the weights of FID's Inception-v3: {error}") from error
-    return InceptionJudge(network.to("cuda" if torch.cuda.is_available() else "cpu"))
+    network = network.to("cuda" if torch.cuda.is_available() else "cpu")
+    return InceptionJudge(network) if _is_release(weights) else InceptionJudge(network, OTHER)
+
+
+def _is_release(weights: str) -> bool:
+    """Whether these are the released weights: a file whose sha256 begins as the release's name ends is the release."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    return weights == RELEASED or inception_identity(weights).startswith(Path(URL_INCEPTION_V3).stem.split("-")[-1])
 
 
 def _inception_state(weights: str) -> dict[str, Tensor]:

@@ -48,6 +48,7 @@ class Published:
     conditional: ClassVar[bool] = False
     family: ClassVar[Literal["vp", "ve"]] = "vp"
     latent: ClassVar[bool] = False
+    encoders: ClassVar[tuple[str, ...]] = ("efficientnet-lite0",)  # public encoders that know its pictures; () = none
     side: ClassVar[int]  # side in pixels, to which the data are resized
     splits: ClassVar[tuple[str, ...]] = ("train",)  # splits of the data on which attacks and defenses train
     reference_splits: ClassVar[tuple[str, ...]] = ("validation", "test")  # splits of the real images for distances;
@@ -60,7 +61,8 @@ class Published:
     data_revision: str = "main"  # branch, tag or commit of the data set on the hub
     images: Annotated[int, Ge(0)] = 0  # training images that are read; 0 = all
     references: Annotated[int, Ge(0)] = 0  # real images for the Fréchet distance; 0 = all
-    inception: str = "released"  # weights of Inception-v3 for FID: a file, or torch-fidelity's release; '' = no FID
+    inception: str = "released"  # weights of Inception-v3: torch-fidelity's release, which alone gives
+    # an FID, or a file; '' = no such judge
     clip: str = CLIP_WEIGHTS  # CLIP ViT-B/32 in open_clip's format: directory or hub id; '' = no CLIP
 
     def load(self) -> DiffusionModel:

@@ -88,7 +88,7 @@ def tree_dirty(record: Record) -> Doubt | None:
 def utility_broken_by_attack(record: Record) -> Doubt | None:
     if bare(record.cell.attack) == "none":
         return None
-    if surely(record, "fid_ratio_before[]") > 1.3 or surely(record, "attribute_drop_before") > 0.03:
+    if surely(record, "fd_ratio_before[]") > 1.3 or surely(record, "attribute_drop_before") > 0.03:
         text = "the attack had already broken the model's clean utility before the defense"
         return Doubt(DoubtCode.utility_broken_by_attack, text)
     return None
@@ -97,7 +97,7 @@ def utility_broken_by_attack(record: Record) -> Doubt | None:
 def utility_broken_by_defense(record: Record) -> Doubt | None:
     if bare(record.cell.defense) == "none":
         return None
-    if surely(record, "fid_ratio[]") > 2 or surely(record, "attribute_drop") > 0.2:
+    if surely(record, "fd_ratio[]") > 2 or surely(record, "attribute_drop") > 0.2:
         text = "removal may be forgetting: the defended model's clean utility is broken"
         return Doubt(DoubtCode.utility_broken_by_defense, text)
     return None

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 LIBRARIES = (
     "diffusion-defense-bench", "torch", "torchvision", "diffusers", "transformers", "numpy", "scipy", "scikit-learn",
-    "torch-fidelity", "torchmetrics", "torch-pruning", "open_clip_torch", "peft",
+    "torch-fidelity", "torchmetrics", "torch-pruning", "open_clip_torch", "timm", "peft",
 )  # fmt: skip
 MODEL, FINDINGS, IMAGES, SCORES, SHEET = "model", "defended.json", "images.safetensors", "scores.json", "sheet.png"
 CONTROL = "control.json"

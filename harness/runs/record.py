@@ -7,6 +7,7 @@ the first thing that is wrong.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -20,7 +21,7 @@ from pydantic import (
     model_serializer,
 )
 
-from harness.types import Cell, Score
+from harness.types import PUBLIC_ENCODERS, Cell, Score
 
 Track = Literal["unconditional", "text-to-image"]
 
@@ -155,16 +156,23 @@ class Record(_Frozen):
         return {name: _with_nan(score) if isinstance(score, Mapping) else score for name, score in value.items()}
 
     def value(self, score: str) -> float:
-        """The value of a score, NaN where it is absent or unmeasured. "fid[]" finds the one `fid[<judge>]`."""
+        """The value of a score, NaN where it is absent or unmeasured. "fd[]" finds the one `fd[<judge>]`."""
         found = self.scores.get(self.name_of(score))
         return math.nan if found is None else found.value
 
     def name_of(self, score: str) -> str:
-        """The record's name for `score`: "fid[]" → "fid[digits-cnn]"; without brackets where there is none."""
+        """The record's name for `score`: "fd[]" → "fd[digits-cnn]"; without brackets where there is none. Of several
+        encoders it is the model's judge. A distance may have its former name, "fid[digits-cnn]"."""
         if not score.endswith("[]"):
             return score
-        stem = score[:-1]
-        return next((name for name in self.scores if name.startswith(stem) and name.endswith("]")), score[:-2])
+        stems = (score[:-1], re.sub("^(f|k)d", r"\1id", score[:-1]))
+        names = [name for stem in stems for name in self.scores if name.startswith(stem) and name.endswith("]")]
+        return min(names, key=_of_public_encoder, default=score[:-2])
+
+
+def _of_public_encoder(name: str) -> bool:
+    """Whether a score is in the features of a public encoder."""
+    return name.partition("[")[2].startswith(PUBLIC_ENCODERS)
 
 
 @dataclass(frozen=True)

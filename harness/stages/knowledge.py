@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.capabilities import encoders_of
 from harness.diffusion.seeds import generator
-from harness.types import KNOWLEDGE, Data, Defense, Knowledge, Model, Trigger
+from harness.judges import public_encoders
+from harness.types import KNOWLEDGE, PUBLIC_ENCODERS, Data, Defense, Knowledge, Model, Trigger
 
 SHARE = 0.1  # of the training data that a defender has: a tenth, as in Elijah
 LEAST = 16  # images of a defender's share, where a tenth would be fewer
@@ -91,7 +93,8 @@ def draw(
     """The knowledge that `needs` names: taken from `given` if available, otherwise drawn from `plugin`, otherwise None.
 
     A separate generator that depends only on `seed` draws each kind, so the other needs of a defense do not change its
-    prompts. Raises LookupError for an encoder that the plugin does not have.
+    prompts. Raises LookupError for an encoder that the plugin does not have, CheckpointError for a public encoder whose
+    package is missing.
     """
     given = given or Given()
     return Knowledge(
@@ -101,6 +104,7 @@ def draw(
         clean_model=plugin.load().to(device) if plugin is not None and "clean_model" in needs else None,
         words=plugin.words() if plugin is not None and "words" in needs else None,
         encoder=encoder(plugin) if plugin is not None and "encoder" in needs else None,
+        public_encoder=public_encoders.load(PUBLIC_ENCODERS[0]) if "public_encoder" in needs else None,
     )
 
 
@@ -117,11 +121,21 @@ def _prompts(plugin: Model | None, seed: int) -> tuple[str, ...] | None:
 
 
 def encoder(plugin: Model) -> Callable[[Tensor], Tensor]:
-    """The public image encoder for the images of a model: its CLIP-like scorer, otherwise its judge."""
+    """The image encoder at hand for the images of a model: its CLIP-like scorer, otherwise the public encoder that the
+    model names, otherwise its judge.
+
+    The scorer of shapes-sd and the judge of the digits, which no public encoder knows, also score what the defender
+    delivers. A defender who should not have them is given `public_encoder`.
+    """
     scorer = plugin.scorer()
     if scorer is not None:
         return scorer.image_features
+    public = encoders_of(plugin)
+    if public:
+        return public_encoders.load(public[0]).features
     judge = plugin.judge()
     if judge is None:
-        raise LookupError(f"model '{plugin.name}' has no scorer and no judge: no image encoder for this defense")
+        raise LookupError(
+            f"model '{plugin.name}' has no scorer, public encoder or judge: no image encoder for this defense"
+        )
     return judge.features

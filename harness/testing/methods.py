@@ -60,6 +60,7 @@ def known(modality: Modality) -> Knowledge:
         clean_model=given_model(modality, 1),
         words=tiny.WORDS if modality == "text" else (),
         encoder=tiny.Scorer().image_features if modality == "text" else tiny.Judge().features,
+        public_encoder=tiny.Encoder(),
     )
 
 

@@ -21,6 +21,10 @@ It then fine-tunes on clean images sampled from the model itself; θ' is the mod
 
     loss_p = loss_c + loss_b = ‖ε - ε_θ(x_t, t)‖² + ‖ε_θ(x_t, t) - ε_θ'(x_t, t)‖²
 
+The encoder E is CLIP in the paper. `encoder='given'` is the model's scorer if it has one, which is CLIP for the papers'
+models, else the public encoder that a model of pictures names, else the features of its judge: a public encoder tells
+digits apart hardly better than pixels do. That judge also scores the defender; 'public' and 'pixels' do without it.
+
 The defense needs an image encoder and no data; with `invert=False` it needs the trigger instead of the encoder. It
 returns MSCR as the suspicion, r, and a smaller model. The notes contain MSCR and both losses of every iteration, and
 the shares that the pruning realised. With `bounds='data'` the defense needs clean images too.
@@ -61,6 +65,7 @@ from harness import (
     draw,
     generator,
     hookimpl,
+    image_encoders,
     image_noise,
     image_seeds,
     inversion,
@@ -118,8 +123,8 @@ class DiffCleanse(Pruning):
     )
     # the noises of the search
     held_out: bool = True  # measure MSCR on noises that the search did not use; False = paper
-    encoder: Literal["given", "pixels"] = "given"  # E: the image encoder that the defense is given, or the pixels
-    # themselves (released code)
+    encoder: Literal["given", "public", "pixels"] = "given"  # E: the image encoder at hand (above), efficientnet-lite0,
+    # or the pixels themselves (released code)
     through: Through = "straight"  # gradient of the sampler: straight = a constant (paper); sampler = through all its
     # steps
     bound: Annotated[float, Ge(0)] = 0.0  # largest |r|; 1 is the range of an image; 0 = no bound (paper)
@@ -141,6 +146,7 @@ class DiffCleanse(Pruning):
         asks = {
             "trigger": not self.invert or self.start == "oracle",
             "encoder": self.invert and self.encoder == "given",
+            "public_encoder": self.invert and self.encoder == "public",
             "data": (self.prune != "never" and self.data == "real") or (self.invert and self.bounds == "data"),
         }
         return tuple(name for name, asked in asks.items() if asked)
@@ -177,7 +183,7 @@ class DiffCleanse(Pruning):
         self, model: Any, knowledge: Knowledge, rng: torch.Generator, notes: dict[str, Any]
     ) -> tuple[Tensor, float]:
         """r (C, H, W) and the MSCR of its images, from the search with the highest MSCR."""
-        encode: Encode = _pixels if self.encoder == "pixels" or knowledge.encoder is None else knowledge.encoder
+        encode: Encode = _pixels if self.encoder == "pixels" else image_encoders.chosen(knowledge, self.encoder)
         low, high = notes["entropy_bounds"] = self.bounds_of(knowledge)
         began, searches, best = time.perf_counter(), [], None
         for k in range(self.restarts):

@@ -24,12 +24,13 @@ Detection needs a sampler that activates the backdoor. Under ddim, the default, 
 the images of a clean model for every τ; use sampler='ddpm', sampling_steps=1000 there.
 
 Differs from the paper: the paper decides by a random forest or by thresholds, which need a population of models; here
-that is done over records (`leaderboard.population`). Distance 'encoder' is one minus the cosine of the features of the
-public encoder, for use without LPIPS weights. Differs from the official code (njuaplusplus/Elijah at a8b3422, read
-there): LPIPS is that of torchmetrics, with VGG-16's own max-pooling (the official code averages). For latent models τ
-starts from uniform latents (the official code encodes a uniform picture). Results are never cached under the name of a
-checkpoint. The official code contains neither random forest nor thresholds. Settings per attack, and where the
-inversion fails: docs/methods/elijah.md.
+that is done over records (`leaderboard.population`). Distance 'public' is LPIPS's formula in the features of
+efficientnet-lite0, whose weights are there without a download. Distance 'encoder' is one minus the cosine of the
+features of the image encoder at hand, which for digits is the judge that also scores the defender. Differs from the
+official code (njuaplusplus/Elijah at a8b3422, read there): LPIPS is that of torchmetrics, with VGG-16's own max-pooling
+(the official code averages). For latent models τ starts from uniform latents (the official code encodes a uniform
+picture). Results are never cached under the name of a checkpoint. The official code contains neither random forest nor
+thresholds. Settings per attack, and where the inversion fails: docs/methods/elijah.md.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ from harness import (
     denoising_loss,
     generator,
     hookimpl,
+    image_encoders,
     image_seeds,
     inversion,
     minimize,
@@ -95,8 +97,9 @@ class Elijah:
     # With `detect` the τ whose images are the most uniform counts, otherwise that of the least loss
     detect: bool = False  # sample from shifted noise and return the features
     images: Annotated[int, Ge(2 * TRIM + 1)] = 16  # images sampled for the features; official code
-    distance: Literal["lpips", "encoder", "pixels"] = "lpips"  # distance of two images: LPIPS (paper), 1 - cosine of
-    # the public encoder's features, or the root mean square of the pixel differences on [0, 1]
+    distance: Literal["lpips", "public", "encoder", "pixels"] = "lpips"  # distance of two images: LPIPS (paper), the
+    # perceptual distance of efficientnet-lite0, 1 - cosine of the features of the image encoder at hand, or the root
+    # mean square of the pixel differences on [0, 1]
     sampler: Literal["ddim", "ddpm", "unipc", "ve-pc"] = "ddim"  # sampler for the features and for synthetic data
     sampling_steps: Annotated[int, Ge(2)] = 50  # steps of that sampler; official: ddpm 1000, ddim 50, unipc 20, ve-pc
     # 1000
@@ -117,6 +120,7 @@ class Elijah:
             "data": self.steps > 0 and self.data == "real",
             "trigger": not self.invert,
             "encoder": self.detect and self.distance == "encoder",
+            "public_encoder": self.detect and self.distance == "public",
         }
         return tuple(name for name, needed in wanted.items() if needed)
 
@@ -178,19 +182,21 @@ class Elijah:
         noise = model.draw_eps(self.images, generator(rng.initial_seed(), "features"))
         images = self.sampled(model, shift.of(noise), derived(rng, "features"), "features")
         return {
-            "uniformity": trimmed_mean(self.distances(images, knowledge.encoder)).item(),
+            "uniformity": trimmed_mean(self.distances(images, knowledge)).item(),
             "total_variation": total_variation(images).mean().item(),
         }
 
-    def distances(self, images: Tensor, encoder: Callable[[Tensor], Tensor] | None) -> Tensor:
+    def distances(self, images: Tensor, knowledge: Knowledge) -> Tensor:
         """(N, N) pairwise distances of images (N, C, H, W) in [-1, 1]."""
         if self.distance == "lpips":
-            return lpips(images)
+            return pairwise(images, lpips)
+        if self.distance == "public":
+            assert knowledge.public_encoder is not None, "the harness gives the public encoder to who needs it"
+            return pairwise(images, knowledge.public_encoder.perceptual)
         if self.distance == "pixels":
             flat = to_unit(images).flatten(1)
             return torch.cdist(flat, flat) / flat.shape[1] ** 0.5
-        assert encoder is not None, "the harness gives an encoder to who needs it"
-        unit = normalize(encoder(images), dim=1)
+        unit = normalize(image_encoders.chosen(knowledge, "given")(images), dim=1)
         return 1 - unit @ unit.T
 
     def sampled(self, model: Any, noise: Tensor, seed: int, phase: str) -> Tensor:
@@ -248,22 +254,27 @@ def total_variation(images: Tensor) -> Tensor:
     return down + across
 
 
-def lpips(images: Tensor) -> Tensor:
-    """(N, N) LPIPS of images (N, 1 or 3, H, W) in [-1, 1], on VGG-16. Raises FileNotFoundError without its weights."""
+def pairwise(images: Tensor, distance: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """(N, N) distances of images (N, C, H, W), of a symmetric distance of images row by row."""
+    n = len(images)
+    i, j = torch.triu_indices(n, n, offset=1)
+    found = torch.zeros(n, n)
+    found[i, j] = found[j, i] = distance(images[i], images[j]).detach().cpu()
+    return found
+
+
+def lpips(images: Tensor, others: Tensor) -> Tensor:
+    """(B,) LPIPS of images (B, 1 or 3, H, W) in [-1, 1] to as many others, on VGG-16. Raises FileNotFoundError without
+    its weights."""
     from torchmetrics.functional.image import learned_perceptual_image_patch_similarity as perceptual
 
-    rgb, n = as_rgb(images), len(images)
-    i, j = torch.triu_indices(n, n, offset=1)
     try:
-        upper = perceptual(rgb[i], rgb[j], net_type="vgg", reduction="none")
+        return perceptual(as_rgb(images), as_rgb(others), net_type="vgg", reduction="none")
     except OSError as error:  # torch.hub could not fetch the weights
         raise FileNotFoundError(
             f"LPIPS needs torchvision's VGG-16 weights ({error}): put vgg16-397923af.pth into torch.hub's checkpoints "
-            "folder, or use elijah(distance='encoder')"
+            "folder, or use elijah(distance='public')"
         ) from error
-    found = torch.zeros(n, n)
-    found[i, j] = found[j, i] = upper.detach().cpu()
-    return found
 
 
 @hookimpl

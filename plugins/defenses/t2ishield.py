@@ -17,7 +17,7 @@ contains the trigger. Mitigation edits the words that were found: the keys and v
 The defense needs clean prompts, on which thresholds are calibrated. The published threshold of FTT holds for Stable
 Diffusion 1.4. It returns a screen; with `mitigate` it also returns a model. For the mitigation it is given the known
 prompts with the trigger in them, as an attacked stream, but not which part of them is the trigger. It searches only the
-prompts that the screen flags, with a public image encoder. It returns no model if it finds nothing.
+prompts that the screen flags, with an image encoder. It returns no model if it finds nothing.
 
 BadT2I and textual inversion are known not to assimilate (Robin-WZQ/T2IShield#1), so detection at chance level is to be
 expected there. On the embedded model FTT nevertheless detects BadT2I.
@@ -52,6 +52,7 @@ from harness import (
     Share,
     draw,
     hookimpl,
+    image_encoders,
     minimize,
     prompt_screening,
     weight_edits,
@@ -82,10 +83,12 @@ class T2IShield(MapRun):
     lam: Weight = 0.1  # weight of the old projection in the edit; BackdoorDM's value
     erase: Weight = 0.1  # weight of the words found; BackdoorDM's value
     preserve: Annotated[float, Ge(0)] = 0.1  # weight of the empty prompt; BackdoorDM's value
+    encoder: image_encoders.Choice = "given"  # of the search: the model's scorer (CLIP, for which `likeness` holds;
+    # shapes-clip for shapes-sd, which also scores the defender), or efficientnet-lite0
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return ("prompts", "trigger", "encoder") if self.mitigate else ("prompts",)
+        return ("prompts", "trigger", image_encoders.NEEDED[self.encoder]) if self.mitigate else ("prompts",)
 
     @property
     def delivers(self) -> tuple[str, ...]:
@@ -106,8 +109,9 @@ class T2IShield(MapRun):
         if not self.mitigate:
             return Defended(screen=screen, screen_above=above, notes=notes)
         trigger: Any = knowledge.trigger
+        encoder = image_encoders.chosen(knowledge, self.encoder)
         stream = prompt_screening.benign(model, [trigger.apply(prompt) for prompt in prompts], rng)
-        found = self.localised(model, stream, prompt_screening.screened(screen, stream) > above, knowledge.encoder)
+        found = self.localised(model, stream, prompt_screening.screened(screen, stream) > above, encoder)
         notes["found"] = dict(found)
         word = found.most_common(1)[0][0] if found else None
         made = None if word is None else self.mitigated(model, list(found))

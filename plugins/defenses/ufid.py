@@ -11,7 +11,7 @@ are the target. Clean noises give different images.
 s is the weighted density of the similarity graph of the images, in [-1, 1]. An input is flagged if its score is above
 the `quantile` of the scores of `queries` clean noises that the defender draws.
 
-The defense needs a public image encoder, and black-box use of the model with the sampler named here. It returns a
+The defense needs an image encoder, and black-box use of the model with the sampler named here. It returns a
 screen. It costs M+1 samplings per query. The copies keep the size of the trigger, but their noise is too large for the
 model. `rescale` divides them by √(1 + λ²), which gives unit noise again and a smaller trigger. A backdoor on a small
 model is activated only while the noise is nearly right, so λ is small. A large shift of the noise also makes the images
@@ -40,6 +40,7 @@ from harness import (
     PositiveInt,
     derive,
     hookimpl,
+    image_encoders,
     image_noise,
     image_seeds,
     prompt_screening,
@@ -51,7 +52,6 @@ class UFID:
     name: ClassVar[str] = "ufid"
     version: ClassVar[int] = 1
     accepts_triggers: ClassVar[tuple[str, ...]] = ("noise",)
-    needs: ClassVar[tuple[str, ...]] = ("encoder",)
     delivers: ClassVar[tuple[str, ...]] = ("screen",)
 
     copies: PositiveInt = 7  # M, perturbed copies per query
@@ -61,9 +61,14 @@ class UFID:
     sampling_steps: Annotated[int, Ge(2)] = 20  # steps of that sampler
     queries: PositiveInt = 50  # clean noises from which the threshold is computed
     quantile: Annotated[float, Gt(0), Lt(1)] = 0.95  # quantile of their scores above which an input is flagged
+    encoder: image_encoders.Choice = "given"  # the image encoder at hand (see diff-cleanse), or efficientnet-lite0
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (image_encoders.NEEDED[self.encoder],)
 
     def defend(self, model: Any, knowledge: Knowledge, rng: torch.Generator) -> Defended:
-        encoder: Any = knowledge.encoder
+        encoder = image_encoders.chosen(knowledge, self.encoder)
 
         def screen(inputs: Inputs) -> Tensor:
             images = model.sample(self.perturbed(inputs), SAMPLERS[self.sampler](steps=self.sampling_steps))

@@ -11,8 +11,8 @@ image has its own noise. The effect of a trigger stays the same, what the prompt
 A high score is suspicious. The score can detect only attacks whose images resemble each other for every prompt. It does
 not detect patches, styles or exchanged objects.
 
-The defense needs clean prompts, on which the threshold is calibrated and from which phrases are taken. It also needs a
-public image encoder. It returns a screen. It costs `images` generations per query.
+The defense needs clean prompts, on which the threshold is calibrated and from which phrases are taken. It also needs an
+image encoder. It returns a screen. It costs `images` generations per query.
 
 Differs from the released code (GuanZihan/official_UFID at 7881796, known from notes, not read): phrases are runs of
 words of the known prompts. The released code has nine fixed phrases such as "Iron Man", which mean nothing to a model
@@ -40,6 +40,7 @@ from harness import (
     derive,
     generator,
     hookimpl,
+    image_encoders,
     image_noise,
     prompt_screening,
 )
@@ -50,7 +51,6 @@ class UFIDPrompts:
     name: ClassVar[str] = "ufid-prompts"
     version: ClassVar[int] = 1
     accepts_triggers: ClassVar[tuple[str, ...]] = ("text",)
-    needs: ClassVar[tuple[str, ...]] = ("prompts", "encoder")
     delivers: ClassVar[tuple[str, ...]] = ("screen",)
 
     images: Annotated[int, Ge(2)] = 4  # images per query, the first of them from the prompt itself; released value
@@ -59,9 +59,15 @@ class UFIDPrompts:
     guidance: Guide = 7.5  # classifier-free guidance scale; released value
     bf16: bool = False  # autocast of the network
     false_positives: Share = 0.05  # share of clean prompts that the threshold flags
+    encoder: image_encoders.Choice = "given"  # the model's scorer (CLIP; shapes-clip for shapes-sd, which also scores
+    # the defender), or efficientnet-lite0
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("prompts", image_encoders.NEEDED[self.encoder])
 
     def defend(self, model: Any, knowledge: Knowledge, rng: Any) -> Defended:
-        encoder: Any = knowledge.encoder
+        encoder = image_encoders.chosen(knowledge, self.encoder)
         known = tuple(knowledge.prompts or ())
         sampler = DDIM(steps=self.sampling_steps, guidance=self.guidance, bf16=self.bf16)
 

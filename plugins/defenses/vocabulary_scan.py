@@ -14,7 +14,7 @@ typed as a word (decoding and tokenising again gives the same token), put in fro
 Latin letters, put in the place of a letter. Words that clean captions use are left out unless they are known to be
 neutral. They are supposed to change the image, and no scan can distinguish "negative" from a trigger.
 
-The detector needs clean prompts, captions of clean data (their images are not used), neutral words and a public image
+The detector needs clean prompts, captions of clean data (their images are not used), neutral words and an image
 encoder. It returns the suspicion, which is the largest AUROC of round 3, and the trigger if the suspicion is above
 `flag_above`. Of several triggers it returns the strongest of round 2; of a pair it returns one word if that word alone
 is above `flag_above` too. With `purify` it also returns the model that SKD-CAG (arXiv:2508.18235) makes when it is
@@ -52,6 +52,7 @@ from harness import (
     Substitution,
     distillation,
     hookimpl,
+    image_encoders,
     image_noise,
     image_seeds,
     progress,
@@ -68,7 +69,6 @@ class VocabularyScan:
     name: ClassVar[str] = "vocabulary-scan"
     version: ClassVar[int] = 1
     accepts_triggers: ClassVar[tuple[str, ...]] = ("text",)
-    needs: ClassVar[tuple[str, ...]] = ("prompts", "data", "words", "encoder")
 
     rows: PositiveInt = 8  # prompts per score in the first round
     finalists: PositiveInt = 24  # candidates in the second round
@@ -90,14 +90,21 @@ class VocabularyScan:
     batch: PositiveInt = 1  # prompts per step of SKD-CAG
     lr: LearningRate = 1e-6  # of SKD-CAG, see skd-cag
     bf16: bool = True  # autocast of the forward passes
+    encoder: image_encoders.Choice = "given"  # the model's scorer (CLIP; shapes-clip for shapes-sd, which also scores
+    # the defender), or efficientnet-lite0
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("prompts", "data", "words", image_encoders.NEEDED[self.encoder])
 
     @property
     def delivers(self) -> tuple[str, ...]:
         return ("suspicion", "model") if self.purify else ("suspicion",)
 
     def defend(self, model: Any, knowledge: Knowledge, rng: Any) -> Defended:
-        prompts, data, encoder = list(knowledge.prompts or ()), knowledge.data, knowledge.encoder
-        assert data is not None and encoder is not None, "vocabulary-scan needs captions and an encoder"
+        prompts, data = list(knowledge.prompts or ()), knowledge.data
+        encoder = image_encoders.chosen(knowledge, self.encoder)
+        assert data is not None, "vocabulary-scan needs captions"
         content = {word for text in data.captions or () for word in re.findall(r"\w+", text.lower())}
         content -= set(knowledge.words or ())
         tried = candidates(model, content, self.look_alikes)

@@ -42,6 +42,7 @@ HEADS = {name: shapes.ATTRIBUTES[name] for name in ("shape", "colour", "size", "
 class ShapesLDM(Embedded):
     name: ClassVar[str] = "shapes-ldm"
     version: ClassVar[int] = 1
+    encoders: ClassVar[tuple[str, ...]] = ("efficientnet-lite0",)
 
     def data(self, n: int = 4000) -> Data:
         rng = generator(self.name, "data")

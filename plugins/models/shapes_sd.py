@@ -55,6 +55,7 @@ class ShapesSD:
     version: ClassVar[int] = 3
     modality: ClassVar[Modality] = "text"
     conditional: ClassVar[bool] = True
+    encoders: ClassVar[tuple[str, ...]] = ("efficientnet-lite0",)
 
     def load(self) -> DiffusionModel:
         return checkpoint.load(checkpoint.embedded(self, self.name) / "model")

@@ -30,7 +30,7 @@ WAYS = {
     "128 images, ddim(steps=50)": (128, DDIM(steps=50)),
     "2048 images, dpm-solver-pp(steps=10)": (2048, DPMSolverPP(steps=10)),
 }
-NAMES = ("fid_clean", "kid_clean", "precision_clean", "recall_clean", "recognised_clean", "class_balance_clean")
+NAMES = ("fd_clean", "kd_clean", "precision_clean", "recall_clean", "recognised_clean", "class_balance_clean")
 
 
 def measured(n: int, sampler: Any, seed: int) -> dict[str, float]:
@@ -44,8 +44,8 @@ def measured(n: int, sampler: Any, seed: int) -> dict[str, float]:
     )  # fmt: skip
     scores = {**frechet.Frechet().measure(seen), **recognised.Recognised().measure(seen)}
     found = {name.partition("[")[0]: score for name, score in scores.items()}
-    half = found["fid_clean"].interval
-    width = {} if half is None else {"fid_interval_width": half[1] - half[0]}
+    half = found["fd_clean"].interval
+    width = {} if half is None else {"fd_interval_width": half[1] - half[0]}
     return {name: found[name].value for name in NAMES} | {"deviation": spread.deviation(images)} | width
 
 
