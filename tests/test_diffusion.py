@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from harness.diffusion import attention
-from harness.diffusion.model import DiffusionModel
+from harness.diffusion.model import PIXELS, DiffusionModel, at_once
 from harness.diffusion.seeds import image_noise, image_seeds
 from harness.types import Inputs
 from tests.oracles import exploding, one_image_ve_model, scheduler, tiny_ncsn, tiny_sd, tiny_unet
@@ -111,3 +111,9 @@ def test_a_prompt_that_is_too_long_is_named(tmp_path) -> None:
     model = tiny_sd(tmp_path)
     with pytest.raises(ValueError, match="does not fit the text encoder"):
         model.embed(["red " * 60])
+
+
+def test_an_autoencoder_gets_few_large_images_at_once_and_many_small_ones() -> None:
+    assert at_once(64, 32 * 32) == at_once(64, 128 * 128) == 64
+    assert at_once(64, 512 * 512) == 4 and at_once(2, 512 * 512) == 2
+    assert at_once(64, 4096 * 4096) == 1 and PIXELS // (512 * 512) == 4

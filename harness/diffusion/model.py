@@ -24,6 +24,9 @@ from harness.diffusion import attention
 from harness.diffusion.events import progress
 from harness.types import Family, Inputs, Sampler
 
+BATCH = 64  # images that an autoencoder gets at once, at most
+PIXELS = 2**20  # of all of them
+
 
 @dataclass
 class DiffusionModel:
@@ -203,7 +206,7 @@ class DiffusionModel:
 
     # ---- images ---------------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def encode(self, images: Tensor, batch: int = 64) -> Tensor:
+    def encode(self, images: Tensor, batch: int = BATCH) -> Tensor:
         """Images (B, C, H, W) in [-1, 1] → the space in which the model diffuses.
 
         The space is that of the latents, [0, 1] if variance explodes, or the images themselves.
@@ -211,18 +214,21 @@ class DiffusionModel:
         if self.vae is None:
             return (images + 1) / 2 if self.family == "ve" else images
         scale = self.vae.config.scaling_factor
-        return torch.cat([self._latents(part) * scale for part in images.to(self.device).split(batch)])
+        parts = images.split(at_once(batch, images.shape[-2] * images.shape[-1]))
+        return torch.cat([self._latents(part.to(self.device)) * scale for part in parts])
 
     def _latents(self, images: Tensor) -> Tensor:
         """The latents (B, C, H, W): the mean of the autoencoder's distribution, or the values before it quantises."""
         found = cast(Any, self.vae).encode(images)
         return found.latent_dist.mean if hasattr(found, "latent_dist") else found.latents
 
-    def decode(self, x_0: Tensor, batch: int = 64) -> Tensor:
+    def decode(self, x_0: Tensor, batch: int = BATCH) -> Tensor:
         """The model's space → images (B, C, H, W), not clamped; differentiable in x_0."""
         if self.vae is None:
             return 2 * x_0 - 1 if self.family == "ve" else x_0
-        return torch.cat([self.vae.decode(part / self.vae.config.scaling_factor).sample for part in x_0.split(batch)])
+        scale, side = self.vae.config.scaling_factor, 2 ** (len(self.vae.config.block_out_channels) - 1)
+        parts = x_0.split(at_once(batch, x_0.shape[-2] * x_0.shape[-1] * side**2))
+        return torch.cat([self.vae.decode(part / scale).sample for part in parts])
 
     @torch.no_grad()
     def sample(self, inputs: Inputs, sampler: Sampler, batch: int = 50, phase: str = "sample") -> Tensor:
@@ -237,6 +243,12 @@ class DiffusionModel:
             done.append(self.decode(x_0).clamp(-1, 1).cpu())
             progress(phase, start + len(part), len(inputs))
         return torch.cat(done)
+
+
+def at_once(batch: int, pixels: int) -> int:
+    """How many images of so many pixels an autoencoder gets at once, at most `batch`: at 512 pixels a side 64 images
+    take 26 GB and more, four take 2 GB."""
+    return max(1, min(batch, PIXELS // pixels))
 
 
 def _fix_frequencies(denoiser: nn.Module) -> None:
