@@ -4,6 +4,7 @@ from harness.capabilities import (
     AttackersSampler as AttackersSampler,
     BatchedMethod as BatchedMethod,
     BuildableModel as BuildableModel,
+    CheckpointedModel as CheckpointedModel,
     ConditionalTarget as ConditionalTarget,
     CountedData as CountedData,
     DecoyTrigger as DecoyTrigger,
@@ -15,6 +16,7 @@ from harness.capabilities import (
     LetterTrigger as LetterTrigger,
     LibraryDependent as LibraryDependent,
     LimitedToModels as LimitedToModels,
+    LoopedMethod as LoopedMethod,
     MeasuredWork as MeasuredWork,
     MislabellingTarget as MislabellingTarget,
     NeedsOfTrigger as NeedsOfTrigger,
@@ -28,6 +30,7 @@ from harness.capabilities import (
     PlacedTrigger as PlacedTrigger,
     ProbabilityJudge as ProbabilityJudge,
     PromptTarget as PromptTarget,
+    PublishedArchitecture as PublishedArchitecture,
     RepeatedTrigger as RepeatedTrigger,
     ReplacingTarget as ReplacingTarget,
     RewordableTrigger as RewordableTrigger,
@@ -50,6 +53,7 @@ from harness.diffusion import (
     interrupted as interrupted,
 )
 from harness.diffusion.events import (
+    loop as loop,
     progress as progress,
 )
 from harness.diffusion.images import (

@@ -301,6 +301,24 @@ class MeasuredWork(Model, Protocol):
 
 
 @runtime_checkable
+class PublishedArchitecture(Model, Protocol):
+    """A model that says what it consists of: rehearsals ask for it, and give it random weights, made data and judges
+    with random weights; without it they use the model's own weights and data."""
+
+    architecture: ClassVar[Mapping[str, Mapping[str, Any]]]  # part of a diffusers pipeline → its configuration
+    side: ClassVar[int]  # pixels of its images
+
+
+@runtime_checkable
+class CheckpointedModel(Model, Protocol):
+    """A model that says whether training computes activations again in the backward pass instead of keeping them:
+    attacks and defenses of it ask for it, and keep them without it."""
+
+    @property
+    def checkpointing(self) -> bool: ...
+
+
+@runtime_checkable
 class CountedData(Model, Protocol):
     """A model that says how many training images it reads, 0 = all: estimates ask for it, and take the number of the
     published data set without it."""
@@ -355,6 +373,14 @@ class BatchedMethod(Protocol):
 
     @property
     def batch(self) -> int: ...
+
+
+@runtime_checkable
+class LoopedMethod(Protocol):
+    """An attack or a defense with further fields that are lengths of loops, such that its time is linear in each:
+    rehearsals ask for their names, run methods that differ in them alone once, and without it know `steps` alone."""
+
+    loops: ClassVar[Sequence[str]]
 
 
 @runtime_checkable
@@ -446,12 +472,15 @@ CAPABILITIES: tuple[Capability, ...] = (
     Capability(OfFamily, ("models", "samplers"), ("family",)),
     Capability(OnBiasedNoise, ("attacks", "samplers"), ("biased_noise",)),
     Capability(MeasuredWork, ("models",), ("work",)),
+    Capability(PublishedArchitecture, ("models",), ("architecture",)),
+    Capability(CheckpointedModel, ("models",)),
     Capability(CountedData, ("models",)),
     Capability(BuildableModel, ("models",), ("build",)),
     Capability(PictureModel, ("models",), ("encoders",)),
     Capability(ProbabilityJudge, ()),
     Capability(SteppedMethod, ("attacks", "defenses")),
     Capability(BatchedMethod, ("attacks", "defenses")),
+    Capability(LoopedMethod, ("attacks", "defenses"), ("loops",)),
     Capability(LimitedToModels, ("attacks", "defenses", "targets"), ("accepts_models",)),
     Capability(NeedsOfTrigger, ("attacks", "defenses", "samplers"), ("requires_trigger",)),
     Capability(

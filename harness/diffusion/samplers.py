@@ -14,7 +14,7 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from harness.diffusion.events import progress
+from harness.diffusion.events import loop, progress
 from harness.diffusion.seeds import generator
 from harness.types import Family, Inputs, Sampler
 
@@ -75,7 +75,7 @@ class SchedulerSampler:
         rngs = [generator(seed, "steps") for seed in inputs.seeds]
         predict = self.predictor(model, inputs)
         x_t = inputs.noise * scheduler.init_noise_sigma
-        for step, t in enumerate(scheduler.timesteps):
+        for step, t in enumerate(loop("sampling", scheduler.timesteps)):
             with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.bf16):
                 scaled = scheduler.scale_model_input(x_t, t)
                 out = predict(scaled, t).float()
@@ -270,7 +270,8 @@ class PredictorCorrector:
         scheduler = self.scheduler(model.scheduler.config)
         rngs = [generator(seed, "steps") for seed in inputs.seeds]
         x_t = mean = inputs.noise * scheduler.init_noise_sigma
-        for step, (t, sigma) in enumerate(zip(scheduler.timesteps, scheduler.sigmas, strict=True)):
+        levels = list(zip(scheduler.timesteps, scheduler.sigmas, strict=True))
+        for step, (t, sigma) in enumerate(loop("sampling", levels)):
             level = sigma.to(x_t).expand(len(x_t))
             for _ in range(self.corrections):
                 score = model.denoiser(x_t, level).sample

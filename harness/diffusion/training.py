@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from harness.diffusion.events import progress
+from harness.capabilities import CheckpointedModel, offers
+from harness.diffusion.events import loop, progress
 from harness.diffusion.interrupted import Kept, Training
 
 
@@ -55,7 +56,7 @@ def minimize(
     training = Training(list(params), optimizer, lr_schedule, average, settings)
     losses = [] if kept is None else kept.read(training)
     with _trainable(params):
-        for step in range(len(losses), steps):
+        for step in loop(phase, range(len(losses), steps)):
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(params[0].device.type, torch.bfloat16, enabled=bf16):
                 value = loss()
@@ -79,6 +80,13 @@ def minimize(
     if average is not None:
         average.copy_to(params)
     return losses
+
+
+def prepared(plugin: Any, model: Any) -> Any:
+    """`model`, set up for training as its plugin asks: its denoiser keeps activations, or computes them again."""
+    if offers(plugin, CheckpointedModel) and plugin.checkpointing:
+        model.denoiser.enable_gradient_checkpointing()
+    return model
 
 
 def _schedule(optimizer: Any, kind: Schedule, steps: int, warmup: int, lr: float) -> Any:

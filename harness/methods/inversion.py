@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from harness.diffusion.events import progress
+from harness.diffusion.events import loop, progress
 from harness.diffusion.model import DiffusionModel
 from harness.types import Inputs, Sampler
 
@@ -38,7 +38,7 @@ def descend(
     r = start.detach().clone().requires_grad_(True)
     optimizer = torch.optim.Adam([r], lr=lr)
     losses: list[float] = []
-    for step in range(iterations):
+    for step in loop(phase, range(iterations)):
         value = loss(r)
         losses.append(value.item())
         if not torch.isfinite(value.detach()):
@@ -77,7 +77,7 @@ def descend_reversed(
     optimizer = torch.optim.SGD([{"params": [tensor], "lr": rate} for tensor, rate in learnt], momentum=momentum)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     losses: list[float] = []
-    for step in range(iterations):
+    for step in loop(phase, range(iterations)):
         value = loss(mu, gamma) - penalty * mu.abs().sum()
         for tensor, gradient in zip(tensors, torch.autograd.grad(value, tensors), strict=True):
             tensor.grad = gradient

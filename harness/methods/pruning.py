@@ -19,7 +19,7 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
-from harness.diffusion.events import progress
+from harness.diffusion.events import loop, progress
 from harness.diffusion.model import DiffusionModel
 from harness.diffusion.pruned_shapes import fit
 from harness.diffusion.samplers import DDIM, PredictorCorrector
@@ -195,7 +195,7 @@ def accumulated(
     weights = dict(model.denoiser.named_parameters())
     model.denoiser.requires_grad_(True)
     total = {name: torch.zeros_like(w) for name, w in weights.items()}
-    for done, t in enumerate(timesteps, 1):
+    for done, t in enumerate(loop("scores", timesteps, most), 1):
         found = torch.autograd.grad(loss(t), list(weights.values()), allow_unused=True)
         for name, grad in zip(weights, found, strict=True):
             if grad is not None:

@@ -28,7 +28,7 @@ import torch
 from annotated_types import Ge, Le
 from torch import Tensor
 
-from harness.diffusion.events import progress
+from harness.diffusion.events import loop, progress
 from harness.diffusion.model import DiffusionModel
 from harness.diffusion.samplers import DDIM, DDPM, SchedulerSampler, check_family, step_noise
 from harness.diffusion.seeds import generator
@@ -96,7 +96,7 @@ class Trojan:
         shape = x_t.shape[1:]
         mu, gamma = (f.to(x_t) for f in (self.trigger.delta(shape), scale_of(self.trigger, shape)))
         rngs = [generator(seed, "steps") for seed in inputs.seeds]
-        for now, (t, s) in enumerate(self._pairs(model)):
+        for now, (t, s) in enumerate(loop("sampling", list(self._pairs(model)))):
             ts = torch.full((len(x_t),), t, dtype=torch.int64, device=x_t.device)
             a_bar, a_bar_next = (model.alpha_bar(torch.tensor([at])).to(x_t) for at in (t, s))
             step = Step(a_bar, a_bar_next, mu, gamma)

@@ -32,7 +32,7 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
-from harness import Defended, Examples, Fraction, Knowledge, PositiveInt, denoising_loss, hookimpl, progress
+from harness import Defended, Examples, Fraction, Knowledge, PositiveInt, denoising_loss, hookimpl, loop, progress
 
 LAST = "conv_out"  # its output channels are those of the image
 
@@ -74,7 +74,7 @@ class ANP:
         tensors = [mask.requires_grad_(True) for mask in masks.values()]
         optimizer = torch.optim.SGD(tensors, lr=self.lr, momentum=0.9)
         losses = []
-        for step in range(self.iterations):
+        for step in loop("masks", range(self.iterations)):
             batch = examples.batch(self.batch, rng)
 
             def clean_loss(delta: Mapping[str, Tensor], xi: Mapping[str, Tensor], batch: Any = batch) -> Tensor:

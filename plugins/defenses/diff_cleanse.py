@@ -84,6 +84,7 @@ FULL = 0.9  # share of the pixels that the scaling of TERD's start leaves within
 class DiffCleanse(Pruning):
     name: ClassVar[str] = "diff-cleanse"
     version: ClassVar[int] = 1
+    loops: ClassVar[tuple[str, ...]] = ("iterations",)
 
     ratio: Annotated[float, Gt(0), Lt(1)] = 0.02  # share of the channels to remove from every layer; paper: 0.01 to
     # 0.02

@@ -86,6 +86,7 @@ class Elijah:
     name: ClassVar[str] = "elijah"
     version: ClassVar[int] = 3
     accepts_triggers: ClassVar[tuple[str, ...]] = ("noise",)
+    loops: ClassVar[tuple[str, ...]] = ("iterations",)
 
     invert: bool = True  # find the trigger; False = the defense is given the trigger
     lam: Annotated[float, Gt(0)] = 0.5  # λ of the inversion; paper's value

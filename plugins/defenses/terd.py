@@ -92,6 +92,7 @@ class TERD:
     accepts_triggers: ClassVar[tuple[str, ...]] = ("noise",)
     needs: ClassVar[tuple[str, ...]] = ()
     delivers: ClassVar[tuple[str, ...]] = ("suspicion", "screen")
+    loops: ClassVar[tuple[str, ...]] = ("iterations", "refinement")
 
     starts: PositiveInt = 2  # starts of the estimation: -U[0, 1), its mirror image, another -U[0, 1), and so on;
     # official: 1

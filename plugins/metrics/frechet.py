@@ -44,6 +44,7 @@ from harness import (
     from_uint8,
     generator,
     hookimpl,
+    loop,
     progress,
     public_encoders,
     rate,
@@ -206,7 +207,7 @@ def bootstrap(found: Tensor, reference: Tensor, rounds: int) -> Tensor:
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     rng = generator("frechet", "bootstrap", len(x))
     distances = []
-    for _ in range(rounds):
+    for _ in loop("bootstrap", range(rounds)):
         picked = x[torch.randint(len(x), (len(x),), generator=rng)]
         sigma = _covariance(picked)
         cross = torch.linalg.eigvalsh(root @ sigma @ root).clamp(min=0).sqrt().sum()
