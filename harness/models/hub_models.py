@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge
 
@@ -54,6 +54,7 @@ class Published:
     reference_splits: ClassVar[tuple[str, ...]] = ("validation", "test")  # splits of the real images for distances;
     # every tenth image of the others, on which then nobody trains, where the data have none of them
     work: ClassVar[Work]
+    architecture: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # part → its published configuration, for rehearsals
 
     path: str = ""  # diffusers directory, or hub id of the model
     revision: str = "main"  # branch, tag or commit of the model on the hub; a commit makes a run repeatable
@@ -64,6 +65,7 @@ class Published:
     inception: str = "released"  # weights of Inception-v3: torch-fidelity's release, which alone gives
     # an FID, or a file; '' = no such judge
     clip: str = CLIP_WEIGHTS  # CLIP ViT-B/32 in open_clip's format: directory or hub id; '' = no CLIP
+    checkpointing: bool = False  # training recomputes activations: a fraction of their memory, a third more time
 
     def load(self) -> DiffusionModel:
         from harness.judges import hub

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from harness.diffusion.model import DiffusionModel
 from harness.diffusion.seeds import generator
+from harness.diffusion.training import prepared
 from harness.types import Attack, Backdoor, Model, TextTrigger
 
 
@@ -13,7 +14,7 @@ def attack(plugin: Model, method: Attack, backdoor: Backdoor, seed: int, device:
     Raises ValueError, before training, for a trigger that the tokenizer drops and for a caption that is too long with
     the trigger.
     """
-    model = plugin.load().to(device)
+    model = prepared(plugin, plugin.load().to(device))
     data = plugin.data()
     trigger = backdoor.trigger
     if data.captions is not None and isinstance(trigger, TextTrigger):

@@ -15,6 +15,7 @@ from harness.capabilities import delivers
 from harness.diffusion.events import progress
 from harness.diffusion.model import DiffusionModel
 from harness.diffusion.seeds import generator
+from harness.diffusion.training import prepared
 from harness.methods.prompt_edits import Substitution
 from harness.stages.inputs import evaluation_inputs
 from harness.stages.knowledge import declared
@@ -65,7 +66,7 @@ def defend(
     """
     screened, facts = {}, {}
     with declared(defense, knowledge) as mine:
-        done = defense.defend(model, mine, generator(seed, "defense"))
+        done = defense.defend(prepared(plugin, model), mine, generator(seed, "defense"))
         check_delivered(defense, done)
         if done.screen is not None and screening is not None:
             start = time.monotonic()

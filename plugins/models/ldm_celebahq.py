@@ -10,8 +10,9 @@ fewer.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from harness import Published, Work, hookimpl
 
@@ -22,6 +23,24 @@ class LDMCelebAHQ(Published):
     latent: ClassVar[bool] = True
     side: ClassVar[int] = 256
     work: ClassVar[Work] = Work(gmacs=101.2, parameters=274_056_163, activations=100_270_880)
+    architecture: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "unet": {
+            "_class_name": "UNet2DModel", "sample_size": 64, "in_channels": 3, "out_channels": 3, "layers_per_block": 2,
+            "block_out_channels": (224, 448, 672, 896), "attention_head_dim": 32,
+            "down_block_types": ("DownBlock2D", *("AttnDownBlock2D",) * 3),
+            "up_block_types": (*("AttnUpBlock2D",) * 3, "UpBlock2D"),
+        },
+        "vqvae": {
+            "_class_name": "VQModel", "sample_size": 256, "in_channels": 3, "out_channels": 3, "latent_channels": 3,
+            "layers_per_block": 2, "block_out_channels": (128, 256, 512), "num_vq_embeddings": 8192,
+            "down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3,
+            "scaling_factor": 1.0,
+        },
+        "scheduler": {
+            "_class_name": "DDIMScheduler", "beta_start": 0.0015, "beta_end": 0.0195, "beta_schedule": "scaled_linear",
+            "clip_sample": False,
+        },
+    }  # fmt: skip
 
     path: str = "CompVis/ldm-celebahq-256"  # diffusers directory, or hub id of the model
     data_path: str = "jxie/celeba-hq"  # directory of parquet files or images, or hub id of the data set

@@ -9,7 +9,7 @@ The model has no judge of attributes: only CLIP measures whether an image shows 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -36,6 +36,29 @@ class StableDiffusion14(Published):
     latent: ClassVar[bool] = True
     side: ClassVar[int] = 512
     work: ClassVar[Work] = Work(gmacs=401.6, parameters=859_520_964, activations=431_251_584)
+    architecture: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "unet": {
+            "_class_name": "UNet2DConditionModel", "sample_size": 64, "in_channels": 4, "out_channels": 4,
+            "layers_per_block": 2, "block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768,
+            "attention_head_dim": 8, "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+        },
+        "vae": {
+            "_class_name": "AutoencoderKL", "sample_size": 512, "in_channels": 3, "out_channels": 3,
+            "latent_channels": 4, "layers_per_block": 2, "block_out_channels": (128, 256, 512, 512),
+            "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+            "scaling_factor": 0.18215,
+        },
+        "text_encoder": {
+            "_class_name": "CLIPTextModel", "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072,
+            "projection_dim": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 77,
+            "hidden_act": "quick_gelu", "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407,
+        },
+        "scheduler": {
+            "_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+            "skip_prk_steps": True, "steps_offset": 1,
+        },
+    }  # fmt: skip
 
     path: str = "CompVis/stable-diffusion-v1-4"  # diffusers directory, or hub id of the model
     data_path: str = "zsf/laion_40k_metaForm"  # directory of parquet files, or hub id of the captioned images
