@@ -35,6 +35,7 @@ class Exit(IntEnum):
 COMMANDS = {
     "run": "harness.cli.run:run",
     "plan": "harness.cli.run:plan",
+    "rehearse": "harness.cli.rehearse:rehearse",
     "status": "harness.cli.status:status",
     "logs": "harness.cli.status:logs",
     "retry": "harness.cli.status:retry",

@@ -7,7 +7,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -259,18 +259,37 @@ def _remember(ready: Prepared, settings: Settings, told: Mapping[str, Any]) -> N
     ready.store.write_run(ready.suite.name, to_jsonable(run))
 
 
-def engine_of(store: Store, settings: Settings) -> LocalEngine | RayEngine:
-    """The engine that the settings ask for; UsageError for demands that can never be met."""
+def local_engine(store: Store, settings: Settings, memory: int | None = None, **options: Any) -> LocalEngine:
+    """The engine of this machine that the settings ask for. memory: bytes of main memory that a job may use. options:
+    of LocalEngine. Raises ValueError for demands that can never be met."""
     from harness.engine import gpus
     from harness.engine.local import LocalEngine, most_memory
     from harness.engine.supervise import Limits
 
-    limits = Limits(settings.timeout, settings.stall)
+    names = named_gpus(settings)
+    slots = None if settings.cpus is None else max(1, settings.cpus // settings.threads)
+    limits = Limits(settings.timeout, settings.stall, most_memory() if memory is None else memory)
+    return LocalEngine(
+        store, cpu_slots=slots, threads=settings.threads, gpus=gpus.find(names) if names else [],
+        gpu_share=settings.gpu_share, limits=limits, **options,
+    )  # fmt: skip
+
+
+def named_gpus(settings: Settings) -> list[str]:
+    """The GPUs that the settings name. Raises ValueError where they name none."""
     names = [part.strip() for part in settings.gpus.split(",") if part.strip()]
+    if settings.gpus and not names:
+        raise ValueError(f"--gpus {settings.gpus!r}: names no card; give numbers such as 0,1, or all")
+    return names
+
+
+def engine_of(store: Store, settings: Settings) -> LocalEngine | RayEngine:
+    """The engine that the settings ask for; UsageError for demands that can never be met."""
     try:
-        if settings.gpus and not names:
-            raise ValueError(f"--gpus {settings.gpus!r}: names no card; give numbers such as 0,1, or all")
+        names = named_gpus(settings)
         if settings.engine == "ray":
+            from harness.engine.supervise import Limits
+
             if names and names != ["all"]:
                 raise ValueError(
                     f"--gpus {settings.gpus}: Ray itself chooses the cards; give --gpus all, and leave cards out by "
@@ -280,14 +299,9 @@ def engine_of(store: Store, settings: Settings) -> LocalEngine | RayEngine:
 
             return RayEngine(
                 store, address=settings.address, threads=settings.threads, cpus=settings.cpus,
-                gpu_share=settings.gpu_share if names else 0.0, limits=limits,
+                gpu_share=settings.gpu_share if names else 0.0, limits=Limits(settings.timeout, settings.stall),
             )  # fmt: skip
-        slots = None if settings.cpus is None else max(1, settings.cpus // settings.threads)
-        cards = gpus.find(names) if names else []
-        limits = replace(limits, rss_bytes=most_memory())
-        return LocalEngine(
-            store, cpu_slots=slots, threads=settings.threads, gpus=cards, gpu_share=settings.gpu_share, limits=limits
-        )
+        return local_engine(store, settings)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
 
@@ -349,11 +363,16 @@ def summary_line(counts: Mapping[str, int], cells: int, failed: int) -> str:
 
 
 def show_plan(ready: Prepared, as_json: bool) -> None:
-    """The jobs in order, each a hit or a miss with the reason, and the time that the misses may take."""
-    from harness.runs import estimates
+    """The jobs in order, each a hit or a miss with the reason, and the time that the misses may take: as rehearsed,
+    where the store has figures of a rehearsal."""
+    from dataclasses import replace
+
+    from harness.runs import estimates, rehearsal
     from harness.runs.explain import Explainer
 
     jobs = ready.plan.jobs
+    said = {} if ready.registry is None else rehearsal.predicted(jobs, ready.registry, ready.store)
+    jobs = {key: replace(job, estimate=said[key].seconds[1]) if key in said else job for key, job in jobs.items()}
     explainer = Explainer(ready.store, jobs)
     found = {key: explainer.why(key) for key in jobs}
     states = {key: "hit" if why.reason == "in the store" else f"miss: {why.text}" for key, why in found.items()}
@@ -362,6 +381,7 @@ def show_plan(ready: Prepared, as_json: bool) -> None:
     if as_json:
         rows = [
             {"key": key, "kind": job.kind, "label": job.label, "state": states[key], "estimate_s": job.estimate,
+             "rehearsed": {"device": said[key].device, "seconds": said[key].seconds} if key in said else None,
              "why": found[key]}
             for key, job in jobs.items()
         ]  # fmt: skip
@@ -374,7 +394,7 @@ def show_plan(ready: Prepared, as_json: bool) -> None:
     label = LABEL if width is None else max(20, min(LABEL, (width - FRONT) // 2))
     reason = REASON if width is None else max(20, width - FRONT - label)
     rows = [
-        (key[:10], seconds(job.estimate), clipped(job.label, label), clipped(states[key], reason))
+        (key[:10], seconds(job.estimate) + "*" * (key in said), clipped(job.label, label), clipped(states[key], reason))
         for key, job in jobs.items()
     ]
     echo(columns([("key", "estimate", "job", "state"), *rows]))
@@ -382,6 +402,8 @@ def show_plan(ready: Prepared, as_json: bool) -> None:
         echo(f"n/a, {cells} cells: {reason}")
     hits = len(jobs) - len(absent)
     echo(f"{len(jobs)} jobs, {hits} in the store, {len(absent)} to compute, about {seconds(missing)} of work")
+    for line in rehearsal.lines(said, absent):
+        echo(line)
     for line in [] if ready.registry is None else estimates.lines(jobs, absent, ready.registry):
         echo(line)
     for reason in ready.absent:

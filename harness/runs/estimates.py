@@ -92,6 +92,12 @@ def _need(job: Any, model: Any, registry: Registry) -> Need:
     return Need(hours, weights + 4.0 * SAMPLED * work.activations / 8, 4e9 + pixels * n)
 
 
+def data_bytes(spec: AttackSpec | DefendSpec, model: Any, registry: Registry) -> float:
+    """Bytes of main memory of the training data that a job reads, once as they are read and once as numbers."""
+    reads = isinstance(spec, AttackSpec) or "data" in registry.build("defenses", spec.defense).needs
+    return 2.0 * 3 * 4 * model.side**2 * _images(model) if reads else 0.0
+
+
 def _whole(value: Any, otherwise: int) -> int:
     """A plugin's number, if it is a whole one."""
     return value if isinstance(value, int) else otherwise

@@ -4,6 +4,7 @@
     records/<key>.json       one a cell
     jobs/<kk>/<key>/         log.<attempt>.txt  outcome.<attempt>.json  events.jsonl  attempts.json
     runs/<suite>/            reports, run.json  events.jsonl
+    rehearsals/              <device>.json: figures of rehearsed jobs  jobs/: a store of their logs
     quarantine/              damaged artifacts, until `gc`
 
 Whatever appears under its final name is complete: it is filled under a temporary name, synced and renamed.
@@ -263,6 +264,27 @@ class Store:
     def run_events(self, suite: str) -> Path:
         """The file to which the runs of a suite append their events, one JSON object a line."""
         return self.run_dir(suite) / "events.jsonl"
+
+    # ---- rehearsals
+
+    def rehearsal(self, device: str) -> dict[str, Any]:
+        """The figures of a device, as `write_rehearsal` wrote them; {} if there are none."""
+        found = _read_json(self.root / "rehearsals" / f"{device}.json")
+        return found if isinstance(found, dict) else {}
+
+    def write_rehearsal(self, device: str, figures: Mapping[str, Any]) -> Path:
+        """Stores the figures of a device. ValueError for a name that is not a plain file name."""
+        if not re.fullmatch(r"[\w][\w.+-]*", device):
+            raise ValueError(f"device name {device!r}: use letters, digits, '-', '_' and '.'")
+        return self._write_json(self.root / "rehearsals" / f"{device}.json", figures)
+
+    def rehearsals(self) -> list[str]:
+        """The devices that have figures."""
+        return sorted(path.stem for path in self.root.glob("rehearsals/*.json"))
+
+    def rehearsal_store(self) -> Store:
+        """Where rehearsed jobs keep logs and, until the rehearsal is over, their artifacts."""
+        return Store(self.root / "rehearsals" / "jobs")
 
     # ---- jobs
 
