@@ -9,7 +9,9 @@ import torch
 
 from harness.diffusion import attention
 from harness.diffusion.model import PIXELS, DiffusionModel, at_once
+from harness.diffusion.samplers import DDIM
 from harness.diffusion.seeds import image_noise, image_seeds
+from harness.stages.sample import PART, checked
 from harness.types import Inputs
 from tests.oracles import exploding, one_image_ve_model, scheduler, tiny_ncsn, tiny_sd, tiny_unet
 
@@ -117,3 +119,19 @@ def test_an_autoencoder_gets_few_large_images_at_once_and_many_small_ones() -> N
     assert at_once(64, 32 * 32) == at_once(64, 128 * 128) == 64
     assert at_once(64, 512 * 512) == 4 and at_once(2, 512 * 512) == 2
     assert at_once(64, 4096 * 4096) == 1 and PIXELS // (512 * 512) == 4
+
+
+def test_images_of_several_batches_are_those_of_one() -> None:
+    model = tiny_unet()
+    given = inputs(model, 7)
+    parts = model.sample(given, DDIM(steps=2), batch=3)
+    assert parts.shape == (7, *model.shape)
+    torch.testing.assert_close(parts, model.sample(given, DDIM(steps=2), batch=7))
+
+
+def test_an_image_that_is_not_finite_is_found_in_every_part() -> None:
+    images = torch.zeros(2 * PART + 1, 1, 2, 2)
+    assert checked(images) is images
+    images[-1, 0, 0, 0] = float("nan")
+    with pytest.raises(ArithmeticError, match="NaN or infinity"):
+        checked(images)

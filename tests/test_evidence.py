@@ -10,6 +10,7 @@ import torch
 
 from harness import registry
 from harness.diffusion.images import quantise
+from harness.judges import evidence as judges_evidence
 from harness.judges.evidence import Evidence, contact_sheet, reachable
 from harness.judges.statistics import mean, mean_interval, rate
 from harness.methods.prompt_edits import Substitution
@@ -55,6 +56,19 @@ def test_each_image_set_is_loaded_once_and_only_when_asked_for():
     assert calls == []
     assert seen.images("clean", "clean") is seen.images("clean", "clean")
     assert len(calls) == 1
+
+
+def test_sets_that_are_too_large_to_be_kept_together_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def make(name: str) -> Any:
+        return lambda: calls.append(name) or torch.zeros(2, 1, 4, 4)
+
+    seen = evidence({("clean", given): make(given) for given in ("clean", "triggered")})
+    monkeypatch.setattr(judges_evidence, "MOST_HELD", 2 * 16 * 4)
+    for _ in range(2):
+        assert seen.images("clean", "clean") is not None and seen.images("clean", "triggered") is not None
+    assert calls == ["clean", "triggered", "triggered"]
 
 
 def test_absent_image_sets_are_none_and_misspelt_ones_an_error():

@@ -24,6 +24,7 @@ ABSENT = {
     "defended": "the defense returned no model, or its images are missing",
 }
 T = TypeVar("T")
+MOST_HELD = 4 * 2**30  # bytes of images that are kept: six sets of 10,000 images of 256 pixels would take 47 GB
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Evidence:
         self.verdict = verdict or Verdict()
         self.wrong_triggers = wrong_triggers
         self._made: dict[Hashable, Any] = {}
+        self._held = 0  # bytes of the images in it
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """`make()` on the first call with `key`, the same object afterwards."""
@@ -91,11 +93,20 @@ class Evidence:
         return self._made[key]
 
     def images(self, who: Who, given: Given) -> Tensor | None:
-        """(N, C, H, W) in [-1, 1], or None if the cell has no such images. Raises KeyError for an unknown name."""
+        """(N, C, H, W) in [-1, 1], or None if the cell has no such images. Raises KeyError for an unknown name.
+
+        Sets beyond MOST_HELD bytes are read again at each call.
+        """
         if who not in WHO or given not in GIVEN:
             raise KeyError(f"no images ({who!r}, {given!r}); who is one of {WHO}, given one of {GIVEN}")
-        make = self._images.get((who, given))
-        return None if make is None else self.once(("images", who, given), make)
+        make, key = self._images.get((who, given)), ("images", who, given)
+        if make is None or key in self._made:
+            return self._made.get(key)
+        images = make()
+        if self._held + images.nbytes <= MOST_HELD:
+            self._held += images.nbytes
+            self._made[key] = images
+        return images
 
     def utility(self, who: Who) -> Tensor | None:
         """The images of clean inputs for measures that compare sets of images: the utility set, or the images of the

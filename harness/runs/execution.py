@@ -181,12 +181,13 @@ def findings_of(store: Store, key: str) -> Findings:
 
 
 def _sample(spec: SampleSpec, registry: Registry, store: Store, out: Path) -> dict[str, Any]:
+    import torch
     from safetensors.torch import save_file
 
     from harness.diffusion.images import to_uint8
     from harness.stages.defend import found
     from harness.stages.inputs import evaluation_inputs
-    from harness.stages.sample import sample, sample_found, wrapped
+    from harness.stages.sample import PART, sample, sample_found, wrapped
 
     plugin, sampler = registry.build("models", spec.model), registry.build("samplers", spec.sampler)
     purified, label = False, spec_of(sampler)
@@ -205,7 +206,8 @@ def _sample(spec: SampleSpec, registry: Registry, store: Store, out: Path) -> di
     else:
         triggers = [None if stamp is None else registry.build("triggers", stamp) for stamp in spec.stamps]
         images = sample(model, inputs, sampler, triggers)
-    save_file({"images": to_uint8(images)}, out / IMAGES)
+    parts = [to_uint8(part) for part in images.split(PART)]
+    save_file({"images": torch.cat(parts)}, out / IMAGES)
     return {"n": len(images), "nfe": sampler.nfe, "sampler": label, "model_changed": purified}
 
 

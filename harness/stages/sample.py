@@ -13,13 +13,16 @@ from harness.methods.prompt_edits import Substitution
 from harness.methods.trigger_placement import usable, with_found
 from harness.types import Inputs, Sampler, Trigger
 
+PART = 500  # images that are looked at together: what is computed of all at once takes several times their memory
+
 
 def sample(model: DiffusionModel, inputs: Inputs, sampler: Sampler, triggers: Sequence[Trigger | None]) -> Tensor:
     """Images (N, C, H, W) in [-1, 1] of the inputs with each trigger in turn; None leaves the inputs unchanged.
 
     Raises ArithmeticError if an image is not finite.
     """
-    return checked(torch.cat([_stamped(model, inputs, sampler, trigger) for trigger in triggers]))
+    found = [_stamped(model, inputs, sampler, trigger) for trigger in triggers]
+    return checked(found[0] if len(found) == 1 else torch.cat(found))
 
 
 def sample_found(
@@ -34,7 +37,7 @@ def sample_found(
 
 def checked(images: Tensor) -> Tensor:
     """`images` unchanged. Raises ArithmeticError for NaN and infinity."""
-    if not torch.isfinite(images).all():
+    if not all(torch.isfinite(part).all() for part in images.split(PART)):
         raise ArithmeticError("the model's images hold NaN or infinity")
     return images
 
