@@ -134,11 +134,11 @@ class Costs:
     def first(self, keys: list[str]) -> str:
         """The job of a group that runs most of the code: inputs with a trigger, and measurements of most image sets."""
 
-        def worth(key: str) -> tuple[int, int]:
+        def worth(key: str) -> tuple[int, int, int]:
             spec = self.spec(key)
             if isinstance(spec, SampleSpec):
-                return sum(stamp is not None for stamp in spec.stamps[:1]), -len(spec.stamps)
-            return len(spec.samples) if isinstance(spec, MeasureSpec) else 0, 0
+                return int(any(spec.stamps)), int(spec.defended is None), -len(spec.stamps)
+            return len(spec.samples) if isinstance(spec, MeasureSpec) else 0, 0, 0
 
         return max(keys, key=worth)
 
@@ -365,6 +365,8 @@ class Room:
 def room(found: Figure, key: str, costs: Costs, host_here: float, gpu_here: float | None) -> Room:
     """What a job needs in its suite: what its rehearsal held, the rows and moments that were left out, and the images
     that were."""
+    from harness.judges.evidence import MOST_HELD
+
     spec = costs.spec(key)
     model = costs.built("models", spec.model)
     more = 0.0
@@ -373,9 +375,11 @@ def room(found: Figure, key: str, costs: Costs, host_here: float, gpu_here: floa
         if isinstance(spec, AttackSpec | DefendSpec):
             more = estimates.data_bytes(spec, model, costs.registry)
         elif isinstance(spec, SampleSpec):
-            more = 2 * pixels * spec.n * max(1, len(spec.stamps))
+            stamps = max(1, len(spec.stamps))
+            more = pixels * spec.n * stamps * (1.5 if stamps == 1 else 2.0)
         elif isinstance(spec, MeasureSpec):
-            more = pixels * sum(costs.spec(k).n * max(1, len(costs.spec(k).stamps)) for k in set(spec.samples.values()))
+            sets = [costs.spec(key).n * max(1, len(costs.spec(key).stamps)) for key in set(spec.samples.values())]
+            more = min(pixels * sum(sets), MOST_HELD + 2 * pixels * max(sets))
     if found.device_bytes is not None:
         return Room(found.host_bytes + more, found.device_bytes + found.left_out_bytes, host_here, gpu_here)
     return Room(found.host_bytes + found.left_out_bytes + more, None, host_here, None)
