@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from harness.diffusion.model import DiffusionModel
 from harness.diffusion.samplers import DDIM
 from harness.diffusion.seeds import generator, image_noise, image_seeds
 from harness.judges import shapes
+from harness.methods import attention_guidance
 from harness.methods.attention_guidance import Alignment, Guidance, align, is_query_or_key, real_tokens
 from harness.methods.decoys import ladder
 from harness.methods.prompt_edits import Insertion, Removal, Substitution, removal_of
@@ -271,6 +273,24 @@ def test_the_notes_hold_the_norms_of_both_gradients_before_alpha(sd: DiffusionMo
         assert notes[f"{name}_grad"][0] == pytest.approx(sum(squares.values()).sqrt().item(), rel=1e-4)  # type: ignore[union-attr]
         query_key = sum(v for n, v in squares.items() if is_query_or_key(n))
         assert notes[f"{name}_grad_qk"][0] == pytest.approx(torch.as_tensor(query_key).sqrt().item(), rel=1e-4)
+
+
+def test_the_notes_hold_the_gradients_of_one_term_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gradients(list[Any]):
+        """A list of gradients that can be looked for."""
+
+    alive: list[Any] = []
+
+    def gradients(*_: Any) -> Gradients:
+        assert all(each() is None for each in alive)
+        found = Gradients([torch.ones(4)])
+        alive.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(attention_guidance, "_gradients", gradients)
+    notes, one = attention_guidance._Notes(), torch.ones(())
+    notes.note(one, one, torch.nn.Linear(4, 1, bias=False))
+    assert len(alive) == 2 and notes.kept["prediction_grad"] == [2.0] and notes.kept["attention_grad_qk"] == [0.0]
 
 
 def test_detached_maps_have_no_gradient_in_the_notes(sd: DiffusionModel) -> None:

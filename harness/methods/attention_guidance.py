@@ -84,10 +84,10 @@ class _Notes:
         if self.step % 20 == 0:
             names, params = zip(*denoiser.named_parameters(), strict=True)
             for term, value in (("attention", attn), ("prediction", prediction)):
-                grads = dict(zip(names, _gradients(value, params), strict=True))
+                of_all, of_queries = _norms(names, _gradients(value, params))
                 self.kept[f"{term}_loss"].append(value.item())
-                self.kept[f"{term}_grad"].append(_norm(grads.values()))
-                self.kept[f"{term}_grad_qk"].append(_norm(g for name, g in grads.items() if is_query_or_key(name)))
+                self.kept[f"{term}_grad"].append(of_all)
+                self.kept[f"{term}_grad_qk"].append(of_queries)
         self.step += 1
 
 
@@ -96,6 +96,12 @@ def _gradients(value: Tensor, params: Sequence[Tensor]) -> Sequence[Tensor | Non
     if not value.requires_grad:
         return [None] * len(params)
     return torch.autograd.grad(value, params, retain_graph=True, allow_unused=True)
+
+
+def _norms(names: Sequence[str], grads: Sequence[Tensor | None]) -> tuple[float, float]:
+    """The norms over all weights, and over to_q and to_k alone. Nobody else holds the gradients, which are as large as
+    the network: they are gone before those of the next term are computed."""
+    return _norm(grads), _norm(g for name, g in zip(names, grads, strict=True) if is_query_or_key(name))
 
 
 def _norm(grads: Any) -> float:
