@@ -61,12 +61,12 @@ def rehearse(
     settings = _settings(gpus, timeout, threads)
     if left:
         figures |= _run(ready, costs, groups, left, settings, memory, rows, kept, name, figures, quiet=as_json)
-    rows_ = _rows(ready, costs, groups, figures, memory)
+    told = _rows(ready, costs, groups, figures, memory)
     if as_json:
-        print_json(_told(ready, name, rows_))
+        print_json(_told(ready, name, told))
     else:
-        _show(name, rows_, kept)
-    return Exit.failed if any(row["error"] for row in rows_) else Exit.ok
+        _show(name, told)
+    return Exit.failed if any(row["error"] for row in told) else Exit.ok
 
 
 def _settings(gpus: str, timeout: float, threads: int) -> Settings:
@@ -80,7 +80,6 @@ def _run(
     memory: float | None, rows: int | None, kept: Store, name: str, figures: dict[str, Figure], quiet: bool,
 ) -> dict[str, Figure]:  # fmt: skip
     """Rehearse the jobs of `left`, and those that they need. Figures are written whenever a job has ended."""
-
     from harness.engine import display, driver
     from harness.runs import rehearsal
 
@@ -95,9 +94,9 @@ def _run(
     work = kept.rehearsal_store()
 
     def keep(key: str, error: str | None) -> None:
-        group, job = short[key]
+        group, _ = short[key]
         manifest = work.manifest(key) if error is None else None
-        figures[group.signature] = rehearsal.figure(job, ready.plan.jobs[group.first], costs, manifest, error)
+        figures[group.signature] = rehearsal.figure(ready.plan.jobs[group.first], costs, manifest, error)
         rehearsal.write_figures(kept, name, figures)
 
     class Keeping(display.Silent):
@@ -173,7 +172,7 @@ def _told(ready: Prepared, name: str, rows: Sequence[Mapping[str, Any]]) -> dict
     return {"suite": ready.suite.name, "device": name, "seconds": total, "groups": rows}
 
 
-def _show(name: str, rows: Sequence[Mapping[str, Any]], kept: Store) -> None:
+def _show(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
     header = ("jobs", "a pass", "passes", "peak", "needs", "all jobs", "job that is rehearsed")
     echo(columns([header, *(_line(row) for row in rows)]))
     good = [row for row in rows if not row["error"]]

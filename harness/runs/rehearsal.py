@@ -255,8 +255,8 @@ def _slug(text: str) -> str:
     return re.sub(r"[^\w.]+", "-", text).strip("-").lower()
 
 
-def figure(job: Job, original: Job, costs: Costs, manifest: Mapping[str, Any] | None, error: str | None) -> Figure:
-    """The figure of a rehearsed job."""
+def figure(original: Job, costs: Costs, manifest: Mapping[str, Any] | None, error: str | None) -> Figure:
+    """The figure of a rehearsed job, by the manifest of its artifact. original: the job of the suite."""
     lengths = costs.lengths(original.key)
     if manifest is None:
         return Figure(original.label, code_of(original), error=error or "failed", lengths=lengths)

@@ -70,7 +70,8 @@ class Clock:
 
     def __init__(self, rows: int | None, kind: str, images: float = 1.0) -> None:
         self.rows, self.kind, self.images = rows, kind, images
-        self.begun = _time()
+        self.time = _timer()
+        self.begun = self.time()
         self.ahead = [0.0, 0.0, 0.0]  # with the shorter pass, with the second, with the longer
         self.loops: list[Loop] = []
         self.left_out = 0.0  # bytes of rows that were not computed, at most at once
@@ -80,7 +81,7 @@ class Clock:
 
     def now(self) -> list[float]:
         _wait()
-        real = _time()
+        real = self.time()
         return [real + ahead for ahead in self.ahead]
 
     def gain(self, low: float, middle: float, high: float) -> None:
@@ -177,12 +178,12 @@ class Clock:
         return found[torch.arange(len(images)) % taken]
 
 
-def _time() -> float:
-    """Seconds. A computation of one thread counts the processor's time, which other programs do not lengthen."""
+def _timer() -> Callable[[], float]:
+    """What tells seconds: for one thread without a GPU the processor, whose time other programs do not lengthen."""
     import torch
 
-    alone = torch.get_num_threads() == 1 and not torch.cuda.is_initialized()
-    return time.process_time() if alone else time.perf_counter()
+    alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
+    return time.process_time if alone else time.perf_counter
 
 
 def _wait() -> None:
@@ -464,7 +465,7 @@ def _forget(out: Path) -> None:
 def _figures(clock: Clock) -> dict[str, Any]:
     import torch
 
-    wall = _time() - clock.begun
+    wall = clock.time() - clock.begun
     clock.weigh()
     outer = [loop for loop in clock.loops if loop.outer and loop.seconds]
     device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
