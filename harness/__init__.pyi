@@ -185,6 +185,7 @@ from harness.models.embedded_models import (
 )
 from harness.models.hub_models import (
     Published as Published,
+    Trainable as Trainable,
     Work as Work,
 )
 from harness.models.real_data import (

@@ -17,10 +17,15 @@ from torch import nn
 from harness.cli import build as building
 from harness.diffusion import events
 from harness.diffusion.interrupted import UNFINISHED, Kept
+from harness.diffusion.networks import built
 from harness.diffusion.training import Schedule, minimize
 from harness.judges.image_folders import DataError
 from harness.models import real_data
+from harness.models.hub_models import Trainable
 from plugins.models.cifar10_ddpm import Cifar10DDPM
+from plugins.models.ddpm_celeba import DDPMCelebA
+from plugins.models.ddpm_cifar10 import DDPMCifar10
+from plugins.models.ddpm_mnist import DDPMMnist
 from plugins.models.mnist_ddpm import MnistDDPM
 
 
@@ -240,3 +245,37 @@ def test_a_recipe_with_a_number_of_steps_refuses_minutes(capsys: pytest.CaptureF
 
     assert call(["build", "digits-ddpm", "--minutes", "3"]) == 2
     assert "leave --minutes out" in capsys.readouterr().err
+
+
+# ---- the papers' sizes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plugin", [DDPMCifar10(), DDPMMnist(), DDPMCelebA(data_path="faces")], ids=lambda p: p.name)
+def test_the_networks_that_can_be_trained_have_the_sizes_that_they_state(plugin: Trainable) -> None:
+    with torch.device("meta"):
+        config = dict(plugin.architecture["unet"])
+        network = built(config, config.pop("_class_name"))
+    assert sum(p.numel() for p in network.parameters()) == plugin.work.parameters
+    assert network.config.sample_size == plugin.side
+
+
+def test_a_model_of_a_published_architecture_is_trained_and_named_by_its_path(
+    bench_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("WARM_UP", 1), ("PACED", 2)):
+        monkeypatch.setattr(real_data, name, value)
+    small = dict(DDPMMnist.architecture["unet"], block_out_channels=(8, 8, 8), norm_num_groups=4, attention_head_dim=8)
+    monkeypatch.setattr(DDPMMnist, "architecture", {**DDPMMnist.architecture, "unet": small})
+    monkeypatch.setattr(DDPMMnist, "training_batch", 2)
+    plugin = DDPMMnist(data_path=str(bench_data / "mnist"), inception="", clip="")
+    facts = building.built(plugin, tmp_path / "mine", minutes=1e-6)["facts"]
+    assert facts["steps"] == 2 and facts["data"]["train"] == real_data.content(plugin.data())
+    named = DDPMMnist(path=str(tmp_path / "mine/model"), data_path=str(bench_data / "mnist"), inception="", clip="")
+    assert named.load().shape == (1, 28, 28) and named.reference().shape == (30, 1, 28, 28)
+
+
+def test_a_published_model_is_built_where_its_owner_says(capsys: pytest.CaptureFixture[str]) -> None:
+    from harness.cli import call
+
+    assert call(["build", "ddpm-cifar10"]) == 2
+    assert "ddpm-cifar10 has no place in the package; name a directory with -o" in capsys.readouterr().err

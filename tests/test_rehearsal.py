@@ -18,6 +18,7 @@ from harness.diffusion import events, training
 from harness.diffusion.model import DiffusionModel
 from harness.diffusion.samplers import DDIM
 from harness.diffusion.seeds import generator
+from harness.models.architectures import untrained
 from harness.runs import rehearsal, shortened, stand_ins
 from harness.runs.job import AttackSpec
 from harness.runs.store import Store
@@ -65,7 +66,7 @@ def test_untrained_networks_have_the_published_numbers_of_parameters(name: str, 
     plugin = plugins.build("models", name)
     assert stand_ins.stands_in(plugin)
     with torch.device("meta"):
-        model = stand_ins.untrained(plugin.architecture)
+        model = untrained(plugin.architecture)
     own = sum(p.numel() for p in model.denoiser.parameters())
     own += sum(b.numel() for key, b in model.denoiser.named_buffers() if key == "time_proj.weight")  # frequencies
     parts = (model.vae, model.text_encoder)

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from harness.capabilities import BuildableModel, offers
+from harness.capabilities import BuildableModel, PublishedArchitecture, offers
 from harness.cli.common import (
     as_json,
     check_device,
@@ -75,6 +75,8 @@ def build(
 
 def _place(plugin: Any, out: Path | None) -> Path:
     """The directory to write. Raises click.UsageError rather than replace what is no model of ours."""
+    if out is None and offers(plugin, PublishedArchitecture):
+        raise click.UsageError(f"{plugin.name} has no place in the package; name a directory with -o")
     if out is None:
         return Path(str(sys.modules[type(plugin).__module__].__file__)).absolute().parent / "weights" / plugin.name
     folder = out.expanduser().absolute()

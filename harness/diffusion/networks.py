@@ -63,7 +63,7 @@ def _empty(config: Mapping[str, Any], cls: str, pruned: Mapping[str, Any] | None
 
     try:
         with init_empty_weights(include_buffers=False):
-            net = _built(config, cls)
+            net = built(config, cls)
             if pruned is not None:
                 pruned_shapes.reshape(net, _shapes(pruned))
     except Exception as error:  # whatever a constructor says of arguments that do not fit together
@@ -72,7 +72,8 @@ def _empty(config: Mapping[str, Any], cls: str, pruned: Mapping[str, Any] | None
     return net
 
 
-def _built(config: Mapping[str, Any], cls: str) -> Any:
+def built(config: Mapping[str, Any], cls: str) -> Any:
+    """A network of the class `cls` of diffusers or transformers, as the configuration has it, with new weights."""
     if cls == "CLIPTextModel":
         from transformers.models.clip.configuration_clip import CLIPTextConfig
         from transformers.models.clip.modeling_clip import CLIPTextModel

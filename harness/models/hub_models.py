@@ -17,6 +17,8 @@ from annotated_types import Ge
 from harness.types import Data, Judge, Modality, TextImageScorer
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from torch import Tensor
 
@@ -133,3 +135,36 @@ class Published:
         from harness.judges.pretrained_judges import load_clip
 
         return load_clip(Source(self.clip)) if self.clip else None
+
+
+@dataclass(frozen=True)
+class Trainable(Published):
+    """A pixel model of a published architecture that `bench build NAME -o DIRECTORY` trains from random weights on its
+    data, with their mirror images unless `mirrored` is False. NAME(path='DIRECTORY/model') is then the model.
+    """
+
+    mirrored: ClassVar[bool] = True
+    training_batch: ClassVar[int] = 128  # as in Ho, Jain & Abbeel, arXiv:2006.11239
+    training_lr: ClassVar[float] = 2e-4  # theirs
+
+    def build(self, out: Path, device: str = "cpu", minutes: float = 1440.0) -> dict[str, Any]:
+        """Trains for about `minutes` in bf16 with an average of the weights (decay 0.9999), and writes the model below
+        `out`. Returns the measured facts for provenance.json."""
+        from harness.diffusion import checkpoint
+        from harness.diffusion.interrupted import UNFINISHED
+        from harness.diffusion.seeds import generator
+        from harness.diffusion.training import Examples, prepared
+        from harness.models.architectures import untrained
+        from harness.models.real_data import content, train_denoiser, with_mirrored
+        from harness.types import Data
+
+        data = self.data()
+        model = prepared(self, untrained(self.architecture).to(device))
+        images = with_mirrored(data.images) if self.mirrored else data.images
+        rng = generator(self.name, "build")
+        trained = train_denoiser(
+            model, Examples(model, Data(images)), rng, out / UNFINISHED, batch=self.training_batch,
+            lr=self.training_lr, ema=0.9999, minutes=minutes,
+        )  # fmt: skip
+        checkpoint.save(model.to("cpu"), out / "model")
+        return {**trained, "data": {"train": content(data)}}

@@ -155,6 +155,7 @@ def train_denoiser(
         return denoising_loss(model, examples.batch(batch, rng))
 
     began = time.monotonic()
+    model.denoiser.train()
     if model.device.type == "cuda":
         import torch._dynamo
 
@@ -168,6 +169,7 @@ def train_denoiser(
         loss, model.denoiser.parameters(), steps=steps, lr=lr, schedule="one-cycle", ema=ema, bf16=True, kept=kept
     )
     model.denoiser.eval().requires_grad_(False)
+    model.denoiser._compiled_call_impl = None
     return {
         "steps": steps, "batch": batch, "minutes": minutes, "final_loss": sum(losses[-200:]) / len(losses[-200:]),
         "trained_s": time.monotonic() - began, "trained_on": _processor(model.device),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from harness.capabilities import PublishedArchitecture, offers
@@ -66,7 +66,9 @@ class StandIn:
         return getattr(self._plugin, name)
 
     def load(self) -> DiffusionModel:
-        return untrained(self._plugin.architecture, self._plugin.words())
+        from harness.models.architectures import untrained
+
+        return untrained(self._plugin.architecture, partial(tokenizer, tuple(self._plugin.words())))
 
     def data(self) -> Any:
         import torch
@@ -107,35 +109,6 @@ def images(n: int, side: int, seed: int) -> Tensor:
 
 
 # ---- networks -------------------------------------------------------------------------------------------------------
-
-
-def untrained(architecture: Mapping[str, Mapping[str, Any]], words: Sequence[str] = ()) -> DiffusionModel:
-    """The model that an architecture describes, on torch's default device, with random weights and frozen.
-
-    words: texts that its tokenizer keeps whole, beside those of the made captions.
-    """
-    import diffusers
-    import torch
-
-    from harness.diffusion.model import DiffusionModel
-    from harness.diffusion.networks import _built
-
-    def network(part: str) -> Any:
-        if part not in architecture:
-            return None
-        config = dict(architecture[part])
-        built = _built(config, config.pop("_class_name"))
-        return built.eval().requires_grad_(False)
-
-    settings = dict(architecture["scheduler"])
-    scheduler = getattr(diffusers, settings.pop("_class_name")).from_config(settings)
-    with torch.random.fork_rng(devices=[]):  # layers draw their weights from the global generator
-        torch.manual_seed(0)
-        denoiser = network("unet")
-        vae = network("vqvae" if "vqvae" in architecture else "vae")
-        text = network("text_encoder")
-    tokens = None if text is None else tokenizer(tuple(words), text.config.vocab_size)
-    return DiffusionModel(denoiser, scheduler, vae, text, tokens)
 
 
 @cache

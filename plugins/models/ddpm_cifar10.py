@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from harness import Published, Work, hookimpl
+from harness import Trainable, Work, hookimpl
 
 
 @dataclass(frozen=True)
-class DDPMCifar10(Published):
+class DDPMCifar10(Trainable):
     name: ClassVar[str] = "ddpm-cifar10"
     side: ClassVar[int] = 32
     work: ClassVar[Work] = Work(gmacs=6.2, parameters=35_746_307, activations=12_608_000)
