@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from harness import registry
 from harness.cli import call
-from harness.diffusion import events, training
+from harness.diffusion import attention, events, training
 from harness.diffusion.model import DiffusionModel
 from harness.diffusion.samplers import DDIM
 from harness.diffusion.seeds import generator
@@ -251,6 +251,24 @@ def test_checkpointing_is_turned_on_where_the_model_asks_and_gradients_stay_the_
         torch.testing.assert_close(one, other)
     assert plugins.build("models", "sd-v1-4(checkpointing=True)").checkpointing
     assert training.prepared(plugins.build("models", "digits-ddpm"), "untouched") == "untouched"
+
+
+def test_captured_attention_maps_can_be_trained_on_under_checkpointing() -> None:
+    def gradients(checkpointing: bool) -> list[Tensor | None]:
+        model = training.prepared(SimpleNamespace(checkpointing=checkpointing), tiny.model("text").clone())
+        net: Any = model.denoiser
+        net.requires_grad_(True)
+        x, t = torch.randn(2, *model.shape, generator=generator(0, "x")), torch.tensor([3, 700])
+        with attention.capture(net) as maps:
+            answer = model.eps(x, t, model.embed(["a", "b"]))
+        value = answer.square().mean() + torch.stack([each.square().mean() for each in maps.values()]).sum()
+        value.backward()  # after the block, where a checkpoint would compute attention without maps
+        assert net.is_gradient_checkpointing == checkpointing
+        return [p.grad for p in net.parameters()]
+
+    for one, other in zip(gradients(False), gradients(True), strict=True):
+        assert one is not None and other is not None
+        torch.testing.assert_close(one, other)
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

@@ -70,17 +70,23 @@ def capture(denoiser: nn.Module) -> Iterator[Maps]:
     """Collects the denoiser's cross-attention maps while the block runs; each forward pass overwrites the last.
 
     The store belongs to the block and the denoiser, so a teacher's maps cannot be mistaken for a student's. Copy
-    (`dict(maps)`) the maps of one forward pass before the next. Raises TypeError for a denoiser without
+    (`dict(maps)`) the maps of one forward pass before the next. Gradient checkpointing is off meanwhile: the backward
+    pass would compute attention again after the block, without maps. Raises TypeError for a denoiser without
     cross-attention.
     """
     processors = [p for p in getattr(denoiser, "attn_processors", {}).values() if isinstance(p, AttentionProcessor)]
     if not processors:
         raise TypeError(f"{type(denoiser).__name__} has no cross-attention whose maps could be captured")
     maps: Maps = {}
+    checkpointed: list[Any] = [block for block in denoiser.modules() if getattr(block, "gradient_checkpointing", False)]
     for processor in processors:
         processor.maps = maps
+    for block in checkpointed:
+        block.gradient_checkpointing = False
     try:
         yield maps
     finally:
         for processor in processors:
             processor.maps = None
+        for block in checkpointed:
+            block.gradient_checkpointing = True
