@@ -6,24 +6,28 @@ import graphlib
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from heapq import heappop, heappush
 from types import FrameType
 from typing import Any, Literal, Protocol
 
 from harness.engine import failures
 from harness.engine.display import Listener, Silent
+from harness.engine.frontier import Frontier
 from harness.engine.pace import Pace
 from harness.engine.supervise import Handle, Outcome
 from harness.runs.job import Failure, Job
 from harness.runs.store import CorruptArtifact, MissingArtifact, Store
 
 TICK_S = 0.1
-TELL_S = 1.0  # between two estimates of the time left
+TELL_S = 1.0  # between two estimates of the time left, at least
+TELL_SHARE = 0.02  # of the driver's time for these estimates, at most: each looks at every waiting job
 MAX_REBUILDS = 3  # of one damaged artifact that one job meets
 
 Status = Literal["hit", "done", "failed", "skipped"]
@@ -122,8 +126,10 @@ class _Run:
         self.chain = _chains(self.jobs, self.pace)
         self.sinks = set(self.jobs).difference(*(job.needs for job in self.jobs.values()))
         self.results: dict[str, JobResult] = {}
-        self.waiting = set(self.jobs)
-        self.ready: list[str] | None = None  # what could start, in order; None: to be determined again
+        needs = {key: job.needs for key, job in self.jobs.items()}
+        self.frontier = Frontier(needs, self._rank, lambda key: self.jobs[key].reuse_key)
+        self.outside = {key: found for key, job in self.jobs.items() if (found := self._of_others(job))}
+        self.doomed: list[tuple[float, str]] = []  # a heap: what may need something that failed or is nowhere
         self.locks: dict[str, Any] = {}
         self.tried: set[str] = set()
         self.retries: Counter[tuple[str, Failure]] = Counter()
@@ -135,6 +141,14 @@ class _Run:
         self.stops = self.said = 0
         self.why = "interrupted"
 
+    @property
+    def waiting(self) -> set[str]:
+        return self.frontier.waiting
+
+    def _of_others(self, job: Job) -> tuple[str, ...]:
+        """What a job needs that no job of this run makes."""
+        return tuple(need for need in job.needs if need not in self.jobs)
+
     def go(self) -> dict[str, JobResult]:
         self.store.gc()
         try:
@@ -143,6 +157,7 @@ class _Run:
                     self._look_up(key)
                 self.chain = _chains(self.jobs, self.pace)
                 self.listener.planned(len(self.jobs), len(self.results))
+                self._look_outside()
                 while self.waiting or self.locks:
                     self._step()
         finally:
@@ -155,13 +170,12 @@ class _Run:
     def _step(self) -> None:
         if self.deadline is not None and time.monotonic() >= self.deadline and not self.stops:
             self._stop(True, f"the {(self.max_seconds or 0.0) / 3600:g} h are over")
-        if self.ready is None:
-            self._skip()
-            self.ready = self._in_order()
+        self._skip()
+        self.frontier.update()
         if self.stops:
             self._drain()
         else:
-            self._submit_all(self.ready)
+            self._submit_all()
         for handle, outcome in self.engine.wait(TICK_S if self.waiting or self.locks else 0):
             self._ended(handle, outcome)
         self._tell()
@@ -174,10 +188,11 @@ class _Run:
                 self.listener.progress(handle.job, handle.event)
         now = time.monotonic()
         if now >= self.tell_at:
-            self.tell_at = now + TELL_S
             begun = [(handle.job, now - handle.started if handle.started else 0.0) for handle in running]
             rest = [(self.jobs[key], 0.0) for key in self.waiting]
             self.listener.remaining(self.pace.left([*begun, *rest], self.engine.slots))
+            then = time.monotonic()
+            self.tell_at = max(now + TELL_S, then + (then - now) / TELL_SHARE)
 
     # ---- before a job
 
@@ -195,14 +210,35 @@ class _Run:
         self._settle(key, JobResult(key, "hit"))
         return True
 
+    def _look_outside(self) -> None:
+        """Note the waiting jobs that need an artifact which is nowhere."""
+        found: dict[str, bool] = {}
+        for key in self.waiting & self.outside.keys():
+            for need in self.outside[key]:
+                if need not in found:
+                    found[need] = self.store.has(need)
+                if not found[need]:
+                    self._doom(key)
+
+    def _doom(self, key: str) -> None:
+        """Let `_skip` look at a job."""
+        heappush(self.doomed, (-self.chain[key], key))
+
     def _skip(self) -> None:
         """Settle every waiting job that needs something which failed or is nowhere."""
-        for key in sorted(self.waiting, key=lambda key: -self.chain[key]):  # needs come before what needs them
-            for need in self.jobs[key].needs:
-                reason = self._why_not(need)
-                if reason is not None:
-                    self._settle(key, _skipped(key, reason))
-                    break
+        while self.doomed:
+            _, key = heappop(self.doomed)  # needs come before what needs them
+            if key in self.waiting:
+                self._skip_if_hopeless(key, self.jobs[key].needs)
+
+    def _skip_if_hopeless(self, key: str, needs: Iterable[str]) -> bool:
+        """Settle a job as skipped if one of `needs` failed or is nowhere."""
+        for need in needs:
+            reason = self._why_not(need)
+            if reason is not None:
+                self._settle(key, _skipped(key, reason))
+                return True
+        return False
 
     def _why_not(self, need: str) -> str | None:
         result = self.results.get(need)
@@ -214,33 +250,32 @@ class _Run:
             return f"artifact {need[:12]} is neither in the store nor among the jobs"
         return None
 
-    def _in_order(self) -> list[str]:
-        """The jobs that could start: those for a whole card first, then those with the longest work behind them."""
-        pending = set(self.jobs).difference(self.results)
-        ready = [key for key in self.waiting if pending.isdisjoint(self.jobs[key].needs)]
-        return sorted(ready, key=self._rank)
-
     def _rank(self, key: str) -> tuple[Any, ...]:
-        """Of jobs with as much work behind them those that read the same artifacts come one after another, while their
-        model is still in the machine's file cache."""
+        """Those for a whole card first, then those with the longest work behind them. Of jobs with as much work behind
+        them those that read the same artifacts come one after another, while their model is still in the machine's file
+        cache."""
         return not self.retries[key, Failure.oom], -self.chain[key], sorted(self.jobs[key].needs), key
 
-    def _submit_all(self, ready: list[str]) -> None:
+    def _submit_all(self) -> None:
         """Start what there is room for. A process that has just done a job gets the first one that shares what it
         loaded, or ends at once; no job waits for it, and no other job waits for more than its end."""
-        for key in ready:
-            if not self.engine.kept:
-                break
-            if self.jobs[key].reuse_key in self.engine.kept:
-                self._submit([key])
+        with closing(self.frontier.sharing(self.engine.kept)) as ready:
+            for key in ready:
+                if not self.engine.kept:
+                    break
+                if self.jobs[key].reuse_key in self.engine.kept:
+                    self._submit([key])
         self.engine.release()
-        self._submit(ready)
+        with closing(self.frontier.in_order()) as ready:
+            self._submit(ready)
 
-    def _submit(self, ready: list[str]) -> None:
+    def _submit(self, ready: Iterable[str]) -> None:
         for key in ready:
             if key not in self.waiting or self._too_long(key):
                 continue
             if not self._lock(key) or self._look_up(key) or self._adopt(key):
+                continue
+            if self._skip_if_hopeless(key, self.outside.get(key, ())):
                 continue
             job, attempts = self.jobs[key], self.store.attempts(key)
             whole = self.retries[key, Failure.oom] > 0
@@ -306,7 +341,7 @@ class _Run:
             "driver": {"host": socket.gethostname(), "pid": os.getpid()},
         }  # fmt: skip
         self.store.write_attempts(job.key, [*attempts, entry])
-        self.waiting.discard(job.key)
+        self.frontier.begin(job.key)
         self.tried.add(job.key)
         self.listener.started(job, number)
 
@@ -322,8 +357,7 @@ class _Run:
             self.pace.learn(handle.job, _seconds(outcome))
             self._settle(key, JobResult(key, "done", seconds=_seconds(outcome)))
         elif self._rebuild(key, outcome) or self._retry(key, outcome):
-            self.waiting.add(key)
-            self.ready = None
+            self._wait(key)
         else:
             error = outcome.error or "failed without an error message"
             self._settle(key, JobResult(key, "failed", error, outcome.failure, seconds=_seconds(outcome)))
@@ -356,24 +390,33 @@ class _Run:
             return False
         self.rebuilds[key, bad] += 1
         self.jobs[key] = replace(job, needs=tuple({*job.needs, bad}))  # it may have been a need of a need
+        self.frontier.need(key, bad)
         if bad in self.results and not self.store.has(bad):
             del self.results[bad]
-            self.waiting.add(bad)
+            self._wait(bad)
             self._warn(bad, f"built again: {outcome.error}")
         return True
+
+    def _wait(self, key: str) -> None:
+        """Let a job wait again. What it needs may have failed while it ran."""
+        self.frontier.wait(key)
+        self._doom(key)
 
     def _warn(self, key: str, text: str) -> None:
         self.warnings[key].append(text)
         self.listener.note(f"{self.jobs[key].label}: {text}")
 
     def _settle(self, key: str, result: JobResult) -> None:
-        self.waiting.discard(key)
+        self.frontier.end(key)
         self._unlock(key)
-        self.ready = None
         attempts = self.store.attempts(key)
         if result.status == "hit" and attempts and attempts[-1]["status"] == "running":
             attempts[-1] |= {"status": "done", "failure": None, "error": None}  # its driver died before it could say so
-        self.results[key] = replace(result, attempts=tuple(attempts), warnings=tuple(self.warnings[key]))
+        kept = tuple({sys.intern(name): value for name, value in attempt.items()} for attempt in attempts)
+        self.results[key] = replace(result, attempts=kept, warnings=tuple(self.warnings[key]))
+        if not result.ok:
+            for other in self.frontier.needed_by(key):
+                self._doom(other)
         advice = failures.advice(result.failure, key) if result.status == "failed" else None
         self.listener.finished(self.jobs[key], result.status, result.error, result.seconds, advice)
 
