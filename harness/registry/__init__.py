@@ -15,7 +15,8 @@ from harness.registry.errors import (
     did_you_mean,
     kind_of,
 )
-from harness.registry.index import cache_dir, index
+from harness.registry.index import index
+from harness.registry.kept import cache_dir
 from harness.registry.loading import HOOKS, Registry, load, unknown_name
 from harness.registry.specs import literal, parse_spec, spec_of, write_spec
 from harness.registry.validation import make

@@ -25,6 +25,7 @@ from pathlib import Path
 import harness
 from harness import _moved
 from harness.registry.entry_points import alias_of, installed, places
+from harness.registry.kept import derived, digest_of
 
 HARNESS = Path(harness.__file__).resolve().parent
 SUFFIXES = (*EXTENSION_SUFFIXES, ".py")  # as Python tries them
@@ -85,9 +86,9 @@ class Tree:
             file = self.file(name)
             if file is None:
                 continue
-            content = file.read_bytes()
-            digests[self.label(name)] = digest(content)
-            new = set(self.imports(name, file, content)) - seen
+            package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+            digests[self.label(name)], targets = _read(file.read_bytes(), package)
+            new = {part for target in targets for part in _with_packages(self._at_home(target))} - seen
             seen |= new
             left += new
         return digests
@@ -123,12 +124,6 @@ class Tree:
             near = [home for home in places(top) if home.parent == beside] if top not in sys.stdlib_module_names else []
             self.roots[top] = near if not _installed(beside) or top in _relatives(self.own) else []
         return self.roots.get(top, ())
-
-    def imports(self, name: str, file: Path, content: bytes) -> Iterator[str]:
-        """The names of modules that a module may import, and of the packages they lie in."""
-        package = name if file.name == "__init__.py" else name.rpartition(".")[0]
-        for target in _targets(content, package):
-            yield from _with_packages(self._at_home(target))
 
     def _at_home(self, target: str) -> str:
         """`harness.minimize` → the module that holds it; an old import path → the new one."""
@@ -171,6 +166,26 @@ def _relatives(top: str) -> frozenset[str]:
     for point in points:
         names |= {file.parts[0].removesuffix(".py") for file in (point.dist and point.dist.files) or ()}
     return frozenset(names)
+
+
+@cache
+def _read(content: bytes, package: str) -> tuple[str, tuple[str, ...]]:
+    """A source's digest and what it imports, as dotted names. Parsing takes milliseconds per source, so that both are
+    kept for the next process."""
+    name = digest_of(_version(), package, content)
+    found = derived.find(name)
+    match found:
+        case [str(kept), [*names]] if all(isinstance(each, str) for each in names):
+            return kept, tuple(names)
+    made = digest(content), _targets(content, package)
+    derived.keep(name, made)
+    return made
+
+
+@cache
+def _version() -> str:
+    """What digests and imports depend on beside the source: this module, and how Python reads sources."""
+    return digest_of(sys.version, Path(__file__).read_bytes())
 
 
 @cache

@@ -18,6 +18,7 @@ from harness.registry import entry_points
 from harness.registry.descriptions import Entry, Field, Index, PluginWarning
 from harness.registry.entry_points import OWN, installed
 from harness.registry.errors import PluginError
+from harness.registry.kept import cache_file, write_atomically
 
 INDEX_VERSION = 3
 FATAL = "BENCH_FATAL_PLUGINS"  # JSON: module → why it is not imported
@@ -31,7 +32,7 @@ def index(refresh: bool = False, notice: Callable[[str], None] | None = None) ->
     notice: called with a message if that takes seconds. Raises PluginError if loading does (a misspelt hook, two
     plugins of one name).
     """
-    key, kept = _index_key(), _index_path()
+    key, kept = _index_key(), cache_file("plugins")
     if not refresh and kept is not None and (found := _read_index(kept, key)) is not None:
         return found
     if notice is not None:
@@ -40,22 +41,8 @@ def index(refresh: bool = False, notice: Callable[[str], None] | None = None) ->
     if document["error"]:
         raise PluginError(document["error"])
     if kept is not None:
-        _write_atomically(kept, json.dumps(document))
+        write_atomically(kept, json.dumps(document))
     return _index_from(document)
-
-
-def cache_dir() -> Path | None:
-    """Where derived files may be kept; None where there is no home directory."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(base) if base else Path.home() / ".cache") / OWN
-    except RuntimeError:
-        return None
-
-
-def _index_path() -> Path | None:
-    base = cache_dir()
-    return base and base / f"plugins-{hashlib.sha256(sys.prefix.encode()).hexdigest()[:12]}.json"
 
 
 def _index_key() -> str:
@@ -64,14 +51,15 @@ def _index_key() -> str:
         "version": INDEX_VERSION,
         "python": sys.version,
         "points": [(p.dist.name if p.dist else "", p.dist.version if p.dist else "", p.name, p.value) for p in found],
-        "installed": sorted(_distributions()),
+        "installed": sorted(distributions()),
         "files": sorted({_stamp(file) for point in found for file in entry_points.files(point)} | set(_own_files())),
     }
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _distributions() -> set[str]:
-    """Names of the metadata directories on the path: a package that appears may mend a broken plugin."""
+def distributions() -> set[str]:
+    """Names of the metadata directories on the path, versions included: a package that appears may mend a broken
+    plugin."""
     found: set[str] = set()
     for base in sys.path:
         try:
@@ -152,17 +140,6 @@ def fatal() -> dict[str, str]:
         return dict(json.loads(os.environ[FATAL]))
     except (ValueError, TypeError):
         return {}
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """Write a cache file; a directory that cannot be written only means that the next call derives it again."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            file.write(text)
-        os.replace(file.name, path)
-    except OSError:
-        return
 
 
 def write_index(path: Path, begun: Path | None = None) -> None:

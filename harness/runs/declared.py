@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from harness.capabilities import delivers, keeps_per_sample
 from harness.registry import RegistryError
 from harness.runs import planning, suite
+from harness.runs.evaluations import nfe_of
 from harness.runs.suite import AXES, Suite
 from harness.types import Backdoor, Cell
 
@@ -46,7 +47,8 @@ class Declared:
     def __init__(self, registry: Registry, suites: Mapping[str, Path] | None = None) -> None:
         self.registry, self.suites = registry, dict(suites or {})
         self._built, self._canonical = cache(registry.build), cache(registry.canonical)
-        self.of, self.nfe = cache(self._of), cache(lambda spec: self._built("samplers", spec).nfe)
+        self.of, self.nfe = cache(self._of), cache(lambda spec: nfe_of(self._built("samplers", spec)))
+        self._outlines = planning.Outlines(registry)
         self.counted = cache(self._counted)
         self.suite = cache(self._suite)
 
@@ -114,8 +116,7 @@ class Declared:
     def jobs(self, cell: Cell, metrics: Sequence[str]) -> Mapping[str, Job]:
         """The jobs of a cell as they are planned today, but for weights and code. The keys are names only. Raises
         Unknown."""
-        asked = Suite("again", "again", (cell,), (), tuple(metrics), Path("again.toml"))
-        return _asked(lambda: planning.outline(asked, self.registry)).jobs
+        return _asked(lambda: self._outlines.jobs(cell, metrics))
 
 
 def _asked(question: Callable[[], T]) -> T:

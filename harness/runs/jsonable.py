@@ -10,13 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+_ATOMS = frozenset({str, bool, int, float, type(None)})
+
 
 def canonical(obj: Any) -> str:
     """The one JSON text of `obj`: sorted keys, no spaces, tuples as lists.
 
     Raises TypeError for what is not JSON, ValueError for NaN and infinity.
     """
-    return json.dumps(_plain(obj, ""), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    plain = obj if _is_plain(obj) else _plain(obj, "")
+    return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def to_jsonable(value: Any) -> Any:
@@ -39,6 +42,16 @@ def to_jsonable(value: Any) -> Any:
 def key_of(ingredients: Mapping[str, Any]) -> str:
     """sha256 (64 hex digits) of the canonical JSON of what determines a result."""
     return hashlib.sha256(canonical(ingredients).encode()).hexdigest()
+
+
+def _is_plain(obj: Any) -> bool:
+    """Whether `obj` is made of JSON's own types alone, as almost everything is: `_plain` would only copy it."""
+    kind = type(obj)
+    if kind is dict:
+        return all(type(name) is str and (type(item) in _ATOMS or _is_plain(item)) for name, item in obj.items())
+    if kind is list or kind is tuple:
+        return all(type(item) in _ATOMS or _is_plain(item) for item in obj)
+    return kind in _ATOMS
 
 
 def _plain(obj: Any, where: str) -> Any:

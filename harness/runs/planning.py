@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,8 @@ from harness.capabilities import AttackersSampler, SteppedMethod, delivers, extr
 from harness.registry import Registry, parse_spec, spec_of, write_spec
 from harness.registry.code_digest import closure
 from harness.registry.entry_points import file_of
+from harness.registry.kept import derived
+from harness.runs.evaluations import nfe_of
 from harness.runs.job import (
     AttackSpec,
     ControlSpec,
@@ -28,7 +30,6 @@ from harness.runs.job import (
     JobSpec,
     MeasureSpec,
     SampleSpec,
-    condensed,
 )
 from harness.runs.jsonable import key_of
 from harness.runs.record import control_words
@@ -49,6 +50,7 @@ STAGES = {
     }.items()
 }  # fmt: skip
 CONTROL_N = 128  # inputs on which a candidate for a control trigger is tried, at most
+CELL = tuple(each.name for each in fields(Cell))
 Identity = dict[str, Any]
 
 
@@ -95,6 +97,7 @@ def plan(suite: Suite, registry: Registry, threads: int = 1) -> Plan:
     planner = _Planner(registry, suite.metrics or standard(registry), threads)
     for cell in suite.cells:
         planner.add(cell)
+    derived.save()
     return planner.plan
 
 
@@ -102,11 +105,15 @@ class _Planner:
     def __init__(self, registry: Registry, metrics: Sequence[str], threads: int) -> None:
         self.registry, self.threads, self.plan = registry, threads, Plan()
         self.metrics = tuple(sorted(metrics))
-        self.sets = {name for metric in metrics for name in extra_sets(registry.build("metrics", metric))}
-        self.identity, self.digest, self.code = cache(self._identity), cache(self._digest), cache(self._code)
+        self.known: dict[JobSpec, str] = {}  # keys of jobs; not of those that measure, as each belongs to one cell
         self.built, self.shortened = cache(registry.build), cache(self._shortened)
+        self.sets = {name for metric in metrics for name in extra_sets(self.built("metrics", metric))}
+        self.identity, self.digest, self.code = cache(self._identity), cache(self._digest), cache(self._code)
+        self.wrong, self.vanilla = cache(self._wrong), cache(self._vanilla)
         self.origin = cache(self._origin)
         self.nfe = cache(self._nfe)
+        self.metrics_identity = cache(self._metrics_identity)
+        self.files = tuple(str(path) for path in registry.files)
 
     def _identity(self, kind: str, spec: str) -> Identity:
         """What of a plugin a number depends on, beside its code."""
@@ -118,11 +125,26 @@ class _Planner:
     def _digest(self, spec: str) -> Identity:
         return {"weights": self.built("models", spec).digest()}
 
-    def _code(self, stage: str, plugins: tuple[type, ...]) -> dict[str, str]:
-        return closure(plugins, STAGES[stage])
+    def _code(self, stage: str, plugins: tuple[type, ...]) -> tuple[dict[str, str], str]:
+        """Module → digest, and the digest of all."""
+        code = closure(plugins, STAGES[stage])
+        return code, key_of(code)
 
     def _nfe(self, sampler: str) -> int:
-        return self.built("samplers", sampler).nfe
+        return nfe_of(self.built("samplers", sampler))
+
+    def _wrong(self, trigger: str) -> tuple[str, ...]:
+        """Specs of the wrong triggers beside a trigger."""
+        built = self.built("triggers", trigger)
+        return tuple(spec_of(built.wrong(k)) for k in range(WRONG))
+
+    def _vanilla(self, sampler: str) -> str | None:
+        """The spec of the vanilla form of an attacker's own process; None for any other sampler."""
+        built = self.built("samplers", sampler)
+        return spec_of(built.vanilla()) if offers(built, AttackersSampler) else None
+
+    def _metrics_identity(self) -> dict[str, Identity]:
+        return {name: self.identity("metrics", name) for name in self.metrics}
 
     def short(self, part: str, cell: Cell) -> str:
         """The spec of one part of a cell with only those parameters that differ from the defaults."""
@@ -143,17 +165,20 @@ class _Planner:
     ) -> str:  # fmt: skip
         """Add the job whose result depends on `parts`, on the code of `plugins` and on the artifacts in `needs`; its
         key. parts: ingredients by name."""
+        code, digest = self.code(spec.kind, tuple(dict.fromkeys(type(plugin) for plugin in plugins)))
         ingredients = {
             "kind": spec.kind,
             "threads": self.threads,
             "precision": "fp32",
             "inputs": sorted(needs),
-            "code": self.code(spec.kind, tuple(dict.fromkeys(type(plugin) for plugin in plugins))),
+            "code": code,
             **parts,
         }
-        key = key_of(condensed(ingredients))
+        key = key_of({**ingredients, "code": digest})  # as `condensed` has it
+        if not isinstance(spec, MeasureSpec):
+            self.known[spec] = key
         if key not in self.plan.jobs:
-            spec = replace(spec, plugin_files=tuple(str(path) for path in self.registry.files))
+            spec = replace(spec, plugin_files=self.files) if self.files else spec
             self.plan.jobs[key] = Job(
                 key, spec.kind, label, tuple(needs), spec, self.guess(spec), reuse_key, method or label, ingredients
             )
@@ -205,6 +230,8 @@ class _Planner:
         spec = AttackSpec(
             model=cell.model, attack=cell.attack, trigger=cell.trigger, target=cell.target, seed=cell.seed
         )
+        if spec in self.known:
+            return self.known[spec]
         axes = ("model", "attack", "trigger", "target")
         parts = {axis: self.identity(AXES[axis], getattr(cell, axis)) for axis in axes} | {"seed": cell.seed}
         verb = "fine-tune" if is_clean(cell) else f"attack {self.short('attack', cell)} on"
@@ -225,6 +252,8 @@ class _Planner:
             given=cell.trigger_given, seed=cell.seed, n=min(cell.n, CONTROL_N), evaluation_seed=cell.evaluation_seed,
             clean=clean,
         )  # fmt: skip
+        if spec in self.known:
+            return self.known[spec]
         axes = ("model", "trigger", "target", "sampler")
         parts: dict[str, Any] = {axis: self.identity(AXES[axis], getattr(cell, axis)) for axis in axes}
         parts |= {
@@ -255,6 +284,8 @@ class _Planner:
             screened=cell.trigger if screens else None, n=cell.n if screens else 0,
             evaluation_seed=cell.evaluation_seed if screens else 0,
         )  # fmt: skip
+        if spec in self.known:
+            return self.known[spec]
         parts: dict[str, Any] = {
             "model": self.identity("models", cell.model),
             "defense": self.identity("defenses", cell.defense),
@@ -292,7 +323,7 @@ class _Planner:
         stamps: dict[str, tuple[str | None, ...]] = {
             "clean": (None,),
             "triggered": (cell.trigger,),
-            "wrong": tuple(spec_of(trigger.wrong(k)) for k in range(WRONG)),
+            "wrong": self.wrong(cell.trigger),
             "utility": (None,),
         }
         models: dict[str, tuple[str | None, str | None]] = {
@@ -319,6 +350,8 @@ class _Planner:
             model=cell.model, attacked=attack, sampler=sampler, n=cell.n, evaluation_seed=cell.evaluation_seed,
             found_by=defend,
         )  # fmt: skip
+        if spec in self.known:
+            return self.known[spec]
         parts = {
             "model": self.identity("models", cell.model),
             "sampler": self.identity("samplers", sampler),
@@ -341,6 +374,8 @@ class _Planner:
             n=cell.utility_n if utility else math.ceil(cell.n / len(stamps)),
             stream="utility" if utility else "evaluation", evaluation_seed=cell.evaluation_seed,
         )  # fmt: skip
+        if spec in self.known:
+            return self.known[spec]
         parts = {
             "model": self.identity("models", cell.model),
             "sampler": self.identity("samplers", sampler),
@@ -367,18 +402,16 @@ class _Planner:
         it is."""
         if given == "utility":
             return cell.utility_sampler
-        sampler = self.built("samplers", cell.sampler)
-        own = given == "clean" and offers(sampler, AttackersSampler)
-        return spec_of(sampler.vanilla()) if own else cell.sampler
+        return (self.vanilla(cell.sampler) if given == "clean" else None) or cell.sampler
 
     def measure(self, cell: Cell, attack: str | None, defend: str | None, samples: dict[str, str]) -> str:
         spec = MeasureSpec(cell=cell, attacked=attack, defended=defend, samples=samples, metrics=self.metrics)
         parts = {
-            "cell": asdict(cell),
+            "cell": {name: getattr(cell, name) for name in CELL},
             "model": self.identity("models", cell.model),
             "trigger": self.identity("triggers", cell.trigger),
             "target": self.identity("targets", cell.target),
-            "metrics": {name: self.identity("metrics", name) for name in self.metrics},
+            "metrics": self.metrics_identity(),
             "samples": samples,
         }
         axes = ("model", "trigger", "target")
@@ -398,19 +431,33 @@ class _Outliner(_Planner):
     def _digest(self, spec: str) -> Identity:
         return {}
 
-    def _code(self, stage: str, plugins: tuple[type, ...]) -> dict[str, str]:
-        return {}
+    def _code(self, stage: str, plugins: tuple[type, ...]) -> tuple[dict[str, str], str]:
+        return {}, key_of({})
 
     def _origin(self, kind: str, spec: str) -> Origin:
         return Origin(PurePath(self.registry.distribution_of(kind, _name(spec))).name, "", "")
 
+    def alone(self, cell: Cell) -> dict[str, Job]:
+        """The jobs of one cell."""
+        self.plan, self.known = Plan(), {}
+        self.add(cell)
+        return self.plan.jobs
 
-def outline(suite: Suite, registry: Registry) -> Plan:
-    """The jobs of `suite` with all ingredients but weights and code, which are not read. The keys are names only."""
-    planner = _Outliner(registry, suite.metrics or standard(registry), 1)
-    for cell in suite.cells:
-        planner.add(cell)
-    return planner.plan
+
+class Outlines:
+    """The jobs of single cells with all ingredients but weights and code, which are not read. The keys are names only.
+    Specs that were met before are not built again."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+        self._planners: dict[tuple[str, ...], _Outliner] = {}
+
+    def jobs(self, cell: Cell, metrics: Sequence[str]) -> dict[str, Job]:
+        """Key → job, in an order in which they could run. metrics: all standard ones for none."""
+        asked = tuple(metrics) or standard(self.registry)
+        if asked not in self._planners:
+            self._planners[asked] = _Outliner(self.registry, asked, 1)
+        return self._planners[asked].alone(cell)
 
 
 def _reuse_key(cell: Cell, attack: str | None, defend: str | None) -> str:

@@ -42,6 +42,7 @@ from harness.capabilities import (
     scales_noise,
 )
 from harness.registry import Registry, RegistryError, did_you_mean, parse_spec, spec_of
+from harness.runs.evaluations import nfe_of
 from harness.runs.record import Dropped
 from harness.types import Cell
 
@@ -293,13 +294,16 @@ def _cells(grid: Grid, registry: Registry) -> list[tuple[Cell, str | None]]:
         for model, sampler in itertools.product(canonical["model"], canonical["sampler"])
     }
     found: list[tuple[Cell, str | None]] = []
+    reasons: dict[tuple[str, ...], str | None] = {}
     models, attacks, triggers, targets, samplers, defenses = (canonical[axis] for axis in AXES)
     for model, attack, trigger, target, sampler, seed, defense in itertools.product(
         models, attacks, triggers, targets, samplers, dict.fromkeys(grid.seeds), defenses
     ):
-        axes = dict(zip(AXES, (model, attack, trigger, target, sampler, defense), strict=True))
-        parts = {axis: built[axis][spec] for axis, spec in axes.items()}
-        reason = impossible(parts)
+        specs = (model, attack, trigger, target, sampler, defense)
+        defender = built["defense"][defense]
+        if specs not in reasons:
+            reasons[specs] = impossible({axis: built[axis][spec] for axis, spec in zip(AXES, specs, strict=True)})
+        reason = reasons[specs]
         size, fast = sets[model, sampler]
         for evaluation_seed in (seed,) if grid.evaluation_seeds is None else dict.fromkeys(grid.evaluation_seeds):
             cell = Cell(
@@ -307,9 +311,9 @@ def _cells(grid: Grid, registry: Registry) -> list[tuple[Cell, str | None]]:
                 utility_n=size, utility_sampler=fast,
             )  # fmt: skip
             found.append((cell, reason))
-            if "trigger" in parts["defense"].needs and reason is None:
+            if "trigger" in defender.needs and reason is None:
                 found += [
-                    (replace(cell, trigger_given=given), missing_control(parts["trigger"], given))
+                    (replace(cell, trigger_given=given), missing_control(built["trigger"][trigger], given))
                     for given in dict.fromkeys(grid.controls)
                 ]
     return found
@@ -372,7 +376,7 @@ def impossible(parts: Mapping[str, Any]) -> str | None:
         if missing := missing_of_trigger(parts[axis], trigger):
             return f"{parts[axis].name} needs a trigger with {' and '.join(missing)}, {trigger.name} has none"
     sampler: Any = parts["sampler"]
-    nfe = sampler.nfe
+    nfe = nfe_of(sampler)
     if type(nfe) is not int or nfe < 1:
         return f"{sampler.name} takes nfe = {nfe!r} network evaluations per image; it should be a whole number"
     family, sampled = family_of(model), family_of(parts["sampler"])
