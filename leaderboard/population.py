@@ -17,14 +17,18 @@ Three ways to a verdict:
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from harness.judges import statistics
+from harness.registry.kept import derived, digest_of
 from harness.runs.record import Record, bare
 from harness.types import Cell
 from leaderboard.rows import PooledCell
@@ -117,6 +121,7 @@ def populations(cells: Iterable[PooledCell]) -> list[Population]:
             for one in estimates(subjects)
         ]
         found += made
+    derived.save()
     return sorted(found, key=lambda p: (p.model, p.family != ALL, p.family, p.defense, p.knows))
 
 
@@ -257,11 +262,42 @@ def _unusable(subject: Subject) -> bool:
     return any(math.isnan(x) for x in subject.features.values())
 
 
-@cache  # a page, its Markdown and its check ask for the same forests, which take most of their time
+@cache  # a page, its Markdown and its report ask for the same forests
 def _predict(clean: Features, attacked: Features, unseen: Features) -> tuple[bool, ...]:
-    from sklearn.ensemble import RandomForestClassifier
+    """Whether a forest that knows `clean` and `attacked` flags each of `unseen`. Forests take most of the time of a
+    page, so that their verdicts are kept for the next process."""
+    name = digest_of("forest", _version(), json.dumps([TREES, clean, attacked, unseen]))
+    found = derived.find(name)
+    if isinstance(found, list) and len(found) == len(unseen) and all(type(flag) is bool for flag in found):
+        return tuple(found)
+    made = fitted(clean, attacked, unseen)
+    derived.keep(name, made)
+    return made
 
-    forest = RandomForestClassifier(TREES, class_weight="balanced", random_state=0)
+
+@cache
+def _version() -> str:
+    """What a forest depends on beside the features: this module and the libraries."""
+    libraries = [importlib.metadata.version(name) for name in ("scikit-learn", "numpy")]
+    return digest_of(Path(__file__).read_bytes(), *libraries)
+
+
+def fitted(clean: Features, attacked: Features, unseen: Features) -> tuple[bool, ...]:
+    """The verdicts of `_predict`, computed."""
+    import numpy as np
+    from sklearn.ensemble import RandomForestClassifier
+    from sklearn.tree import DecisionTreeClassifier
+
+    class Forest(RandomForestClassifier):
+        """scikit-learn's forest. It makes each tree from its parameters and a seed; the base class copies a tree and
+        reads the signature of its class three times for that, which takes longer than to fit it to a few models."""
+
+        def _make_estimator(self, append: bool = True, random_state: Any = None) -> Any:
+            assert not append and isinstance(random_state, np.random.RandomState)
+            parameters = {name: getattr(self, name) for name in self.estimator_params}
+            return DecisionTreeClassifier(**parameters | {"random_state": random_state.randint(2**31 - 1)})
+
+    forest = Forest(TREES, class_weight="balanced", random_state=0)
     forest.fit([*clean, *attacked], [0] * len(clean) + [1] * len(attacked))
     return tuple(bool(label) for label in forest.predict(unseen))
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +19,7 @@ from harness.diffusion.model import DiffusionModel
 from harness.diffusion.seeds import generator
 from harness.judges.evidence import Verdict
 from harness.methods import inversion
+from harness.registry import kept
 from harness.runs.record import Record
 from harness.types import Cell, Data, Knowledge, Score
 from leaderboard import population, report
@@ -317,6 +321,51 @@ def test_a_forest_never_sees_the_attack_that_it_judges(monkeypatch: pytest.Monke
     assert all(p.accuracy["forest"].value == 1.0 for p in populations(alike))
     (alone,) = populations([m for m in models if not m.cell.attack.startswith("high")])
     assert "two families" in (alone.accuracy["forest"].why or "")
+
+
+def table_of(rng: np.random.Generator, rows: int, shift: float) -> population.Features:
+    return tuple(map(tuple, rng.normal(shift, 1.0, (rows, 3)).round(3).tolist()))
+
+
+def test_a_forest_is_that_of_scikit_learn_tree_by_tree() -> None:
+    from sklearn.ensemble import RandomForestClassifier
+
+    for seed, (few, many) in enumerate([(2, 3), (9, 4), (20, 40)]):
+        rng = np.random.default_rng(seed)
+        clean, attacked, unseen = table_of(rng, few, 0.0), table_of(rng, many, 0.7), table_of(rng, 60, 0.3)
+        forest = RandomForestClassifier(population.TREES, class_weight="balanced", random_state=0)
+        forest.fit([*clean, *attacked], [0] * few + [1] * many)
+        flags = population.fitted(clean, attacked, unseen)
+        assert list(flags) == [bool(label) for label in forest.predict(unseen)]
+        assert len(set(flags)) == 2, "the models lie on both sides"
+
+
+def test_the_next_process_asks_for_no_forest_of_the_same_features(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(population, "TREES", 5)
+    asked, whole = list[Any](), population.fitted
+    monkeypatch.setattr(population, "fitted", lambda *features: asked.append(features) or whole(*features))
+    models = [
+        *clean(0.1, 0.2, 0.3, features={"u": 0.5}),
+        *attacked("low", *[(0.0, 1.0)] * 4, features={"u": 0.1}),
+        *attacked("high", *[(0.0, 1.0)] * 4, features={"u": 0.9}),
+    ]
+
+    def next_process(models: Sequence[Record]) -> list[population.Population]:
+        population._predict.cache_clear()
+        monkeypatch.setattr(population, "derived", kept.Kept("derived"))
+        return populations(models)
+
+    first, n = next_process(models), len(asked)
+    assert n > 0 and next_process(models) == first and len(asked) == n
+    (file,) = tmp_path.rglob("derived-*.json")
+    file.write_text(json.dumps({name: ["x"] for name in json.loads(file.read_text())}))
+    assert next_process(models) == first and len(asked) == 2 * n
+    next_process([*models, *attacked("high", *[(0.0, 1.0)] * 5, features={"u": 0.8})])
+    assert len(asked) > 2 * n
+    population._predict.cache_clear()
 
 
 def test_the_table_escapes_what_comes_from_records_and_is_absent_without_a_population() -> None:

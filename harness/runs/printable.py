@@ -24,7 +24,10 @@ def printable_json(text: str) -> str:
 
 def one_line(text: object) -> str:
     """`printable`, with line breaks and tabs as spaces."""
-    return printable(" ".join(str(text).split("\n")).replace("\t", " ").replace("\r", " "))
+    words = str(text)
+    if words.isprintable():  # so it has none
+        return words
+    return printable(" ".join(words.split("\n")).replace("\t", " ").replace("\r", " "))
 
 
 def _visible(c: str) -> bool:
