@@ -18,7 +18,6 @@ from harness.types import INERT, WRONG, Cell
 from leaderboard import recompute
 from leaderboard.recompute import SHARES
 from leaderboard.results import Results
-from leaderboard.rows import SETTING
 from leaderboard.wellformed import unverifiable
 
 CLOSE = 1e-5  # relative, of thresholds that were computed in single precision
@@ -224,13 +223,11 @@ def rows(suite: Results, declared: Declared) -> tuple[list[str], list[str]]:
     missing = [cell for cell in planned.cells if cell not in have]
     left_out = {cell for cell in (_canonical(entry.cell, declared) for entry in suite.dropped) if cell in planned.cells}
     wrong = [f"says that a row is left out, and suite {suite.suite} plans it: {_cell(cell)}" for cell in left_out]
-    later, gone = [], []
-    settings = {_setting(cell) for cell in have}
-    for cell in missing:
-        added = all(map(unverifiable, suite.records)) and _setting(cell) not in settings
-        (later if added else gone).append(cell)
-    wrong += [f"lacks a row of suite {suite.suite}: {_cell(cell)}; run the suite again" for cell in gone]
-    notes = [f"lacks {len(later)} rows of settings that suite {suite.suite} has had since"] if later else []
+    older = all(map(unverifiable, suite.records))  # sealed: none can be left out, and the suite has grown since
+    wrong += [
+        f"lacks a row of suite {suite.suite}: {_cell(cell)}; run the suite again" for cell in missing if not older
+    ]
+    notes = [f"lacks {len(missing)} rows that suite {suite.suite} has had since"] if missing and older else []
     extra = len(have - set(planned.cells))
     notes += [f"has {extra} rows that suite {suite.suite} does not plan"] if extra else []
     return wrong, notes
@@ -241,10 +238,6 @@ def _canonical(cell: Cell, declared: Declared) -> Cell:
         return Cell(**{**asdict(cell), **declared.canonical(cell)})
     except Unknown:
         return cell
-
-
-def _setting(cell: Cell) -> tuple[Any, ...]:
-    return (*(getattr(cell, part) for part in SETTING), cell.n, cell.utility_n, cell.evaluation_seed)
 
 
 def _cell(cell: Cell) -> str:

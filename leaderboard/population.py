@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from harness.judges import statistics
 from harness.registry.kept import derived, digest_of
@@ -284,20 +284,9 @@ def _version() -> str:
 
 def fitted(clean: Features, attacked: Features, unseen: Features) -> tuple[bool, ...]:
     """The verdicts of `_predict`, computed."""
-    import numpy as np
     from sklearn.ensemble import RandomForestClassifier
-    from sklearn.tree import DecisionTreeClassifier
 
-    class Forest(RandomForestClassifier):
-        """scikit-learn's forest. It makes each tree from its parameters and a seed; the base class copies a tree and
-        reads the signature of its class three times for that, which takes longer than to fit it to a few models."""
-
-        def _make_estimator(self, append: bool = True, random_state: Any = None) -> Any:
-            assert not append and isinstance(random_state, np.random.RandomState)
-            parameters = {name: getattr(self, name) for name in self.estimator_params}
-            return DecisionTreeClassifier(**parameters | {"random_state": random_state.randint(2**31 - 1)})
-
-    forest = Forest(TREES, class_weight="balanced", random_state=0)
+    forest = RandomForestClassifier(TREES, class_weight="balanced", random_state=0)
     forest.fit([*clean, *attacked], [0] * len(clean) + [1] * len(attacked))
     return tuple(bool(label) for label in forest.predict(unseen))
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -321,23 +320,6 @@ def test_a_forest_never_sees_the_attack_that_it_judges(monkeypatch: pytest.Monke
     assert all(p.accuracy["forest"].value == 1.0 for p in populations(alike))
     (alone,) = populations([m for m in models if not m.cell.attack.startswith("high")])
     assert "two families" in (alone.accuracy["forest"].why or "")
-
-
-def table_of(rng: np.random.Generator, rows: int, shift: float) -> population.Features:
-    return tuple(map(tuple, rng.normal(shift, 1.0, (rows, 3)).round(3).tolist()))
-
-
-def test_a_forest_is_that_of_scikit_learn_tree_by_tree() -> None:
-    from sklearn.ensemble import RandomForestClassifier
-
-    for seed, (few, many) in enumerate([(2, 3), (9, 4), (20, 40)]):
-        rng = np.random.default_rng(seed)
-        clean, attacked, unseen = table_of(rng, few, 0.0), table_of(rng, many, 0.7), table_of(rng, 60, 0.3)
-        forest = RandomForestClassifier(population.TREES, class_weight="balanced", random_state=0)
-        forest.fit([*clean, *attacked], [0] * few + [1] * many)
-        flags = population.fitted(clean, attacked, unseen)
-        assert list(flags) == [bool(label) for label in forest.predict(unseen)]
-        assert len(set(flags)) == 2, "the models lie on both sides"
 
 
 def test_the_next_process_asks_for_no_forest_of_the_same_features(

@@ -37,7 +37,7 @@ class Whole:
     def in_order(self, groups: Iterable[str] | None = None) -> list[str]:
         pending = set(self.needs) - self.ended
         ready = [key for key in self.waiting if pending.isdisjoint(self.needs[key])]
-        return sorted((key for key in ready if groups is None or group(key) in groups), key=self.rank)
+        return sorted((key for key in ready if groups is None or str(group(key)) in groups), key=self.rank)
 
 
 def group(key: str) -> str | None:

@@ -199,7 +199,7 @@ def short_jobs(plan: Plan, costs: Costs, groups: Iterable[Group], gpu: bool, row
     return made
 
 
-def _needs(spec: JobSpec, needs: Iterable[str]) -> Iterator[str]:
+def _needs(spec: object, needs: Iterable[str]) -> Iterator[str]:
     yield from needs
     if isinstance(spec, ControlSpec):
         yield spec.clean

@@ -299,8 +299,8 @@ def _forward(clock: Clock, cls: Any) -> Callable[..., Any]:
 
     real: Any = cls.forward
 
-    def forward(self: Any, *rest: Any, **named: Any) -> Any:
-        x, *rest = (named.pop("sample"), *rest) if "sample" in named else rest
+    def forward(self: Any, *given: Any, **named: Any) -> Any:
+        x, *rest = (named.pop("sample"), *given) if "sample" in named else given
         half = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
 
         def call(x: Tensor, *rest: Any, **named: Any) -> Any:
@@ -422,8 +422,8 @@ def _with_stand_ins(registry: Registry, clock: Clock) -> None:
 
 def loops_of(method: Any) -> tuple[str, ...]:
     """The fields of a method that are lengths of its loops."""
-    named = tuple(method.loops) if offers(method, LoopedMethod) else ()
     own = {f.name for f in fields(method) if f.init}
+    named = tuple(method.loops) if offers(method, LoopedMethod) else ()
     steps = ("steps",) if offers(method, SteppedMethod) and "steps" in own else ()
     return tuple(dict.fromkeys((*steps, *(name for name in named if name in own))))
 

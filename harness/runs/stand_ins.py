@@ -197,8 +197,8 @@ def _clip() -> Any:
 
     from harness.judges.pretrained_judges import OpenClip
 
-    vision = {"image_size": 224, "layers": 12, "width": 768, "patch_size": 32}
-    text = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}
+    vision: Any = {"image_size": 224, "layers": 12, "width": 768, "patch_size": 32}
+    text: Any = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network: Any = CLIP(512, vision, text, quick_gelu=True)
