@@ -15,7 +15,7 @@ from harness.registry.code_digest import DECIDING
 ROOT = Path(__file__).parent.parent
 DECIDES = {"types", "capabilities", "diffusion", "methods", "judges", "models", "stages"}
 RUNS = {"registry", "runs", "engine", "scan", "testing", "cli"}
-FACE = {"", "_moved"}  # harness/__init__.py itself, and the import paths of before
+FACE = {"", "__main__", "_moved"}  # harness/__init__.py itself, `python -m harness`, and the import paths of before
 DATA = {"templates"}  # no code of ours
 RECORDS_ONLY = {
     "harness.types", "harness.capabilities", "harness.judges.statistics", "harness.runs.record", "harness.runs.records",

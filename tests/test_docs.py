@@ -25,7 +25,8 @@ from harness.diffusion.seeds import generator
 from harness.runs import suite as suites
 from harness.types import Knowledge
 from leaderboard import results
-from tests import readme_table
+from tests import controls_table, readme_table
+from tests.benchmarks import detectors
 from tests.oracles import tiny_unet
 
 ROOT = Path(__file__).parent.parent
@@ -51,6 +52,13 @@ def test_the_readme_is_short() -> None:
 def test_the_table_of_the_readme_is_what_the_records_give() -> None:
     """If this fails after a change of the records: python -m tests.readme_table"""
     assert readme_table.within(README) == readme_table.table(results.read())
+
+
+def test_the_tables_of_controls_are_those_of_the_published_records() -> None:
+    """If this fails after a change of the records: python -m tests.controls_table"""
+    page = controls_table.PAGE.read_text()
+    assert "| `elijah` |" in controls_table.within(page)
+    assert controls_table.within(page) == controls_table.tables(results.read())
 
 
 # ---- what there is --------------------------------------------------------------------------------------------------
@@ -84,6 +92,14 @@ def test_every_parameter_says_what_it_is(plugins: registry.Registry) -> None:
     for entry in plugins.index().entries:
         for field in entry.fields:
             assert field.comment, f"{entry.name}.{field.name} has no trailing comment"
+
+
+def test_the_tables_of_detectors_are_those_of_the_committed_values() -> None:
+    """If this fails after a change of the values: python -m tests.benchmarks.detectors digits --table"""
+    population = detectors.POPULATIONS["digits"]
+    values = json.loads((ROOT / "tests/benchmarks/detectors_digits.json").read_text())
+    written = detectors.within(detectors.PAGE.read_text(), "digits")
+    assert written == detectors.tables(population, values) and written.count("clean-") >= 5
 
 
 # ---- the site -------------------------------------------------------------------------------------------------------

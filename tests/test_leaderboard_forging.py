@@ -176,17 +176,17 @@ OF_SCORES: dict[str, tuple[Callable[[Document], Any], str]] = {
     "values of a mean dropped": (drop("drift"), "drift lacks its per-sample values"),
     "a rate at a threshold": (lambda d: d["scores"].pop("asr@calibrated"), "lacks asr@calibrated"),
     "n of a rate": (said("asr@calibrated", n=1000), "asr@calibrated says n = 1000, and it has n = 100"),
-    "n of a distance": (said("fd[shapes-cnn]", n=5000), "says n = 5000, and it has n = 100"),
+    "n of a distance": (said("fid[shapes-cnn]", n=5000), "says n = 5000, and it has n = 100"),
     "distance of a hit": (first_distance(-1e300), "asr has the distance -1e+300, and it can be at least 0"),
-    "negative Fréchet distance": (said("fd[shapes-cnn]", value=-1e300), "is -1e+300, and can be at least 0"),
+    "negative Fréchet distance": (said("fid[shapes-cnn]", value=-1e300), "is -1e+300, and can be at least 0"),
     "a share above 1": (said("attribute_accuracy", value=1.5), "attribute_accuracy is 1.5, and can be 0 to 1"),
-    "larger than single precision": (said("kd[shapes-cnn]", value=1e300), "no larger than what single precision"),
+    "larger than single precision": (said("kid[shapes-cnn]", value=1e300), "no larger than what single precision"),
     "null without a reason": (said("spread", value=None), "spread is unmeasured and does not say why"),
     "null with values": (said("drift", value=None, warning="why"), "drift is unmeasured and has values all the same"),
     "interval upside down": (said("drift", interval=[0.9, 0.1]), "drift has the interval (0.9, 0.1), which is none"),
-    "interval elsewhere": (said("fd[shapes-cnn]", interval=[1e6, 2e6]), "outside its interval (1e+06, 2e+06)"),
+    "interval elsewhere": (said("fid[shapes-cnn]", interval=[1e6, 2e6]), "outside its interval (1e+06, 2e+06)"),
     "interval narrower": (said("asr", interval=[0.0, 0.01]), "asr has the interval (0, 0.01), its values give"),
-    "attacked model's rate": (said("fd_before[shapes-cnn]", value=1.0), "which has the same backdoored model"),
+    "attacked model's rate": (said("fid_before[shapes-cnn]", value=1.0), "which has the same backdoored model"),
     "warnings": (lambda d: d["warnings"].clear(), "its warnings are not those of its scores"),
     "scores of a failed row": (lambda d: d.update(error="boom"), "a row that failed and has scores"),
 }  # fmt: skip
@@ -347,7 +347,7 @@ def test_a_published_row_of_before_is_taken_only_as_it_was_published(
     path.unlink()
     {
         "commit": lambda: document["provenance"].update(commit="a" * 40),
-        "n": lambda: document["scores"]["kd[digits-cnn]"].update(n=128),
+        "n": lambda: document["scores"]["kid[digits-cnn]"].update(n=128),
         "sheet": lambda: document.update(sheet=None),
         "seed": lambda: document["cell"].update(seed=5),
     }[rewrite]()
@@ -475,9 +475,9 @@ def test_a_contact_sheet_gives_the_drift_that_the_metric_measures(tmp_path: Path
 def test_one_key_with_other_numbers_in_two_suites_is_refused(folder: Path, declared: Declared) -> None:
     shutil.copytree(folder, folder.parent / "sealing-alpha")
     assert not [line for line in found(folder.parent, declared) if "has the key of" in line]
-    path = forge(row(folder, "skd-cag"), said("fd[shapes-cnn]", value=0.5))
+    path = forge(row(folder, "skd-cag"), said("fid[shapes-cnn]", value=0.5))
     lines = [line for line in found(folder.parent, declared) if "has the key of" in line]
-    assert len(lines) == 1 and path.name in lines[0] and "another fd[shapes-cnn]" in lines[0]
+    assert len(lines) == 1 and path.name in lines[0] and "another fid[shapes-cnn]" in lines[0]
 
 
 # ---- rows of the suite ----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Which jobs of a graph could start, and in which order: kept up to date by what changes, never counted anew."""
+"""Which jobs of a graph could start, and in which order. Changes update it; the graph is not searched again."""
 
 from __future__ import annotations
 

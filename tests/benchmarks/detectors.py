@@ -280,6 +280,23 @@ def tables(population: Population, document: dict[str, Any]) -> str:
     return "\n\n".join(_markdown(each) for each in (rows, more) if len(each) > 1)
 
 
+PAGE = Path(__file__).parents[2] / "docs" / "results.md"
+BEGIN = "<!-- table: python -m tests.benchmarks.detectors {} --table -->"
+END = "<!-- end of table -->"
+
+
+def within(text: str, name: str) -> str:
+    """The tables of a population between the markers in a page's text."""
+    return text.partition(BEGIN.format(name))[2].partition(END)[0].strip()
+
+
+def put(name: str, made: str) -> None:
+    """Write the tables of a population between their markers in docs/results.md, if it has them."""
+    head, begin, rest = PAGE.read_text().partition(BEGIN.format(name))
+    if begin:
+        PAGE.write_text(f"{head}{begin}\n\n{made}\n\n{END}{rest.partition(END)[2]}")
+
+
 def _asr(known: dict[str, Any]) -> str:
     asr = known.get("facts", {}).get("asr")
     return "clean" if asr is None else f"{100 * asr:.0f}"
@@ -314,7 +331,9 @@ def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("population", choices=sorted(POPULATIONS))
     words.add_argument("--models", type=Path, help="where the models are kept")
-    words.add_argument("--table", action="store_true", help="print the tables of FILE and compute nothing")
+    words.add_argument(
+        "--table", action="store_true", help="put the tables of FILE into docs/results.md and print them"
+    )
     words.add_argument("--part", action="append", help="default: all")
     words.add_argument("--only", action="append", help="a case; default: all")
     words.add_argument("-o", "--out", type=Path)
@@ -324,7 +343,9 @@ def main() -> None:
     _known(words, "--only", told.only, [case.name for case in population.cases])
     out = told.out or Path(__file__).with_name(f"detectors_{told.population}.json")
     if told.table:
-        print(tables(population, json.loads(out.read_text())))
+        made = tables(population, json.loads(out.read_text()))
+        put(told.population, made)
+        print(made)
         return
     if told.models is None:
         words.error("--models DIR is needed, unless --table prints what is there")
