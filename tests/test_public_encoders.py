@@ -19,6 +19,7 @@ from torch import Tensor
 
 from harness import capabilities
 from harness.diffusion.checkpoint import CheckpointError
+from harness.diffusion.images import from_uint8, to_uint8
 from harness.diffusion.seeds import generator
 from harness.judges import public_encoders, shapes
 from harness.judges.evidence import Evidence
@@ -367,9 +368,9 @@ def test_a_distance_in_the_public_features_follows_from_them(encoder: PublicEnco
     seen = evidence()
     images = seen.images("defended", "clean")
     assert images is not None
-    found, real = (encoder.features((x * 127.5 + 127.5).round() / 127.5 - 1) for x in (images, seen.reference))
+    found, real = (encoder.features(from_uint8(to_uint8(x))) for x in (images, seen.reference))
     score = Frechet(resamples=2).measure(seen)[f"fd[{LITE0}]"]
-    assert score.value == pytest.approx(frechet.frechet(found, real), rel=1e-3)
+    assert score.value == pytest.approx(frechet.frechet(found, real), rel=1e-5)
     assert "under the 1280 images" in (score.warning or "")
 
 
