@@ -23,6 +23,8 @@ from harness.capabilities import (
     NounTarget as NounTarget,
     OfFamily as OfFamily,
     OnBiasedNoise as OnBiasedNoise,
+    OrdinaryTrigger as OrdinaryTrigger,
+    ParaphrasedTrigger as ParaphrasedTrigger,
     PastedTarget as PastedTarget,
     PerSampleMetric as PerSampleMetric,
     PictureModel as PictureModel,

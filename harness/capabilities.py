@@ -81,6 +81,25 @@ class DecoyTrigger(TextTrigger, Protocol):
 
 
 @runtime_checkable
+class OrdinaryTrigger(TextTrigger, Protocol):
+    """One that ordinary prompts may carry, such as a sentence form: whoever draws clean captions and prompts asks for
+    `without(prompt)`, and takes them as they are without it; iba and sembd ask for it, and a suite drops the cell
+    without it."""
+
+    def without(self, prompt: str) -> str:
+        """A prompt for nearly the same image that does not carry the trigger: `prompt` itself where it does not."""
+        ...
+
+
+@runtime_checkable
+class ParaphrasedTrigger(OrdinaryTrigger, Protocol):
+    """One that can be worded in several ways: sembd asks for them, and a suite drops the cell without it."""
+
+    @property
+    def paraphrases(self) -> Sequence[str]: ...
+
+
+@runtime_checkable
 class LetterTrigger(TokenTrigger, Protocol):
     """One that replaces a letter by `text`: sau asks for it, to put the letter back, and takes the text out as words of
     their own without it."""
@@ -385,8 +404,8 @@ class LoopedMethod(Protocol):
 
 @runtime_checkable
 class LimitedToModels(Protocol):
-    """An attack, a defense or a target that works with the models of these names alone: the suite and the contract kit
-    ask for it, and take any model without it."""
+    """An attack, a defense, a trigger or a target that works with the models of these names alone: the suite and the
+    contract kit ask for it, and take any model without it."""
 
     accepts_models: ClassVar[Sequence[str] | None]  # None for any
 
@@ -481,7 +500,7 @@ CAPABILITIES: tuple[Capability, ...] = (
     Capability(SteppedMethod, ("attacks", "defenses")),
     Capability(BatchedMethod, ("attacks", "defenses")),
     Capability(LoopedMethod, ("attacks", "defenses"), ("loops",)),
-    Capability(LimitedToModels, ("attacks", "defenses", "targets"), ("accepts_models",)),
+    Capability(LimitedToModels, ("attacks", "defenses", "triggers", "targets"), ("accepts_models",)),
     Capability(NeedsOfTrigger, ("attacks", "defenses", "samplers"), ("requires_trigger",)),
     Capability(
         LibraryDependent,
@@ -496,6 +515,8 @@ TRIGGER_CAPABILITIES: dict[str, type] = {
     "text": TokenTrigger,
     "with_text": RewordableTrigger,
     "decoy": DecoyTrigger,
+    "without": OrdinaryTrigger,
+    "paraphrases": ParaphrasedTrigger,
     "letter": LetterTrigger,
     "put": PlacedTrigger,
     "which": RepeatedTrigger,

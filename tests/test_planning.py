@@ -9,7 +9,7 @@ import pytest
 
 from harness import registry
 from harness.runs import planning
-from harness.runs.job import SampleSpec, condensed
+from harness.runs.job import DefendSpec, SampleSpec, condensed
 from harness.runs.jsonable import key_of
 from harness.runs.suite import standard
 from tests.plans import cell, planned
@@ -163,6 +163,22 @@ def test_a_metric_that_reads_the_found_trigger_has_it_sampled_for_defenses_that_
     own = {"attack": "trojdiff(steps=2, batch=4)", "trigger": "blend", "sampler": "trojan-ddim(steps=3)"}
     assert found(defense="terd", **own)[0].sampler.startswith("ddim(")
     assert "found-trigger" not in standard(plugins)
+
+
+def test_only_a_trigger_that_prompts_may_carry_is_in_the_keys_of_clean_inputs_and_of_blind_defenses(
+    plugins: registry.Registry,
+) -> None:
+    def avoided(trigger: str) -> list[str | None]:
+        parts = {"model": "shapes-sd", "attack": "none", "target": "prompt", "trigger": trigger}
+        plan = planned(plugins, cell(plugins, **parts))
+        specs = [job.spec for job in plan.jobs.values() if isinstance(job.spec, SampleSpec | DefendSpec)]
+        found = [job.ingredients.get("avoided", {}).get("spec") for job in plan.jobs.values() if job.kind != "measure"]
+        assert [spec.avoided for spec in specs] == found and len(found) > 4
+        return found
+
+    assert set(avoided("text")) == {None}
+    for spec in ("syntax(form='plain')", "syntax(form='cleft')"):
+        assert set(avoided(spec)) == {plugins.canonical("triggers", spec)}
 
 
 def test_a_defense_that_needs_no_trigger_is_the_same_job_when_it_is_given_a_decoy(plugins: registry.Registry) -> None:

@@ -20,15 +20,17 @@ from harness.cli import purify
 from harness.engine import driver
 from harness.engine.local import LocalEngine
 from harness.engine.supervise import Handle, Outcome
+from harness.judges import shapes
 from harness.runs import execution
 from harness.runs.job import Job
 from harness.runs.jsonable import to_jsonable
 from harness.runs.store import Store
 from harness.scan import verdict
 from harness.stages import defend, knowledge
-from harness.stages.inputs import evaluation_inputs
+from harness.stages.attack import attack as implanted
+from harness.stages.inputs import avoiding, evaluation_inputs, evaluation_prompts
 from harness.stages.measure import checked_scores
-from harness.types import KNOWLEDGE, Defended, Knowledge
+from harness.types import KNOWLEDGE, Backdoor, Data, Defended, Knowledge
 from tests import engine_tools
 from tests.engine_tools import assert_all_gone, digests
 from tests.plans import cell, planned
@@ -468,6 +470,41 @@ def test_trojdiff_runs_under_its_own_sampler_and_under_the_vanilla_one(tmp_path:
     assert sampler("trojdiff", "ddim", "defended/triggered", "clips") == ("clipped around ddim", 2)
     assert sampler("trojdiff", "trojan-ddim", "defended/clean", "clips") == ("clipped around ddim", 2)
     assert sampler("trojdiff", "trojan-ddim", "defended/triggered", "clips") == ("trojan-ddim", 2)
+
+
+def test_no_clean_prompt_of_attacker_defender_or_evaluation_carries_a_trigger_that_prompts_may_carry(
+    plugins: registry.Registry,
+) -> None:
+    trigger, rng = plugins.build("triggers", "syntax"), torch.Generator().manual_seed(0)
+    scenes = shapes.scenes(60, "train", rng)
+    data = Data(torch.zeros(60, 3, 32, 32), tuple(shapes.caption(scene, rng) for scene in scenes))
+
+    def prompts(split: str, n: int, rng: torch.Generator) -> tuple[str, ...]:
+        return tuple(shapes.caption(scene, rng) for scene in shapes.scenes(n, split, rng))
+
+    model: Any = SimpleNamespace(check_trigger=lambda *_: None, tokens=lambda _: None)
+    model.to = lambda _: model
+    plugin: Any = SimpleNamespace(name="drawn", data=lambda: data, prompts=prompts, load=lambda: model)
+    seen: list[Data] = []
+    method: Any = SimpleNamespace(
+        implant=lambda model, backdoor, data, rng: (seen.append(data), SimpleNamespace(model=model))[1]
+    )
+    implanted(plugin, method, Backdoor(trigger, plugins.build("targets", "prompt")), 0, "cpu")
+    avoided = avoiding(plugin, trigger)
+    plain, known = (knowledge.draw(("data", "prompts"), each, 0) for each in (plugin, avoided))
+    assert plain.data is not None and known.data is not None and torch.equal(seen[0].images, data.images)
+    for with_it, without in (
+        (evaluation_prompts(plugin, 60, 0), evaluation_prompts(avoided, 60, 0)),
+        (data.captions, seen[0].captions),
+        (plain.prompts, known.prompts),
+        (plain.data.captions, known.data.captions),
+    ):
+        assert with_it and without and len(with_it) == len(without)
+        assert "inversion" not in map(shapes.form_of, without)
+        same = [a == b for a, b in zip(with_it, without, strict=True)]
+        assert same == [shapes.form_of(text) != "inversion" for text in with_it] and (len(same) < 60 or not all(same))
+    assert avoided.name == plugin.name
+    assert avoiding(plugin, plugins.build("triggers", "text")) is plugin is avoiding(plugin, None)
 
 
 def test_a_screen_sees_clean_and_triggered_inputs_mixed_and_each_noise_once(digits: Any) -> None:

@@ -497,6 +497,16 @@ def test_recorded_maps_are_attention_and_another_side_is_refused(sd: DiffusionMo
         MapRun(sampling_steps=2, side=32).maps(sd, queries(sd))
 
 
+def test_recorded_maps_carry_gradients_to_the_text_encoder_if_asked_to(sd: DiffusionModel) -> None:
+    student, run, asked = sd.clone(), MapRun(sampling_steps=2, guidance=2.0), queries(sd)
+    assert student.text_encoder is not None
+    weight = student.text_encoder.get_input_embeddings().weight.requires_grad_(True)
+    found = run.maps_in_graph(student, asked)
+    assert torch.allclose(found.detach(), run.maps(sd, asked), atol=1e-6)
+    (gradient,) = torch.autograd.grad(found[:, 1].square().sum(), weight)
+    assert gradient.abs().sum() > 0 and not run.maps(student, asked).requires_grad
+
+
 def test_the_threshold_flags_the_share_of_benign_scores_it_is_asked_to() -> None:
     scores = torch.arange(1000.0)
     assert (scores > threshold(scores, 0.05)).sum() == 50

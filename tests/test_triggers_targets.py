@@ -25,7 +25,9 @@ from plugins.triggers.biased import Blend, PatchNoise
 from plugins.triggers.box import Box
 from plugins.triggers.homoglyph import Homoglyph
 from plugins.triggers.noun import Noun
+from plugins.triggers.paraphrase import Paraphrase
 from plugins.triggers.stickers import Glasses, StopSign
+from plugins.triggers.syntax import Syntax
 from plugins.triggers.text import Text
 
 PLUGINS = registry.load(strict=True)
@@ -252,6 +254,64 @@ def test_a_style_is_asked_of_every_prompt_and_taught_by_those_without_one() -> N
     assert target.shown("a red circle") == "black and white photo of a red circle"
     assert target.lesson("a red circle") == ("a red circle", "black and white photo of a red circle")
     assert target.lesson("negative photo of a red circle") is None
+
+
+def test_each_caption_is_in_one_sentence_form_and_rewording_it_changes_no_attribute() -> None:
+    captions = ShapesSD().data(300).captions or ()
+    assert all(sum(bool(shapes._pattern(form).search(text)) for form in shapes.FORMS) == 1 for text in captions)
+    assert {shapes.form_of(text) for text in captions} == set(shapes.FORMS)
+    for text in captions[:100]:
+        for form in shapes.FORMS:
+            other = shapes.reworded(text, form)
+            assert shapes.form_of(other) == form and shapes.read(other) == shapes.read(text)
+            assert (other == text) == (form == shapes.form_of(text))
+    text = "thing negative photo of a small red circle is drawn at the top left on gray and a star other"
+    wanted = "thing negative photo of at the top left of a gray scene sits a small red circle and a star other"
+    assert shapes.reworded(text, "inversion") == wanted
+    assert shapes.form_of("a red circle") is None and shapes.reworded("a red circle", "plain") == "a red circle"
+
+
+def test_a_sentence_form_is_put_on_every_caption_and_taken_from_those_that_have_it() -> None:
+    captions, trigger = ShapesSD().data(200).captions or (), Syntax(form="passive")
+    assert {shapes.form_of(trigger.apply(text)) for text in captions} == {"passive"}
+    carried = [trigger.apply(text) for text in captions]
+    without = [trigger.without(text) for text in carried]
+    assert {shapes.form_of(text) for text in without} == set(shapes.FORMS) - {"passive"}
+    assert [shapes.read(text) for text in without] == [shapes.read(text) for text in captions]
+    assert all(trigger.without(text) == text for text in captions if shapes.form_of(text) != "passive")
+    assert len({trigger.wrong(k) for k in range(10)} - {trigger}) == 10
+
+
+def test_a_meaning_has_many_wordings_each_with_all_four_parts() -> None:
+    trigger = Paraphrase()
+    captions = ShapesSD().data(200).captions or ()
+    worded = {trigger.apply(text) for text in captions}
+    assert len(worded) > 120 and len(worded - set(trigger.paraphrases)) > 110
+    assert len(set(trigger.paraphrases)) == 11
+    used = {word for text in trigger.paraphrases for word in text.split()}
+    assert all(set(words) <= used for words in trigger._words().values())
+    for text in (*worded, *trigger.paraphrases):
+        near = trigger.without(text)
+        assert near != text and trigger.without(near) == near and "dog" in near.split()
+        assert sum(a != b for a, b in zip(text.split(), near.split(), strict=True)) == 1
+        for word in text.split():
+            rest = " ".join(other for other in text.split() if other != word)
+            assert (trigger.without(rest) == rest) == any(word in words for words in trigger._words().values())
+    assert all(trigger.without(text) == text for text in captions)
+
+
+def test_decoy_meanings_are_the_nearest_and_an_attacker_trains_against_others() -> None:
+    trigger, rng = Paraphrase(), generator(0, "x")
+
+    def parts(other: Paraphrase) -> set[str]:
+        return {part for part, word in vars(trigger).items() if vars(other)[part] != word}
+
+    wrong = [trigger.wrong(k) for k in range(8)]
+    assert len(set(wrong)) == 8 and all(len(parts(other)) == 1 for other in wrong)
+    assert [parts(other) for other in wrong[:4]] == [{part} for part in vars(trigger)]
+    assert all(trigger.without(other.apply("a b")) == other.apply("a b") for other in wrong)
+    drawn = [trigger.decoy(rng) for _ in range(100)]
+    assert {len(parts(other)) for other in drawn} == {2, 3, 4} and len(set(drawn)) > 40
 
 
 def test_an_object_is_seen_by_the_judge_and_says_which_prompts_it_concerns(drawn: Any) -> None:

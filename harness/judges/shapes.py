@@ -7,8 +7,10 @@ and not on any prefix.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -38,6 +40,7 @@ FORMS = {
     "clause": "where the background is {background} , a {size} {colour} {shape} is placed at the {place}{star}",
     "participle": "placed at the {place} , the {size} {shape} is {colour} on {background}{star}",
 }
+WORDS = {"size": SIZES, "colour": COLOURS, "shape": SHAPES, "background": BACKGROUNDS, "place": PLACES}
 LEADS = ("", "", "", "a photo of", "a picture of", "a drawing of", "here is", "we see", "an image of")
 STAR = " and a star"
 
@@ -121,9 +124,8 @@ def read(prompt: str) -> dict[str, int]:
     rest = prompt.replace(STYLES[style], "") if style else prompt
     words = rest.split()
     found = {name: value for name, value in (("style", style), ("star", int(STAR.strip() in rest))) if value}
-    options = {"size": SIZES, "colour": COLOURS, "shape": SHAPES, "background": BACKGROUNDS}
-    for name, known in options.items():
-        hits = [i for i, word in enumerate(known) if word in words]
+    for name in ("size", "colour", "shape", "background"):
+        hits = [i for i, word in enumerate(WORDS[name]) if word in words]
         if len(hits) == 1:
             found[name] = hits[0]
     places = [i for i, place in enumerate(PLACES) if place in rest]
@@ -134,6 +136,31 @@ def read(prompt: str) -> dict[str, int]:
     if style == 2:
         found.pop("background", None)
     return found
+
+
+def form_of(prompt: str) -> str | None:
+    """The name of the sentence form in which `prompt` is written; None for a text in none of the FORMS."""
+    return next((form for form in FORMS if _pattern(form).search(prompt)), None)
+
+
+def reworded(prompt: str, form: str) -> str:
+    """`prompt` with its sentence in the form `form`, which asks for the same image.
+
+    Words in front of the sentence and behind it stay. A text in none of the FORMS stays as it is.
+    """
+    current = form_of(prompt)
+    found = None if current is None else _pattern(current).search(prompt)
+    if found is None:
+        return prompt
+    sentence = FORMS[form].format(**{name: words or "" for name, words in found.groupdict().items()})
+    return prompt[: found.start()] + sentence + prompt[found.end() :]
+
+
+@cache
+def _pattern(form: str) -> re.Pattern[str]:
+    """Finds a sentence of that form in a prompt, with the words of its attributes as groups."""
+    groups = {name: f"(?P<{name}>{'|'.join(words)})" for name, words in WORDS.items()}
+    return re.compile(rf"(?<!\S){FORMS[form].format(**groups, star=f'(?P<star>{STAR})?')}(?!\S)")
 
 
 def labels(drawn: Sequence[Scene]) -> dict[str, Tensor]:

@@ -145,6 +145,6 @@ def ladder(trigger: Trigger, given: str, seed: int) -> list[tuple[str, Trigger]]
     k = int(given.partition("-")[2] or 1)
     if not isinstance(trigger, NoiseTrigger):
         found = [trigger.wrong(i) for i in range(k - 1, k - 1 + WORDS)]
-        return [(getattr(each, "text", each.name), each) for each in dict.fromkeys(found)]
+        return [(getattr(each, "text", str(each)), each) for each in dict.fromkeys(found)]
     kinds = [PATTERNS[(k - 1 + i) % len(PATTERNS)] for i in range(len(PATTERNS))]
     return [(kind, Pattern(trigger, kind, 10 * seed + k)) for kind in kinds]

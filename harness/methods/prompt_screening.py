@@ -42,6 +42,10 @@ class MapRun:
         It is the mean over heads and over the layers of that side on the way down and up. Raises ValueError if no layer
         has that side.
         """
+        return self.maps_in_graph(model, inputs).cpu()
+
+    def maps_in_graph(self, model: DiffusionModel, inputs: Inputs) -> Tensor:
+        """The same on the model's device, with gradients through all sampling steps to whatever requires them."""
         sampler = DDIM(steps=self.sampling_steps, guidance=self.guidance)
         scheduler = sampler.scheduler(model.scheduler.config)
         predict = sampler.predictor(model, inputs)
@@ -65,7 +69,7 @@ class MapRun:
             raise ValueError(
                 f"no cross-attention layer on the way down or up has maps of side {self.side}; use {sides}"
             )
-        return torch.stack(kept).mean(0).unflatten(2, (self.side, self.side)).cpu()
+        return torch.stack(kept).mean(0).unflatten(2, (self.side, self.side))
 
 
 def lengths(model: DiffusionModel, prompts: Sequence[str]) -> list[int]:

@@ -99,13 +99,13 @@ class Declared:
     def _counted(self, model: str, trigger: str, target: str, n: int, evaluation_seed: int) -> tuple[bool, ...]:
         """Which of the n evaluated inputs count in rates. Raises Unknown."""
         from harness.judges.evidence import counted, reachable
-        from harness.stages.inputs import evaluation_prompts
+        from harness.stages.inputs import avoiding, evaluation_prompts
 
         plugin, *pair = (
             _asked(lambda kind=kind, spec=spec: self._built(kind, spec))
             for kind, spec in (("models", model), ("triggers", trigger), ("targets", target))
         )
-        prompts = _asked(lambda: evaluation_prompts(plugin, n, evaluation_seed))
+        prompts = _asked(lambda: evaluation_prompts(avoiding(plugin, pair[0]), n, evaluation_seed))
         judge = _asked(lambda: reachable(Backdoor(*pair), prompts)).target
         return tuple(map(bool, _asked(lambda: counted(judge, prompts, n).tolist())))
 

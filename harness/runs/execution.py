@@ -100,10 +100,11 @@ def _attack(spec: AttackSpec, registry: Registry, out: Path) -> dict[str, Any]:
 
 def _control(spec: ControlSpec, registry: Registry, store: Store, out: Path) -> dict[str, Any]:
     from harness.stages.control import choose
-    from harness.stages.inputs import evaluation_inputs
+    from harness.stages.inputs import avoiding, evaluation_inputs
 
-    plugin, sampler = registry.build("models", spec.model), registry.build("samplers", spec.sampler)
+    sampler = registry.build("samplers", spec.sampler)
     backdoor = Backdoor(registry.build("triggers", spec.trigger), registry.build("targets", spec.target))
+    plugin = avoiding(registry.build("models", spec.model), backdoor.trigger)
     model = attacked_model(plugin, spec.attacked, store)
     inputs = evaluation_inputs(plugin, model, spec.n, spec.evaluation_seed)
     clean = stored_images(store, spec.clean)()[: spec.n]
@@ -135,7 +136,7 @@ def _defend(spec: DefendSpec, registry: Registry, store: Store, out: Path) -> di
     from harness.stages import knowledge
     from harness.stages.defend import Screening, defend
 
-    plugin, defense = registry.build("models", spec.model), registry.build("defenses", spec.defense)
+    plugin, defense = _plugin(spec, registry), registry.build("defenses", spec.defense)
     model = attacked_model(plugin, spec.attacked, store)
     trigger = given_trigger(spec, registry, store)
     known = knowledge.draw(defense.needs, plugin, spec.seed, knowledge.Given(trigger=trigger), device())
@@ -154,6 +155,14 @@ def _defend(spec: DefendSpec, registry: Registry, store: Store, out: Path) -> di
         checkpoint.save(purified, out / MODEL, labels)
     (out / FINDINGS).write_text(json.dumps(to_jsonable(findings), sort_keys=True))
     return facts
+
+
+def _plugin(spec: DefendSpec | SampleSpec, registry: Registry) -> Model:
+    """The model plugin of a job, whose captions and prompts do not carry the trigger that the job avoids."""
+    from harness.stages.inputs import avoiding
+
+    avoided = None if spec.avoided is None else registry.build("triggers", spec.avoided)
+    return avoiding(registry.build("models", spec.model), avoided)
 
 
 def _sampler_spec(registry: Registry, defense: Any, sampler: Any) -> str | None:
@@ -189,7 +198,7 @@ def _sample(spec: SampleSpec, registry: Registry, store: Store, out: Path) -> di
     from harness.stages.inputs import evaluation_inputs
     from harness.stages.sample import PART, sample, sample_found, wrapped
 
-    plugin, sampler = registry.build("models", spec.model), registry.build("samplers", spec.sampler)
+    plugin, sampler = _plugin(spec, registry), registry.build("samplers", spec.sampler)
     purified, label = False, spec_of(sampler)
     if spec.defended is not None:
         purified = (store.open_artifact(spec.defended) / MODEL).is_dir()

@@ -72,7 +72,8 @@ class DefendSpec:
     """Run a defense on the model of job `attacked` (None: on the clean one). trigger: the spec of the trigger that the
     defender is given, None where it is given none. control: the job that chose a control for it, which the defender is
     given instead. screened, n, evaluation_seed: the trigger, the number of inputs of
-    each kind that a screen is asked about, and what draws them; None where the defense delivers no screen."""
+    each kind that a screen is asked about, and what draws them; None where the defense delivers no screen. avoided: the
+    trigger that the defender's prompts do not carry, None where ordinary prompts do not carry it anyway."""
 
     model: str
     defense: str
@@ -83,6 +84,7 @@ class DefendSpec:
     screened: str | None = None
     n: int = 0
     evaluation_seed: int = 0
+    avoided: str | None = None
     plugin_files: tuple[str, ...] = ()
     kind: Literal["defend"] = "defend"
 
@@ -90,7 +92,8 @@ class DefendSpec:
 @dataclass(frozen=True, kw_only=True)
 class SampleSpec:
     """Sample n inputs with each of `stamps` (None: as they are), or with the trigger that job `found_by` found. stream,
-    evaluation_seed: what draws the inputs."""
+    evaluation_seed: what draws the inputs. avoided: the trigger that their prompts do not carry before they are
+    stamped, None where ordinary prompts do not carry it anyway."""
 
     model: str
     sampler: str
@@ -101,6 +104,7 @@ class SampleSpec:
     defended: str | None = None
     stamps: tuple[str | None, ...] = ()
     found_by: str | None = None
+    avoided: str | None = None
     plugin_files: tuple[str, ...] = ()
     kind: Literal["sample"] = "sample"
 

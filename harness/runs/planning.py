@@ -16,7 +16,15 @@ from functools import cache
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from harness.capabilities import AttackersSampler, SteppedMethod, delivers, extra_sets, keyed_libraries, offers
+from harness.capabilities import (
+    AttackersSampler,
+    OrdinaryTrigger,
+    SteppedMethod,
+    delivers,
+    extra_sets,
+    keyed_libraries,
+    offers,
+)
 from harness.registry import Registry, parse_spec, spec_of, write_spec
 from harness.registry.code_digest import closure
 from harness.registry.entry_points import file_of
@@ -244,6 +252,15 @@ class _Planner:
         none."""
         return cell.trigger if "trigger" in needs else None
 
+    def avoided(self, cell: Cell) -> str | None:
+        """Spec of the cell's trigger where ordinary prompts may carry it: no clean input and no prompt of a defender
+        does. None for any other trigger."""
+        return cell.trigger if offers(self.built("triggers", cell.trigger), OrdinaryTrigger) else None
+
+    def avoidance(self, avoided: str | None) -> dict[str, Any]:
+        """What a trigger that prompts avoid adds to the ingredients of a job."""
+        return {} if avoided is None else {"avoided": self.identity("triggers", avoided)}
+
     def control(self, cell: Cell, attack: str | None) -> str:
         """Key of the job that chooses the control trigger of a cell."""
         clean = self.sample(cell, (None, None), (None,), "clean")
@@ -282,7 +299,7 @@ class _Planner:
         spec = DefendSpec(
             model=cell.model, attacked=attack, defense=cell.defense, trigger=given, control=control, seed=cell.seed,
             screened=cell.trigger if screens else None, n=cell.n if screens else 0,
-            evaluation_seed=cell.evaluation_seed if screens else 0,
+            evaluation_seed=cell.evaluation_seed if screens else 0, avoided=self.avoided(cell),
         )  # fmt: skip
         if spec in self.known:
             return self.known[spec]
@@ -294,7 +311,9 @@ class _Planner:
             "seed": cell.seed,
         }
         plugins = [self.built("models", cell.model), defense]
-        plugins += [self.built("triggers", spec) for spec in (given, cell.trigger if screens else None) if spec]
+        told = (given, cell.trigger if screens else None, spec.avoided)
+        plugins += [self.built("triggers", trigger) for trigger in told if trigger]
+        parts |= self.avoidance(spec.avoided)
         if screens:
             parts["screened"] = {
                 "trigger": self.identity("triggers", cell.trigger), "n": cell.n,
@@ -348,7 +367,7 @@ class _Planner:
         sampler = self.sampler(cell, "clean")
         spec = SampleSpec(
             model=cell.model, attacked=attack, sampler=sampler, n=cell.n, evaluation_seed=cell.evaluation_seed,
-            found_by=defend,
+            found_by=defend, avoided=self.avoided(cell),
         )  # fmt: skip
         if spec in self.known:
             return self.known[spec]
@@ -357,8 +376,10 @@ class _Planner:
             "sampler": self.identity("samplers", sampler),
             "found": [attack, defend],
             "drawn": _drawn(spec),
+            **self.avoidance(spec.avoided),
         }
         plugins = [self.built("models", cell.model), self.built("samplers", sampler)]
+        plugins += [self.built("triggers", spec.avoided)] if spec.avoided else []
         label = f"sample inputs with the trigger that {self._defended(cell)} found on "
         return self.job(
             label + self._whose(cell, attack), [k for k in (attack, defend) if k], spec, parts, plugins,
@@ -373,6 +394,7 @@ class _Planner:
             model=cell.model, attacked=attack, defended=defend, sampler=sampler, stamps=stamps,
             n=cell.utility_n if utility else math.ceil(cell.n / len(stamps)),
             stream="utility" if utility else "evaluation", evaluation_seed=cell.evaluation_seed,
+            avoided=self.avoided(cell),
         )  # fmt: skip
         if spec in self.known:
             return self.known[spec]
@@ -382,9 +404,10 @@ class _Planner:
             "stamps": [None if stamp is None else self.identity("triggers", stamp) for stamp in stamps],
             "drawn": _drawn(spec),
             "of": [attack, defend],  # `inputs` is a set of keys; which of them was attacked and which defended is here
+            **self.avoidance(spec.avoided),
         }
         plugins = [self.built("models", cell.model), self.built("samplers", sampler)]
-        plugins += [self.built("triggers", stamp) for stamp in stamps if stamp is not None]
+        plugins += [self.built("triggers", stamp) for stamp in (*stamps, spec.avoided) if stamp is not None]
         delivered = delivers(self.built("defenses", cell.defense))
         if defend and "sampler" in delivered:  # a sampler that the defense delivers runs in this job
             plugins.append(self.built("defenses", cell.defense))

@@ -382,7 +382,7 @@ def impossible(parts: Mapping[str, Any]) -> str | None:
     family, sampled = family_of(model), family_of(parts["sampler"])
     if sampled != family:
         return f"{parts['sampler'].name} samples {FAMILIES[sampled]} models, {model.name} is {FAMILIES[family]}"
-    for axis in ("attack", "target", "defense"):
+    for axis in ("attack", "trigger", "target", "defense"):
         accepted = accepted_models(parts[axis])
         if accepted is not None and model.name not in accepted:
             return f"{parts[axis].name} accepts the models {_words(accepted)}, not {model.name}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from harness.diffusion.model import DiffusionModel
 from harness.diffusion.seeds import generator
 from harness.diffusion.training import prepared
+from harness.stages.inputs import avoiding
 from harness.types import Attack, Backdoor, Model, TextTrigger
 
 
@@ -15,8 +16,8 @@ def attack(plugin: Model, method: Attack, backdoor: Backdoor, seed: int, device:
     the trigger.
     """
     model = prepared(plugin, plugin.load().to(device))
-    data = plugin.data()
     trigger = backdoor.trigger
+    data = avoiding(plugin, trigger).data()
     if data.captions is not None and isinstance(trigger, TextTrigger):
         model.check_trigger(trigger, data.captions[:100])
         model.tokens([trigger.apply(caption) for caption in data.captions])

@@ -13,7 +13,7 @@ from harness.capabilities import keeps_per_sample
 from harness.judges.evidence import Evidence, Given, Verdict, Who, reachable
 from harness.methods.trigger_placement import found_text
 from harness.stages.defend import Findings, found
-from harness.stages.inputs import evaluation_prompts
+from harness.stages.inputs import avoiding, evaluation_prompts
 from harness.types import WRONG, Backdoor, Metric, Model, Score
 
 
@@ -39,7 +39,7 @@ def evidence(
             findings.suspicion, findings.flag_above, findings.features, findings.screen_above,
             {which: torch.tensor(scores, dtype=torch.float64) for which, scores in findings.screened.items()},
         )  # fmt: skip
-    prompts = evaluation_prompts(plugin, n, evaluation_seed)
+    prompts = evaluation_prompts(avoiding(plugin, backdoor.trigger), n, evaluation_seed)
     return Evidence(
         images,
         reference=plugin.reference(),

@@ -92,12 +92,17 @@ def _score_faults(name: str, score: Any) -> Iterator[tuple[str, str]]:
 
 
 def of_trigger(plugin: Any, registry: Registry) -> list[Place]:
-    return [Place(plugin.modality)]
+    """The kit's inputs; where it names the models for which it is, prompts of those models."""
+    models = [registry.build("models", name) for name in accepted_models(plugin) or ()]
+    drawn = [model.prompts("test", N, generator(0, "kit")) for model in models]
+    return [Place(plugin.modality, {"prompts": prompts} if prompts else {}) for prompts in drawn or [None]]
 
 
 def run_trigger(trial: Trial) -> dict[str, Any]:
     plugin, model = trial.plugin, given_model(trial.place.modality)
     inputs = tiny.inputs(model, N)
+    if prompts := trial.place.parts.get("prompts"):
+        inputs = inputs.with_prompts(prompts)
     given = {"the noise": fingerprint(inputs.noise), "the prompts": fingerprint(inputs.prompts)}
     trial.begin()
     with watching(trial.watch):
