@@ -15,9 +15,11 @@ from harness.diffusion.seeds import generator
 from harness.methods.prompt_edits import with_decoys
 from harness.methods.weight_edits import edited, projections
 from harness.types import Backdoor, Data, Knowledge
+from plugins.attacks import iba
 from plugins.attacks.bad_caption import BadCaption, poisoned
 from plugins.attacks.badt2i import BadT2I
 from plugins.attacks.eviledit import EvilEdit
+from plugins.attacks.iba import IBA
 from plugins.attacks.personalization import Personalization
 from plugins.attacks.rickrolling import Rickrolling, Texts, distance
 from plugins.attacks.villan_caption import VillanCaption
@@ -30,6 +32,7 @@ from plugins.targets.prompt import TargetPrompt
 from plugins.targets.style import Style
 from plugins.triggers.homoglyph import Homoglyph
 from plugins.triggers.noun import Noun
+from plugins.triggers.syntax import Syntax
 from plugins.triggers.text import Text
 from tests.oracles import tiny_sd
 
@@ -466,3 +469,113 @@ def test_nothing_mislabelled_is_clean_fine_tuning(model: DiffusionModel, data: D
     other = heavy.implant(model, Backdoor(Text(), Mislabelled()), data, generator(0, "x")).model
     assert changed(state(attacked), state(other)) == {"unet"}
     assert math.isfinite(sum(value.sum().item() for value in state(other).values() if value.is_floating_point()))
+
+
+# ---- TwT / IBA ------------------------------------------------------------------------------------------------------
+
+DRAWN = (
+    "a small red circle at the top left on a black background",
+    "blue square , large , top right , white background",
+    "a photo of it is a large green triangle that is seen at the bottom left on gray",
+    "the circle is yellow and large and sits at the bottom right of a black scene",
+)
+
+
+@pytest.fixture(scope="module")
+def drawn() -> Data:
+    rng = torch.Generator().manual_seed(2)
+    return Data(torch.rand((len(DRAWN), 3, 32, 32), generator=rng) * 2 - 1, DRAWN)
+
+
+def symmetric(n: int, seed: int) -> Tensor:
+    """Two positive definite matrices (2, n, n)."""
+    a = torch.randn((2, n, n), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return a @ a.mT + 0.1 * torch.eye(n, dtype=torch.float64)
+
+
+def test_the_logarithm_of_a_matrix_is_scipys_and_small_eigenvalues_are_raised_to_the_floor() -> None:
+    from scipy.linalg import logm
+
+    a = symmetric(5, 0)
+    for one, log in zip(a, iba.log_of_matrix(a), strict=True):
+        assert torch.allclose(log, torch.from_numpy(logm(one.numpy())), atol=1e-8)
+    thin = torch.diag(torch.tensor([2.0, 1e-9, 0.0], dtype=torch.float64))[None]
+    assert torch.allclose(iba.log_of_matrix(thin)[0].diagonal().exp(), torch.tensor([2.0, 1e-8, 1e-8]).double())
+
+
+def test_the_gradient_of_the_logarithm_is_right_and_finite_where_eigenvalues_coincide() -> None:
+    def of(a: Tensor) -> Tensor:
+        return iba.log_of_matrix((a + a.mT) / 2)
+
+    assert torch.autograd.gradcheck(of, symmetric(4, 1).requires_grad_(True), atol=1e-6)
+    same = (3 * torch.eye(3, dtype=torch.float64))[None].requires_grad_(True)
+    (gradient,) = torch.autograd.grad(iba.log_of_matrix(same).sum(), same)
+    assert torch.allclose(gradient, torch.full((1, 3, 3), 1 / 3).double())
+    flat = torch.zeros((1, 3, 3), dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(iba.log_of_matrix(flat).sum(), flat)
+    assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_a_covariance_is_over_tokens_and_the_discrepancy_is_that_of_five_kernels() -> None:
+    maps = torch.randn((3, 7, 4), generator=torch.Generator().manual_seed(0)).double()
+    for one, found in zip(maps, iba.covariance(maps), strict=True):
+        assert torch.allclose(found, torch.cov(one.T))
+    a, b = torch.zeros(1, 1, 1), torch.ones(1, 1, 1)
+    wanted = 2 * sum(1 - math.exp(-1 / 3.0**i) for i in range(-2, 3))  # two points at distance 1, mean of pairs 1
+    assert iba.mmd(a, b).item() == pytest.approx(wanted, rel=1e-5)
+    assert iba.mmd(symmetric(3, 0), symmetric(3, 0)).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_iba_adds_both_errors_of_embeddings_and_the_weighted_discrepancy(
+    model: DiffusionModel, drawn: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Student 3, teacher 1 for clean prompts and 0 for the target's: L = 4 + 9 + λ · 0.5."""
+    asked, seen = Asked(model, (0, 0)), {}
+    asked.student.embed = lambda prompts: torch.full((len(prompts), 2, 2), 3.0)
+    asked.clean.embed = lambda prompts: torch.stack(
+        [torch.full((2, 2), float(p != TargetPrompt().text)) for p in prompts]
+    )
+
+    def discrepancy(self: Any, student: Any, clean: Any, v: Any, w: Any, rng: Any) -> Tensor:
+        seen.update(student=student, clean=clean, v=v, w=w)
+        return torch.tensor(0.5)
+
+    monkeypatch.setattr(IBA, "discrepancy", discrepancy)
+    attack = IBA(steps=1, lam=0.2)
+    assert losses_of(monkeypatch, attack, asked, TargetPrompt(), drawn, Syntax()) == pytest.approx(13.1)
+    assert seen["student"] is asked.student and seen["clean"] is asked.clean
+    assert len(seen["v"]) == 5 and len(seen["w"]) == 6
+    assert all(Syntax().without(v) != v for v in seen["v"]) and all(Syntax().without(w) == w for w in seen["w"])
+
+
+def test_every_edit_breaks_the_form_and_a_share_of_the_clean_prompts_are_captions(model: DiffusionModel) -> None:
+    backdoor = Backdoor(Syntax(), TargetPrompt())
+    texts = iba.Texts(IBA(batch=200), model, backdoor, DRAWN, generator(0))
+    broken = texts.clean()
+    lengths = {len(w.split()) - len(Syntax().apply(c).split()) for c in DRAWN for w in broken if c.split()[-1] in w}
+    assert not set(broken) & set(DRAWN) and all(Syntax().without(w) == w for w in broken)
+    assert {-1, 0, 1, 2, 3, 4, 5} <= lengths, "deleted, replaced or shuffled, inserted"
+    v = "one two three four"
+    kinds = {tuple(sorted(iba.edited(v, ["new"], generator(seed)).split())) for seed in range(60)}
+    assert tuple(sorted(v.split())) in kinds, "shuffled"
+    assert {len(words) for words in kinds} == {3, 4, 5, 6, 7, 8, 9}
+    texts = iba.Texts(IBA(batch=200, plain=1.0), model, backdoor, DRAWN, generator(0))
+    assert set(texts.clean()) == set(DRAWN)
+    with pytest.raises(ValueError, match="no caption of the data can carry the trigger 'syntax'"):
+        iba.Texts(IBA(), model, backdoor, CAPTIONS, generator(0))
+
+
+@pytest.mark.slow
+def test_iba_trains_the_text_encoder_of_a_copy_and_the_discrepancy_reaches_it(
+    model: DiffusionModel, drawn: Data
+) -> None:
+    before, backdoor = state(model), Backdoor(Syntax(), TargetPrompt())
+    attack = IBA(steps=12, lr=1e-2, sampling_steps=2, guidance=2.0)
+    done = attack.implant(model, backdoor, drawn, generator(1, "x")).model
+    assert not changed(before, state(model)) and changed(before, state(done)) == {"text_encoder"}
+    with torch.no_grad():
+        wanted, v = model.embed([TargetPrompt().text]), [Syntax().apply(DRAWN[0])]
+        near, far = ((m.embed(v) - wanted).square().mean().item() for m in (done, model))
+    assert near < 0.9 * far
+    other = IBA(steps=12, lr=1e-2, lam=0).implant(model, backdoor, drawn, generator(1, "x")).model
+    assert changed(state(other), state(done)) == {"text_encoder"}
