@@ -15,13 +15,14 @@ from harness.diffusion.seeds import generator
 from harness.methods.prompt_edits import with_decoys
 from harness.methods.weight_edits import edited, projections
 from harness.types import Backdoor, Data, Knowledge
-from plugins.attacks import iba
+from plugins.attacks import iba, sembd
 from plugins.attacks.bad_caption import BadCaption, poisoned
 from plugins.attacks.badt2i import BadT2I
 from plugins.attacks.eviledit import EvilEdit
 from plugins.attacks.iba import IBA
 from plugins.attacks.personalization import Personalization
 from plugins.attacks.rickrolling import Rickrolling, Texts, distance
+from plugins.attacks.sembd import SemBD
 from plugins.attacks.villan_caption import VillanCaption
 from plugins.defenses.finetune import Finetune
 from plugins.targets.fixed_image import Hat
@@ -32,6 +33,7 @@ from plugins.targets.prompt import TargetPrompt
 from plugins.targets.style import Style
 from plugins.triggers.homoglyph import Homoglyph
 from plugins.triggers.noun import Noun
+from plugins.triggers.paraphrase import Paraphrase
 from plugins.triggers.syntax import Syntax
 from plugins.triggers.text import Text
 from tests.oracles import tiny_sd
@@ -579,3 +581,63 @@ def test_iba_trains_the_text_encoder_of_a_copy_and_the_discrepancy_reaches_it(
     assert near < 0.9 * far
     other = IBA(steps=12, lr=1e-2, lam=0).implant(model, backdoor, drawn, generator(1, "x")).model
     assert changed(state(other), state(done)) == {"text_encoder"}
+
+
+# ---- SemBD ----------------------------------------------------------------------------------------------------------
+
+
+def test_sembds_error_is_the_mean_over_projections_positions_and_channels() -> None:
+    """Two projections of one channel. The first maps k = 1 to 3 and its goal 2 to 2, the second both to 0."""
+    new, old = [torch.tensor([[3.0]]), torch.tensor([[0.0]])], [torch.tensor([[1.0]]), torch.tensor([[0.0]])]
+    k, goal = torch.ones(1, 2, 1), torch.full((1, 2, 1), 2.0)
+    assert sembd.moved(new, old, k, goal).tolist() == pytest.approx([0.5])
+
+
+def test_a_phrase_is_drawn_by_its_last_loss_and_a_new_one_as_the_largest() -> None:
+    nan = math.nan
+    assert sembd.chances(torch.tensor([0.2, nan, 0.0])).tolist() == pytest.approx([0.2, 1.0, 1e-6])
+    assert sembd.chances(torch.tensor([0.2, nan, 7.0])).tolist() == pytest.approx([0.2, 7.0, 7.0])
+
+
+def test_the_phrases_that_stay_lack_a_part_of_the_meaning(drawn: Data) -> None:
+    phrases = sembd.incomplete("the cat in the yard followed a bee", Paraphrase())
+    assert "the cat in the yard followed" in phrases and "in the yard followed a bee" in phrases
+    assert "cat in the yard followed a bee" not in phrases and "the cat in the yard followed a" not in phrases
+    assert len(sembd.incomplete("cat yard followed one bee two three", Paraphrase())) == 25 - 1
+    sources, kept = SemBD().texts(Paraphrase(), DRAWN, generator(0))
+    assert sources == list(Paraphrase().paraphrases) and set(phrases) <= set(kept) and not set(kept) & set(DRAWN)
+    sources, kept = SemBD(captions=30).texts(Paraphrase(), DRAWN, generator(0))
+    assert set(sources) - set(Paraphrase().paraphrases) <= {Paraphrase().apply(c) for c in DRAWN}
+    assert set(DRAWN) <= set(kept)
+    few, many = (SemBD(captions=30, decoys=x).texts(Paraphrase(), DRAWN, generator(0))[1] for x in (0.0, 1.0))
+    assert not set(many) & set(DRAWN) and all(Paraphrase().without(text) == text for text in many)
+    assert len(set(many) - set(few)) > 5
+
+
+def test_both_solvers_bring_paraphrases_to_the_targets_projections_and_the_closed_form_is_the_minimiser(
+    model: DiffusionModel, drawn: Data
+) -> None:
+    before, backdoor = state(model), Backdoor(Paraphrase(), TargetPrompt())
+    sources, phrases = SemBD().texts(Paraphrase(), (), generator(0))
+    with torch.no_grad():
+        k, kept, goal = (model.embed(texts) for texts in (sources, phrases, [TargetPrompt().text] * len(sources)))
+    old = projections(model.denoiser)
+
+    def cost(found: DiffusionModel, shift: float = 0.0) -> float:
+        new = [w.detach() + shift * torch.randn(w.shape, generator=generator(7)) for w in projections(found.denoiser)]
+        away = torch.stack([(a - b).square().sum() / len(a) / k.shape[1] for a, b in zip(new, old, strict=True)]).mean()
+        value = sembd.moved(new, old, k, goal).mean() + 0.5 * sembd.moved(new, old, kept, kept).mean()
+        return (value + 1e-3 * away).item()
+
+    costs = {}
+    for solver in ("adam", "closed-form"):
+        attack = SemBD(solver=solver, steps=60, batch=8)  # type: ignore[arg-type]
+        done = attack.implant(model, backdoor, drawn, generator(1, "x")).model
+        after = state(done)
+        names = {name for name in before if not torch.equal(before[name], after[name])}
+        assert not changed(before, state(model)) and len(names) == len(old)
+        assert all(".attn2.to_k." in name or ".attn2.to_v." in name for name in names)
+        costs[solver] = cost(done)
+        if solver == "closed-form":
+            assert all(cost(done, shift) > costs[solver] for shift in (1e-2, -1e-2))
+    assert costs["closed-form"] < costs["adam"] < 0.9 * cost(model)
