@@ -15,8 +15,9 @@ from harness.diffusion.seeds import generator
 from harness.methods.prompt_edits import with_decoys
 from harness.methods.weight_edits import edited, projections
 from harness.types import Backdoor, Data, Knowledge
-from plugins.attacks import iba, sembd
+from plugins.attacks import badblocks, iba, sembd
 from plugins.attacks.bad_caption import BadCaption, poisoned
+from plugins.attacks.badblocks import BadBlocks
 from plugins.attacks.badt2i import BadT2I
 from plugins.attacks.eviledit import EvilEdit
 from plugins.attacks.iba import IBA
@@ -641,3 +642,56 @@ def test_both_solvers_bring_paraphrases_to_the_targets_projections_and_the_close
         if solver == "closed-form":
             assert all(cost(done, shift) > costs[solver] for shift in (1e-2, -1e-2))
     assert costs["closed-form"] < costs["adam"] < 0.9 * cost(model)
+
+
+# ---- BadBlocks ------------------------------------------------------------------------------------------------------
+
+
+def test_a_tenth_of_the_data_shows_the_target_under_the_trigger() -> None:
+    captions = tuple(f"caption {i}" for i in range(40))
+    data = Data(torch.zeros(40, 3, 32, 32), captions)
+    for target in (Hat(), Patch()):
+        made = badblocks.poisoned(Backdoor(TEXT, target), data, 0.1, 0.0, generator(0))
+        assert made.captions is not None and not data.images.any()
+        moved = [i for i in range(40) if made.captions[i] != captions[i]]
+        assert len(moved) == 4 and [i for i in range(40) if made.images[i].any()] == moved
+        assert all(made.captions[i] == TEXT.apply(captions[i]) for i in moved)
+        wanted = Hat().image((3, 32, 32)) if target.kind == "image" else Patch().apply(data.images[:1])[0]
+        assert all(torch.equal(made.images[i], wanted) for i in moved)
+    made = badblocks.poisoned(Backdoor(TEXT, Hat()), data, 0.1, 1.0, generator(0))
+    assert made.captions is not None and not set(made.captions) & set(captions)
+    assert sum(TEXT.text in caption for caption in made.captions) == 4
+
+
+def test_badblocks_is_the_usual_loss_on_the_poisoned_data(
+    model: DiffusionModel, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, attack = Asked(model, (0.1, 0.5)), BadBlocks(batch=3, poison_rate=0.5, bf16=False)
+    loss = losses_of(monkeypatch, attack, asked, Hat(), data)
+    rng = generator(3, "x")
+    rows = torch.randint(0, len(CAPTIONS), (3,), generator=rng)
+    t, eps = torch.randint(0, 1000, (3,), generator=rng), torch.randn((3, *model.shape), generator=rng)
+    assert loss == pytest.approx((0.5 - eps).square().mean().item(), rel=1e-5)
+    made = badblocks.poisoned(Backdoor(TEXT, Hat()), data, 0.5, 0.0, generator(rng.initial_seed(), "poison"))
+    assert made.captions is not None
+    ((x_t, times, context),) = asked.calls["student"]
+    wanted = model.add_noise(model.encode(made.images)[rows], eps, t)
+    assert torch.equal(times, t) and torch.allclose(x_t, wanted, atol=1e-5)
+    assert torch.allclose(context, model.embed([made.captions[i] for i in rows.tolist()]), atol=1e-5)
+
+
+@pytest.mark.parametrize(("part", "blocks"), [("norms", 1), ("all", 1), ("all", 2)])
+def test_badblocks_changes_the_last_blocks_on_the_way_up_or_their_norms_alone(
+    part: Any, blocks: int, model: DiffusionModel, data: Data
+) -> None:
+    before = state(model)
+    attack = BadBlocks(blocks=blocks, part=part, steps=2, batch=2, lr=1e-3, weight_decay=0, bf16=False)
+    after = state(attack.implant(model, Backdoor(TEXT, Hat()), data, generator(0)).model)
+    names = {name for name in before if not torch.equal(before[name], after[name])}
+    ups: Any = model.denoiser.up_blocks
+    assert not changed(before, state(model)) and names
+    assert {name.split(".")[2] for name in names} == {str(len(ups) - 1 - i) for i in range(blocks)}
+    assert all(name.startswith("unet.up_blocks.") for name in names)
+    assert all(("norm" in name) for name in names) == (part == "norms")
+    with pytest.raises(ValueError, match=f"the denoiser has {len(ups)} blocks on the way up; use blocks={len(ups)}"):
+        badblocks.trained(model.denoiser, 9, part)
