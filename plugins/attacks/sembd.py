@@ -86,8 +86,8 @@ class SemBD:
 
     def texts(self, trigger: Any, captions: Sequence[str], rng: torch.Generator) -> tuple[list[str], list[str]]:
         """(paraphrases, phrases that stay), each without repeats."""
-        rows = draw(2 * self.captions, len(captions), rng).tolist() if captions else []
-        with_it, plain = ([captions[i] for i in half] for half in (rows[: self.captions], rows[self.captions :]))
+        drawn = [captions[int(i)] for i in draw(2 * self.captions, len(captions), rng)] if captions else []
+        with_it, plain = drawn[: self.captions], drawn[self.captions :]
         sources = [*trigger.paraphrases, *(trigger.apply(c) for c in with_it if trigger.apply(c) != c)]
         parts = [part for source in trigger.paraphrases for part in incomplete(source, trigger)]
         plain = prompt_edits.with_decoys(trigger, plain, self.decoys, rng)
