@@ -467,6 +467,8 @@ CAPABILITIES: tuple[Capability, ...] = (
     Capability(TokenTrigger, ("triggers",)),
     Capability(RewordableTrigger, ("triggers",), ("with_text",)),
     Capability(DecoyTrigger, ("triggers",), ("decoy",)),
+    Capability(OrdinaryTrigger, ("triggers",), ("without",)),
+    Capability(ParaphrasedTrigger, ("triggers",), ("paraphrases",)),
     Capability(LetterTrigger, ("triggers",), ("letter",)),
     Capability(PlacedTrigger, ("triggers",), ("put",)),
     Capability(RepeatedTrigger, ("triggers",)),
