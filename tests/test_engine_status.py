@@ -104,7 +104,8 @@ def test_status_and_logs_of_a_run_that_is_alive(store: Store, bench: Callable[..
 
     thread = threading.Thread(target=compute)
     thread.start()
-    while not store.events_path(learning.key).exists():
+    place = store.events_path(learning.key)
+    while not place.exists() or not place.read_text().endswith("\n"):  # the file is there before its first line
         time.sleep(0.02)
     out = bench("status").out
     assert "tiny: running" in out and "1 running" in out and re.search(r"about \d min left", out)
