@@ -243,6 +243,6 @@ def test_two_thousand_records_build_quickly_into_a_light_page_that_shows_at_once
     page.locator("#cells .tabulator-row").first.wait_for()
     entries = page.evaluate("performance.getEntriesByName('first-table').map((mark) => mark.startTime)")
     assert entries and entries[0] < 1000, entries
-    assert page.locator("#count").text_content() == "1715 of 1715 cells", "a detector's models are one cell"
+    assert page.locator("#count").text_content() == "1700 of 1700 cells"  # detectors have a table of their own
     assert page.locator("#cells .tabulator-row").count() < 200, "only the rows in sight are drawn"
     assert seen.quiet()
