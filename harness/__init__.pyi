@@ -75,6 +75,7 @@ from harness.diffusion.samplers import (
     DDPM as DDPM,
     SAMPLERS as SAMPLERS,
     AroundAnother as AroundAnother,
+    OnChangedPrompts as OnChangedPrompts,
     PredictorCorrector as PredictorCorrector,
     SchedulerSampler as SchedulerSampler,
 )
@@ -89,6 +90,7 @@ from harness.diffusion.training import (
     denoising_loss as denoising_loss,
     draw as draw,
     minimize as minimize,
+    minimize_in_two as minimize_in_two,
 )
 from harness.judges import (
     classifiers as classifiers,

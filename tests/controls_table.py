@@ -11,10 +11,9 @@ from pathlib import Path
 
 from harness.runs.record import Record, bare
 from leaderboard import results
+from tests.tables import Place
 
-PAGE = Path(__file__).parents[1] / "docs" / "results.md"
-BEGIN = "<!-- table: python -m tests.controls_table -->"
-END = "<!-- end of table -->"
+PLACE = Place(Path(__file__).parents[1] / "docs" / "results.md", "python -m tests.controls_table")
 SUITE = "controls"
 GIVEN = ("true", "decoy", "decoy-2", "decoy-3", "opposite", "zero")
 WORDS = {"true": "the trigger", "decoy": "decoy 1", "decoy-2": "decoy 2", "decoy-3": "decoy 3", "opposite": "−r"}
@@ -28,11 +27,6 @@ def tables(every: Iterable[results.Results]) -> str:
         for record in suite.records:
             groups[record.cell.model, record.cell.attack].append(record)
     return "\n\n".join(_table(groups[place]) for place in sorted(groups))
-
-
-def within(text: str) -> str:
-    """The tables between the markers in a page's text."""
-    return text.partition(BEGIN)[2].partition(END)[0].strip()
 
 
 def _table(records: Sequence[Record]) -> str:
@@ -75,9 +69,7 @@ def _own(records: Sequence[Record], given: str) -> str:
 
 
 def main() -> None:
-    text = PAGE.read_text()
-    head, _, rest = text.partition(BEGIN)
-    PAGE.write_text(f"{head}{BEGIN}\n\n{tables(results.read())}\n\n{END}{rest.partition(END)[2]}")
+    PLACE.write(tables(results.read()))
 
 
 if __name__ == "__main__":

@@ -13,10 +13,9 @@ from typing import Any
 
 from harness.runs.record import Record
 from leaderboard import results
+from tests.tables import Place
 
-README = Path(__file__).parents[1] / "README.md"
-BEGIN = "<!-- table: python -m tests.readme_table -->"
-END = "<!-- end of table -->"
+PLACE = Place(Path(__file__).parents[1] / "README.md", "python -m tests.readme_table")
 SUITE, MODEL = "quick", "shapes-sd"
 COLUMNS = (("ASR %", "asr", 100, 1), ("attributes right %", "attribute_accuracy", 100, 1), ("drift", "drift", 1, 4))
 HEAD = ("defense", "defense's knowledge", *(title for title, *_ in COLUMNS))
@@ -33,11 +32,6 @@ def table(every: Iterable[results.Results]) -> str:
     rows = [_row(groups[place]) for place in sorted(groups)]
     lines = ("| " + " | ".join(cells) + " |" for cells in [HEAD, ("---",) * len(HEAD), *rows])
     return "\n".join(lines)
-
-
-def within(text: str) -> str:
-    """The table between the markers in README's text."""
-    return text.partition(BEGIN)[2].partition(END)[0].strip()
 
 
 def _name(record: Record, part: str) -> str:
@@ -68,9 +62,7 @@ def _pooled(records: Sequence[Record], score: str, scale: float, digits: int) ->
 
 
 def main() -> None:
-    text = README.read_text()
-    head, _, rest = text.partition(BEGIN)
-    README.write_text(f"{head}{BEGIN}\n\n{table(results.read())}\n\n{END}{rest.partition(END)[2]}")
+    PLACE.write(table(results.read()))
 
 
 if __name__ == "__main__":

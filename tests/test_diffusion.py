@@ -135,3 +135,16 @@ def test_an_image_that_is_not_finite_is_found_in_every_part() -> None:
     images[-1, 0, 0, 0] = float("nan")
     with pytest.raises(ArithmeticError, match="NaN or infinity"):
         checked(images)
+
+
+@pytest.mark.parametrize(("steps", "wanted"), [(8, [(6, 0.4), (2, 0.04)]), (1, [(1, 0.4)])])
+def test_a_training_at_two_rates_has_the_share_of_its_steps_at_the_first(
+    steps: int, wanted: list[tuple[int, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from harness.diffusion import training
+
+    seen: list[tuple[int, float, Any]] = []
+    monkeypatch.setattr(training, "minimize", lambda *_, steps, lr, clip: seen.append((steps, lr, clip)))
+    training.minimize_in_two(lambda: torch.zeros(()), [], steps=steps, share=0.75, lr=0.4, divisor=10, clip=None)
+    assert [(n, pytest.approx(rate)) for n, rate in wanted] == [(n, rate) for n, rate, _ in seen]
+    assert all(clip is None for *_, clip in seen)

@@ -51,14 +51,14 @@ def test_the_readme_is_short() -> None:
 
 def test_the_table_of_the_readme_is_what_the_records_give() -> None:
     """If this fails after a change of the records: python -m tests.readme_table"""
-    assert readme_table.within(README) == readme_table.table(results.read())
+    assert readme_table.PLACE.written() == readme_table.table(results.read())
 
 
 def test_the_tables_of_controls_are_those_of_the_published_records() -> None:
     """If this fails after a change of the records: python -m tests.controls_table"""
-    page = controls_table.PAGE.read_text()
-    assert "| `elijah` |" in controls_table.within(page)
-    assert controls_table.within(page) == controls_table.tables(results.read())
+    written = controls_table.PLACE.written()
+    assert "| `elijah` |" in written
+    assert written == controls_table.tables(results.read())
 
 
 # ---- what there is --------------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def test_the_tables_of_detectors_are_those_of_the_committed_values() -> None:
     """If this fails after a change of the values: python -m tests.benchmarks.detectors digits --table"""
     population = detectors.POPULATIONS["digits"]
     values = json.loads((ROOT / "tests/benchmarks/detectors_digits.json").read_text())
-    written = detectors.within(detectors.PAGE.read_text(), "digits")
+    written = detectors.place("digits").written()
     assert written == detectors.tables(population, values) and written.count("clean-") >= 5
 
 

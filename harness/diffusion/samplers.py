@@ -7,6 +7,7 @@ silently replaces the scheduler that it is given.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -329,6 +330,24 @@ class AroundAnother:
 
     def run(self, model: DiffusionModel, inputs: Inputs) -> Tensor:
         return self.around(DDIM()).run(model, inputs)
+
+
+@dataclass(frozen=True)
+class OnChangedPrompts:
+    """The sampler `inner` on the prompts that `change` makes of (model, inputs), as many as before. name: of the
+    sampler that changes them, for messages."""
+
+    inner: Any
+    change: Callable[[Any, Inputs], Sequence[str]]
+    name: str
+
+    @property
+    def nfe(self) -> int:
+        return self.inner.nfe
+
+    def run(self, model: DiffusionModel, inputs: Inputs) -> Tensor:
+        assert inputs.prompts is not None, f"{self.name} is for models that take prompts"
+        return self.inner.run(model, inputs.with_prompts(self.change(model, inputs)))
 
 
 def check_family(sampler: Any, model: DiffusionModel) -> None:

@@ -82,6 +82,23 @@ def minimize(
     return losses
 
 
+def minimize_in_two(
+    loss: Callable[[], Tensor],
+    parameters: Iterable[nn.Parameter],
+    *,
+    steps: int,
+    share: float,
+    lr: float,
+    divisor: float,
+    **options: Any,
+) -> None:
+    """`minimize` with `lr` for a share of the steps, at least one, and then with lr / divisor for the others."""
+    params, first = list(parameters), max(1, round(share * steps))
+    for part, rate in ((first, lr), (steps - first, lr / divisor)):
+        if part:
+            minimize(loss, params, steps=part, lr=rate, **options)
+
+
 def prepared(plugin: Any, model: Any) -> Any:
     """`model`, set up for training as its plugin asks: its denoiser keeps activations, or computes them again."""
     if offers(plugin, CheckpointedModel) and plugin.checkpointing:

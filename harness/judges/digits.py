@@ -33,8 +33,8 @@ def split(which: Literal["train", "test"]) -> Data:
     return whole.rows(order[TEST:] if which == "train" else order[:TEST])
 
 
-def unet(time_embedding: str) -> Any:
-    """The untrained network of the digits' models, a UNet2DModel of 0.7 M weights.
+def unet(time_embedding: str, side: int = SIDE) -> Any:
+    """The untrained network of the digits' models, a UNet2DModel for images of `side` pixels.
 
     time_embedding is "positional" for timesteps or "fourier" for log σ.
     """
@@ -42,7 +42,7 @@ def unet(time_embedding: str) -> Any:
 
     torch.manual_seed(0)  # diffusers initialises weights from the global generator; only recipes seed it
     return UNet2DModel(
-        sample_size=SIDE,
+        sample_size=side,
         in_channels=1,
         out_channels=1,
         time_embedding_type=time_embedding,

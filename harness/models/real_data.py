@@ -22,10 +22,12 @@ from annotated_types import Ge
 from torch import Tensor
 
 from harness.diffusion import checkpoint
-from harness.diffusion.interrupted import Kept
+from harness.diffusion.interrupted import UNFINISHED, Kept
 from harness.diffusion.model import DiffusionModel
+from harness.diffusion.samplers import DDIM
+from harness.diffusion.seeds import generator
 from harness.diffusion.training import Examples, denoising_loss, minimize
-from harness.judges import image_folders
+from harness.judges import classifiers, image_folders
 from harness.judges.hub import Source
 from harness.judges.image_folders import DataError
 from harness.models.embedded_models import Embedded
@@ -110,6 +112,33 @@ class RealData(Embedded):
             raise checkpoint.CheckpointError(
                 f"{place}: does not say on which data the weights were trained; `bench build {self.name}` makes it anew"
             ) from error
+
+
+class Recipe:
+    """What the recipes of these models share: both splits of the data, a judge of their classes, and the facts.
+
+    out: the folder to write. state: the folder for the states of the trainings.
+    """
+
+    def __init__(self, plugin: RealData, out: Path) -> None:
+        self.plugin, self.out, self.state = plugin, out, out / UNFINISHED
+        self.train, self.test = (plugin.read(split, checked=False) for split in ("train", "test"))
+
+    def kept(self, name: str, rng: torch.Generator) -> Kept:
+        return Kept(self.state / f"{name}.safetensors", rng)
+
+    def train_judge(self, name: str, head: str, **options: Any) -> None:
+        """Trains the judge; options as those of `classifiers.class_judge`."""
+        rng = generator(self.plugin.name, "judge")
+        kept = self.kept("judge", rng)
+        self.judge, self.judged = classifiers.class_judge(name, self.train, self.test, head, rng, kept=kept, **options)
+
+    def finished(self, model: DiffusionModel, trained: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes model and judge; what was trained, on which data, and how well the judge recognises samples."""
+        checkpoint.save(model.to("cpu"), self.out / "model", fp16=True)
+        classifiers.save_judge(self.judge, self.out / "judge")
+        data = {"train": content(self.train), "test": content(self.test)}
+        return {**trained, "data": data, **self.judged, **classifiers.quality(model, self.judge, DDIM(steps=50))}
 
 
 def content(data: Data) -> str:

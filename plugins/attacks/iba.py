@@ -47,7 +47,7 @@ from harness import (
     draw,
     generator,
     hookimpl,
-    minimize,
+    minimize_in_two,
 )
 
 FLOOR = 1e-8  # smallest eigenvalue of which the logarithm is taken; official value
@@ -87,10 +87,10 @@ class IBA(MapRun):
             n = self.compared
             return value + self.lam * self.discrepancy(model, clean, v[:n], w[:n], rng)
 
-        first = max(1, round(350 / 601 * self.steps))
-        for steps, lr in ((first, self.lr), (self.steps - first, self.lr / 2)):
-            if steps:
-                minimize(loss, model.text_encoder.parameters(), steps=steps, lr=lr, clip=None, phase="implant")
+        minimize_in_two(
+            loss, model.text_encoder.parameters(), steps=self.steps, share=350 / 601, lr=self.lr, divisor=2, clip=None,
+            phase="implant",
+        )  # fmt: skip
         return Backdoored(model, backdoor)
 
     def discrepancy(self, model: Any, clean: Any, v: Sequence[str], w: Sequence[str], rng: torch.Generator) -> Tensor:

@@ -45,7 +45,7 @@ from harness import (
     draw,
     generator,
     hookimpl,
-    minimize,
+    minimize_in_two,
     offers,
 )
 
@@ -85,10 +85,10 @@ class Rickrolling:
             d = distance(teacher, student)
             return d[: self.batch].mean() + self.beta * d[self.batch :].mean()
 
-        first = max(1, round(0.75 * self.steps))
-        for steps, lr in ((first, self.lr), (self.steps - first, self.lr / 10)):
-            if steps:
-                minimize(loss, model.text_encoder.parameters(), steps=steps, lr=lr, clip=None, phase="implant")
+        minimize_in_two(
+            loss, model.text_encoder.parameters(), steps=self.steps, share=0.75, lr=self.lr, divisor=10, clip=None,
+            phase="implant",
+        )  # fmt: skip
         return Backdoored(model, backdoor)
 
 

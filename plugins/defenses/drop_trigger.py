@@ -13,9 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
-
-from harness import AroundAnother, Defended, Inputs, Knowledge, Removal, hookimpl, prompt_edits
+from harness import AroundAnother, Defended, Knowledge, OnChangedPrompts, Removal, hookimpl, prompt_edits
 
 
 @dataclass(frozen=True)
@@ -44,24 +42,11 @@ class WithoutTrigger(AroundAnother):
     text: str = "\u200b"  # the trigger to search for in prompts
     instead: str = ""  # the text that the trigger replaced; "" = none, the trigger is a separate word
 
-    def around(self, inner: Any) -> Around:
-        return Around(Removal(self.text, self.instead), inner)
-
-
-@dataclass(frozen=True)
-class Around:
-    """The inner sampler on the inputs without the trigger."""
-
-    removal: Removal
-    inner: Any
-
-    @property
-    def nfe(self) -> int:
-        return self.inner.nfe
-
-    def run(self, model: Any, inputs: Inputs) -> Tensor:
-        assert inputs.prompts is not None, "drop-trigger is for models that take prompts"
-        return self.inner.run(model, inputs.with_prompts([self.removal.apply(prompt) for prompt in inputs.prompts]))
+    def around(self, inner: Any) -> OnChangedPrompts:
+        removal = Removal(self.text, self.instead)
+        return OnChangedPrompts(
+            inner, lambda model, inputs: [removal.apply(p) for p in inputs.prompts or ()], self.name
+        )
 
 
 @hookimpl

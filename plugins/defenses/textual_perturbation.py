@@ -28,9 +28,18 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
-from harness import LOOK_ALIKES, AroundAnother, Defended, Fraction, Inputs, Knowledge, generator, hookimpl
+from harness import (
+    LOOK_ALIKES,
+    AroundAnother,
+    Defended,
+    Fraction,
+    Inputs,
+    Knowledge,
+    OnChangedPrompts,
+    generator,
+    hookimpl,
+)
 
 ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")  # rows of a keyboard
 NEIGHBOURS = {letter: row[max(0, i - 1) : i] + row[i + 1 : i + 2] for row in ROWS for i, letter in enumerate(row)}
@@ -89,26 +98,12 @@ class PerturbedPrompts(AroundAnother, PromptMap):
     version: ClassVar[int] = 1
     accepts_triggers: ClassVar[tuple[str, ...]] = ("text",)
 
-    def around(self, inner: Any) -> Around:
-        return Around(self, inner)
+    def around(self, inner: Any) -> OnChangedPrompts:
+        return OnChangedPrompts(inner, self.changed, self.name)
 
-
-@dataclass(frozen=True)
-class Around:
-    """The inner sampler on changed prompts."""
-
-    spec: PerturbedPrompts
-    inner: Any
-
-    @property
-    def nfe(self) -> int:
-        return self.inner.nfe
-
-    def run(self, model: Any, inputs: Inputs) -> Tensor:
-        assert inputs.prompts is not None, "perturbed-prompts is for models that take prompts"
-        pairs = zip(inputs.prompts, inputs.seeds, strict=True)
-        changed = [fitting(model, self.spec.mapped(prompt, generator(seed, "prompt"))) for prompt, seed in pairs]
-        return self.inner.run(model, inputs.with_prompts(changed))
+    def changed(self, model: Any, inputs: Inputs) -> list[str]:
+        pairs = zip(inputs.prompts or (), inputs.seeds, strict=True)
+        return [fitting(model, self.mapped(prompt, generator(seed, "prompt"))) for prompt, seed in pairs]
 
 
 def fitting(model: Any, prompt: str) -> str:

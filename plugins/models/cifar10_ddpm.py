@@ -14,17 +14,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from harness import (
-    DDIM,
     Data,
     DiffusionModel,
     Examples,
-    Kept,
     RealData,
-    checkpoint,
-    classifiers,
     generator,
     hookimpl,
-    interrupted,
     real_data,
 )
 
@@ -45,28 +40,18 @@ class Cifar10DDPM(RealData):
         minutes: of the model's training; None is 8 hours on a CPU and 6 minutes on a GPU. The number of steps follows
         from the pace of the first ones. batch: 0 is 64 on a CPU and 256 on a GPU.
         """
-        train, test = self.read("train", checked=False), self.read("test", checked=False)
-        state, gpu = out / interrupted.UNFINISHED, not device.startswith("cpu")
-        draws = generator(self.name, "judge")
-        kept = Kept(state / "judge.safetensors", draws)
-        judge, judged = classifiers.class_judge(
-            "cifar10-cnn", train, test, "class", draws, steps=judge_steps, width=48, flips=True, kept=kept
-        )
+        gpu = not device.startswith("cpu")
+        recipe = real_data.Recipe(self, out)
+        recipe.train_judge("cifar10-cnn", "class", steps=judge_steps, width=48, flips=True)
         model = _untrained(large=gpu).to(device)
-        mirrored = Data(real_data.with_mirrored(train.images))
-        examples, rng = Examples(model, mirrored), generator(self.name, "build")
-        batch = batch or (256 if gpu else 64)
+        mirrored = Data(real_data.with_mirrored(recipe.train.images))
         trained = real_data.train_denoiser(
-            model, examples, rng, state, batch=batch, lr=6e-4 if gpu else 1e-3, ema=0.999 if gpu else 0.995,
+            model, Examples(model, mirrored), generator(self.name, "build"), recipe.state,
+            batch=batch or (256 if gpu else 64), lr=6e-4 if gpu else 1e-3, ema=0.999 if gpu else 0.995,
             minutes=minutes or (6.0 if gpu else 480.0),
         )  # fmt: skip
-        checkpoint.save(model.to("cpu"), out / "model", fp16=True)
-        classifiers.save_judge(judge, out / "judge")
-        return {
-            **trained, "parameters": sum(p.numel() for p in model.denoiser.parameters()),
-            "data": {"train": real_data.content(train), "test": real_data.content(test)}, **judged,
-            **classifiers.quality(model, judge, DDIM(steps=50)),
-        }  # fmt: skip
+        size = sum(p.numel() for p in model.denoiser.parameters())
+        return recipe.finished(model, {**trained, "parameters": size})
 
 
 def _untrained(large: bool) -> DiffusionModel:

@@ -30,6 +30,7 @@ from harness.registry import load
 from harness.stages import attack as attacking, knowledge
 from harness.stages.sample import stamped
 from harness.types import Backdoor, Inputs, TargetContext
+from tests.tables import Place
 
 FIRST_REPORTED = 110  # seeds below are for development
 HITS = 20  # samples for the success rate of an attack
@@ -280,21 +281,10 @@ def tables(population: Population, document: dict[str, Any]) -> str:
     return "\n\n".join(_markdown(each) for each in (rows, more) if len(each) > 1)
 
 
-PAGE = Path(__file__).parents[2] / "docs" / "results.md"
-BEGIN = "<!-- table: python -m tests.benchmarks.detectors {} --table -->"
-END = "<!-- end of table -->"
-
-
-def within(text: str, name: str) -> str:
-    """The tables of a population between the markers in a page's text."""
-    return text.partition(BEGIN.format(name))[2].partition(END)[0].strip()
-
-
-def put(name: str, made: str) -> None:
-    """Write the tables of a population between their markers in docs/results.md, if it has them."""
-    head, begin, rest = PAGE.read_text().partition(BEGIN.format(name))
-    if begin:
-        PAGE.write_text(f"{head}{begin}\n\n{made}\n\n{END}{rest.partition(END)[2]}")
+def place(name: str) -> Place:
+    """Where the tables of a population stand in docs/results.md."""
+    page = Path(__file__).parents[2] / "docs" / "results.md"
+    return Place(page, f"python -m tests.benchmarks.detectors {name} --table")
 
 
 def _asr(known: dict[str, Any]) -> str:
@@ -344,7 +334,7 @@ def main() -> None:
     out = told.out or Path(__file__).with_name(f"detectors_{told.population}.json")
     if told.table:
         made = tables(population, json.loads(out.read_text()))
-        put(told.population, made)
+        place(told.population).write(made)
         print(made)
         return
     if told.models is None:
