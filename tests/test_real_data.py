@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from harness.capabilities import encoders_of
 from harness.cli import build as building
 from harness.diffusion import events
 from harness.diffusion.interrupted import UNFINISHED, Kept
@@ -144,6 +145,10 @@ def test_without_the_hub_the_message_says_what_to_set(monkeypatch: pytest.Monkey
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(DataError, match=r"ylecun/mnist at main cannot be had .*, or set BENCH_DATA to a directory"):
         MnistDDPM().read("train")
+
+
+def test_pictures_are_compared_in_a_public_encoder_and_digits_are_not() -> None:
+    assert encoders_of(Cifar10DDPM()) and not encoders_of(MnistDDPM())
 
 
 # ---- interrupted trainings ------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ class Cifar10DDPM(RealData):
     hub_data: ClassVar[str] = "uoft-cs/cifar10"
     side: ClassVar[int] = 32
     channels: ClassVar[int] = 3
+    encoders: ClassVar[tuple[str, ...]] = ("efficientnet-lite0",)
 
     def build(
         self, out: Path, device: str = "cpu", minutes: float | None = None, batch: int = 0, judge_steps: int = 4000
