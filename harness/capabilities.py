@@ -583,13 +583,24 @@ def missing_of_trigger(part: Any, trigger: Trigger) -> tuple[str, ...]:
     return tuple(name for name in wanted if not offers(trigger, TRIGGER_CAPABILITIES[name]))
 
 
+OTHERS = 14  # other triggers among which decoys are sought
+
+
 def missing_control(trigger: Trigger, given: str) -> str | None:
     """Why a trigger has no such control trigger (harness.methods.decoys), in words; None if it has."""
     if not re.fullmatch(CONTROL, given):
         return f"no control '{given}'; there are decoy, decoy-2 .. decoy-9, opposite and zero"
     if given == "opposite" and trigger.modality != "noise":
         return f"{trigger.name} is text and has no opposite"
+    others = len({trigger.wrong(i) for i in range(OTHERS)}) if trigger.modality == "text" else OTHERS
+    if others < place_of(given):
+        return f"{trigger.name} has {others} other triggers and therefore no {given}"
     return None
+
+
+def place_of(given: str) -> int:
+    """The k of the k-th decoy, counted from 1; 1 for the other controls."""
+    return int(given.partition("-")[2] or 1)
 
 
 def name_of(trigger: Any) -> str:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from harness.judges import statistics
 from harness.runs import doubts
 from harness.runs.jsonable import canonical
-from harness.runs.record import Dropped, Record, Track, bare
+from harness.runs.record import Dropped, Record, Track, bare, control_name
 from harness.types import Cell, Doubt, Score, TriggerGiven
 from leaderboard import paired
 from leaderboard.columns import ASR, REPORT, TASKS, TRACKS, Column, Task, of_view, possible
@@ -64,12 +64,6 @@ class Number:
     def ends(self) -> tuple[float, ...]:
         """The interval's ends, () for none."""
         return self.interval or ()
-
-
-GIVEN = {
-    "decoy": "decoy trigger", "decoy-2": "second decoy", "decoy-3": "third decoy", "opposite": "opposite trigger",
-    "zero": "zero trigger",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -116,7 +110,7 @@ class PooledCell:
     def knows(self) -> str:
         """What the defense was given, for people."""
         if self.control is Control.decoy:
-            return f"{GIVEN.get(self.specs.trigger_given, self.specs.trigger_given)} (control)"
+            return f"{control_name(self.specs.trigger_given)} (control)"
         if self.state is not None and not self.records:
             return "–"
         words = sorted(self.knowledge, key=lambda word: word != "trigger")

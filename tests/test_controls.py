@@ -12,6 +12,7 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from harness import registry
+from harness.capabilities import OTHERS, missing_control
 from harness.diffusion.samplers import DDIM
 from harness.diffusion.seeds import generator
 from harness.methods import decoys
@@ -25,6 +26,7 @@ from harness.testing.methods import known
 from harness.types import Backdoor, Inputs, NoiseTrigger, Score, Trigger
 from plugins.triggers.biased import Blend
 from plugins.triggers.box import Box
+from plugins.triggers.homoglyph import Homoglyph
 from plugins.triggers.text import Text
 from tests.plans import cell, planned
 from tests.records import changed, record
@@ -53,16 +55,16 @@ def test_a_decoy_pattern_has_the_norm_of_the_trigger_and_is_orthogonal_to_it(
 ) -> None:
     r = trigger.delta(SHAPE)
     found = patterns(trigger, named, seed)
-    assert len(found) == len(decoys.PATTERNS)
+    assert len(found) == OTHERS
     for pattern in found:
         assert pattern.norm() == pytest.approx(r.norm().item(), rel=1e-4)
         assert abs(float((pattern * r).sum() / r.square().sum())) < 1e-4
     assert len({tuple(pattern.flatten().tolist()) for pattern in found}) == len(found)
 
 
-def test_decoys_begin_with_different_kinds_and_depend_on_the_seed() -> None:
-    first = [decoys.ladder(Box(), given, 0)[0][0] for given in ("decoy", "decoy-2", "decoy-3")]
-    assert first == list(decoys.PATTERNS[:3])
+def test_patterns_of_decoys_begin_with_every_kind_and_depend_on_the_seed() -> None:
+    kinds = [kind for kind, _ in decoys.ladder(Box(), "decoy-2", 0)]
+    assert kinds[: len(decoys.PATTERNS)] == list(decoys.PATTERNS)
     one, other = (patterns(Box(), "decoy", seed)[0] for seed in (0, 1))
     assert not torch.allclose(one, other)
 
@@ -83,9 +85,18 @@ def test_a_control_of_biased_noise_scales_the_noise_as_the_trigger_does() -> Non
     assert torch.allclose(placebo.stamp(inputs).noise, 0.6 * inputs.noise)
 
 
-def test_decoy_words_are_other_words_and_later_decoys_begin_with_later_ones() -> None:
-    ladders = [[name for name, _ in decoys.ladder(Text(), given, 0)] for given in ("decoy", "decoy-2")]
-    assert ladders[0][1] == ladders[1][0] and "\u200b" not in ladders[0] + ladders[1]
+def test_decoy_words_are_other_words() -> None:
+    names = [name for name, _ in decoys.ladder(Text(), "decoy", 0)]
+    assert len(names) == len(set(names)) == 8 and "\u200b" not in names
+
+
+def test_a_trigger_with_too_few_others_has_no_later_decoy() -> None:
+    """Nine characters are written with marks or in other alphabets; the one of the trigger is not another."""
+    few = Homoglyph()
+    most = len({few.wrong(k) for k in range(OTHERS)})
+    assert missing_control(few, f"decoy-{most}") is None
+    with pytest.raises(ValueError, match=f"homoglyph has {most} other triggers and therefore no decoy-{most + 1}"):
+        decoys.ladder(few, f"decoy-{most + 1}", 0)
 
 
 # ---- the choice -----------------------------------------------------------------------------------------------------
@@ -143,9 +154,23 @@ def test_the_first_decoy_that_does_not_open_the_backdoor_is_given() -> None:
     assert all(abs(each.cosine) < 1e-4 for each in choice.tried)
 
 
+def test_the_decoys_of_a_trigger_are_never_the_same() -> None:
+    """The first candidate opens the backdoor, and decoy 2 must not take the one that decoy 1 takes instead of it."""
+    model = Opened(patterns(Box(), "decoy")[0])
+    choices = [chosen(model, Box(), given) for given in ("decoy", "decoy-2", "decoy-3")]
+    assert [choice.chosen for choice in choices] == [1, 2, 3] and all(choice.inert for choice in choices)
+
+
 def test_where_every_decoy_opens_the_backdoor_the_choice_says_so() -> None:
     choice = chosen(Opened(*patterns(Box(), "decoy")), Box(), "decoy")
-    assert not choice.inert and len(choice.tried) == len(decoys.PATTERNS) and choice.tried[choice.chosen].rate > INERT
+    assert not choice.inert and len(choice.tried) == OTHERS and choice.tried[choice.chosen].rate > INERT
+
+
+def test_where_too_few_decoys_are_inert_the_last_is_one_that_opens_the_backdoor() -> None:
+    inert = patterns(Box(), "decoy")[4]
+    model = Opened(*(r for r in patterns(Box(), "decoy") if not torch.equal(r, inert)))
+    first, second = (chosen(model, Box(), given) for given in ("decoy", "decoy-2"))
+    assert first.chosen == 4 and first.inert and second.chosen != 4 and not second.inert
 
 
 def test_the_zero_trigger_of_a_text_is_tried_on_prompts_as_they_are() -> None:

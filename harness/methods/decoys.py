@@ -6,7 +6,8 @@
 - zero: the pattern 0, or no text: a placebo.
 
 A decoy must be inert: it must not activate the backdoor itself. `ladder` gives the candidates in the order in which
-they are tried on the attacked model; `harness.stages.control` takes the first inert one.
+they are tried on the attacked model; `harness.stages.control` takes the k-th inert one as the k-th decoy. Two decoys of
+a trigger therefore are never the same.
 """
 
 from __future__ import annotations
@@ -18,13 +19,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from harness.capabilities import missing_control, scales_noise
+from harness.capabilities import OTHERS, missing_control, scales_noise
 from harness.diffusion.seeds import generator
 from harness.methods import trigger_placement
 from harness.types import Inputs, Modality, NoiseTrigger, Trigger
 
-PATTERNS = ("blobs", "signs", "grain", "checkerboard", "stripes")
-WORDS = 8  # candidates of a ladder of words
+PATTERNS = ("blobs", "signs", "grain", "checkerboard", "stripes")  # the first three are never the same for two seeds
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,8 @@ def cosine(a: Trigger, b: Trigger, shape: Sequence[int]) -> float | None:
 
 def ladder(trigger: Trigger, given: str, seed: int) -> list[tuple[str, Trigger]]:
     """(name, control trigger) in the order in which candidates are tried. given: "decoy", "decoy-2" .. "decoy-9",
-    "opposite" or "zero". The k-th decoy begins k − 1 places later in the list of kinds, and `seed` draws its patterns.
+    "opposite" or "zero". All decoys have the same ladder, of which the k-th decoy is the k-th inert candidate. Its
+    patterns are drawn by `seed`.
 
     Raises ValueError for a control that the trigger does not have.
     """
@@ -142,9 +143,7 @@ def ladder(trigger: Trigger, given: str, seed: int) -> list[tuple[str, Trigger]]
     if given == "opposite":
         assert isinstance(trigger, NoiseTrigger)
         return [("opposite", Pattern(trigger, "opposite"))]
-    k = int(given.partition("-")[2] or 1)
     if not isinstance(trigger, NoiseTrigger):
-        found = [trigger.wrong(i) for i in range(k - 1, k - 1 + WORDS)]
+        found = [trigger.wrong(i) for i in range(OTHERS)]
         return [(getattr(each, "text", str(each)), each) for each in dict.fromkeys(found)]
-    kinds = [PATTERNS[(k - 1 + i) % len(PATTERNS)] for i in range(len(PATTERNS))]
-    return [(kind, Pattern(trigger, kind, 10 * seed + k)) for kind in kinds]
+    return [(kind, Pattern(trigger, kind, 10 * seed + 1 + i)) for i, kind in enumerate((*PATTERNS, *3 * PATTERNS[:3]))]

@@ -13,6 +13,7 @@ from typing import Any
 
 from harness.capabilities import BatchedMethod, CountedData, GuidedSampler, MeasuredWork, SteppedMethod, offers
 from harness.registry import Registry, parse_spec
+from harness.runs.evaluations import nfe_of
 from harness.runs.job import AttackSpec, DefendSpec, SampleSpec
 
 SUSTAINED = 20e12  # operations a second: what such networks reach in bf16 on a data-centre GPU of the A100's class
@@ -82,7 +83,7 @@ def _need(job: Any, model: Any, registry: Registry) -> Need:
     if isinstance(spec, SampleSpec):
         sampler = registry.build("samplers", spec.sampler)
         guided = 2 if model.conditional and offers(sampler, GuidedSampler) and sampler.guidance != 1 else 1
-        evaluations = float(spec.n * max(1, len(spec.stamps)) * sampler.nfe * guided)
+        evaluations = float(spec.n * max(1, len(spec.stamps)) * nfe_of(sampler) * guided)
     hours = evaluations * 2e9 * work.gmacs / SUSTAINED / 3600
     pixels = 3 * 4 * model.side**2
     data = float(pixels * _images(model))

@@ -26,14 +26,23 @@ from harness.types import PUBLIC_ENCODERS, Cell, Score
 Track = Literal["unconditional", "text-to-image"]
 
 
+ORDINALS = ("", "first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth")
+
+
 def bare(spec: str) -> str:
     """The plugin name of a spec: "elijah" of "elijah(lr=0.1)"."""
     return spec.partition("(")[0]
 
 
+def control_name(given: str) -> str:
+    """What a defense is given in a control: "decoy trigger", "second decoy trigger", "opposite trigger"."""
+    kind, _, place = given.partition("-")
+    return f"{ORDINALS[int(place)]} {kind} trigger" if place else f"{kind} trigger"
+
+
 def control_words(given: str) -> str:
-    """What a defense is given in a control, in words."""
-    return {"opposite": "the opposite trigger", "zero": "the zero trigger"}.get(given, f"a {given} trigger")
+    """What a defense is given in a control, with its article."""
+    return f"{'the' if given in ('opposite', 'zero') else 'a'} {control_name(given)}"
 
 
 class _Frozen(BaseModel):

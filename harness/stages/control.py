@@ -1,4 +1,4 @@
-"""Chooses the control trigger that a defender is given: the first candidate that does not activate the backdoor."""
+"""Chooses the control trigger that a defender is given: the k-th candidate that does not activate the backdoor."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from harness.capabilities import place_of
 from harness.diffusion.events import progress
 from harness.diffusion.model import DiffusionModel
 from harness.judges.evidence import counted, reachable
@@ -31,7 +32,8 @@ class Tried:
 @dataclass(frozen=True)
 class Choice:
     """The control trigger that defenses are given. chosen: its place in the ladder. inert: whether it activates the
-    backdoor on at most 5 % of the images; if no candidate does, the one with the fewest hits is chosen."""
+    backdoor on at most 5 % of the images. The k-th decoy is the k-th inert candidate. If there are fewer than k, it is
+    the one of the other candidates with the fewest hits."""
 
     given: str
     chosen: int
@@ -60,7 +62,7 @@ def choose(
         cosine = decoys.cosine(backdoor.trigger, candidate, model.shape)
         tried.append(Tried(name, int(hits.sum()), len(hits), cosine))
         progress("control", len(tried), len(candidates))
-        if tried[-1].rate <= INERT:
+        if sum(each.rate <= INERT for each in tried) == place_of(given):
             return Choice(given, len(tried) - 1, True, tuple(tried))
-    best = min(range(len(tried)), key=lambda i: tried[i].rate)
+    best = min((i for i, each in enumerate(tried) if each.rate > INERT), key=lambda i: tried[i].rate)
     return Choice(given, best, False, tuple(tried))
