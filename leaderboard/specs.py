@@ -6,7 +6,9 @@ import ast
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from harness.registry import presets
 from harness.runs.record import Dropped, Record, bare
+from harness.runs.suite import AXES
 from harness.types import Cell
 
 PARTS = ("model", "attack", "trigger", "target", "sampler", "defense")
@@ -31,15 +33,15 @@ def arguments(spec: str) -> dict[str, str]:
 def shortener(records: Sequence[Record], dropped: Sequence[Dropped] = ()) -> Callable[[Cell], Cell]:
     """Cell → the same cell with short specs.
 
-    A short spec is the record's own (`provenance.short`: only what differs from the defaults) where there is one, else
-    it has the parameters in which the specs of that name differ.
+    A short spec is the preset that the record's own (`provenance.short`: only what differs from the defaults) means,
+    else that one itself. Where a record has none, it has the parameters in which the specs of that name differ.
     """
     cells = [entry.cell for entry in (*records, *dropped)]
     words = {part: short_of(sorted({getattr(cell, part) for cell in cells})) for part in PARTS}
     for record in records:
         for part, short in record.provenance.short.items():
             if part in PARTS:
-                words[part][getattr(record.cell, part)] = short
+                words[part][getattr(record.cell, part)] = presets.named(AXES[part], short)
 
     def shortened(cell: Cell) -> Cell:
         return replace(cell, **{part: words[part].get(spec := getattr(cell, part), spec) for part in PARTS})

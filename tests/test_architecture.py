@@ -20,7 +20,7 @@ DATA = {"templates"}  # no code of ours
 RECORDS_ONLY = {
     "harness.types", "harness.capabilities", "harness.judges.statistics", "harness.runs.record", "harness.runs.records",
     "harness.runs.jsonable", "harness.runs.printable", "harness.runs.doubts", "harness.runs.suite",
-    "harness.runs.declared", "harness.registry.kept",
+    "harness.runs.declared", "harness.registry.kept", "harness.registry.presets",
 }  # fmt: skip
 HEAVY = {
     "torch", "diffusers", "transformers", "open_clip", "torch_fidelity", "torch_pruning", "timm", "ray", "scipy",

@@ -22,6 +22,7 @@ import harness
 from harness import registry
 from harness.cli import COMMANDS, bench, pages
 from harness.diffusion.seeds import generator
+from harness.registry import presets
 from harness.runs import suite as suites
 from harness.types import Knowledge
 from leaderboard import results
@@ -199,11 +200,18 @@ def test_the_metric_of_its_page_measures(plugins: registry.Registry) -> None:
 
 
 def test_the_suite_of_its_page_can_be_run(tmp_path: Path, plugins: registry.Registry) -> None:
-    ((_, text),) = blocks("suites", "toml")
+    (_, text), _ = blocks("suites", "toml")
     (tmp_path / "mine.toml").write_text(text)
     suite = suites.load_suite(tmp_path / "mine.toml", plugins)
     assert len(suite.cells) == 2 * 2 * 3 * 3 and not suite.dropped
     assert set(tomllib.loads(text)["grid"][0]) == set(suites.GRID_KEYS)
+
+
+def test_the_presets_of_the_page_of_suites_are_well_formed(tmp_path: Path, plugins: registry.Registry) -> None:
+    _, (_, text) = blocks("suites", "toml")
+    (tmp_path / "mine.toml").write_text(text)
+    (preset,) = presets.read(tmp_path / "mine.toml")
+    assert plugins.build(preset.kind, preset.spec).steps == 1200
 
 
 def lines_of_code(text: str) -> Iterator[str]:

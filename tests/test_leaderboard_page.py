@@ -42,6 +42,7 @@ class Watched:
 
     def open(self, path: Path, rest: str = "") -> Any:
         self.page.goto(path.as_uri() + rest)
+        self.page.evaluate("document.fonts.ready")  # rows that are laid out anew under the pointer lose the click
         return self.page
 
     def quiet(self) -> bool:

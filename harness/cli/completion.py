@@ -38,18 +38,21 @@ class Named(click.ParamType):
             yield from ((name, read(path).title) for name, path in suites().items())
         if self.kinds:
             from harness import registry
+            from harness.registry import presets
 
             entries = registry.index().entries
             yield from ((e.name, e.summary) for e in entries if e.kind in self.kinds or "any" in self.kinds)
+            named = presets.shipped().values()
+            yield from ((p.name, p.spec) for p in named if p.kind in self.kinds or "any" in self.kinds)
 
 
 class Kind(Named):
-    """A kind of plugin, or suites."""
+    """A kind of plugin, suites or presets."""
 
     def _names(self) -> Iterable[tuple[str, str]]:
         from harness.registry import KINDS
 
-        return [(kind, "") for kind in (*KINDS, "suites")]
+        return [(kind, "") for kind in (*KINDS, "presets", "suites")]
 
 
 class Spec(Named):

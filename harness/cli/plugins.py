@@ -21,7 +21,7 @@ from harness.cli.common import (
     words_of,
 )
 from harness.cli.completion import Kind, Named
-from harness.registry import KINDS, Entry, kind_of, unknown_name
+from harness.registry import KINDS, Entry, kind_of, presets, unknown_name
 
 
 @click.command("list", short_help="Models, attacks, defenses ... and suites.")
@@ -29,12 +29,15 @@ from harness.registry import KINDS, Entry, kind_of, unknown_name
 @plugin_files
 @as_json
 def list_(kind: str | None, files: tuple[Path, ...], as_json: bool) -> None:
-    """List plugins of KIND: models, triggers, targets, attacks, defenses, metrics, samplers; or suites.
+    """List plugins of KIND: models, triggers, targets, attacks, defenses, metrics, samplers; or suites, or presets.
 
-    Without KIND, list everything.
+    Without KIND, list every plugin.
     """
     if kind in ("suite", "suites"):
         _list_suites(as_json)
+        return
+    if kind in ("preset", "presets"):
+        _list_presets(as_json)
         return
     kinds = KINDS if kind is None else (kind_of(kind),)
     entries = [entry for entry in index_of(files).entries if entry.kind in kinds]
@@ -58,19 +61,35 @@ def _list_suites(as_json: bool) -> None:
         echo(columns([(draft.name, draft.title) for draft in drafts]) or "none")
 
 
+def _list_presets(as_json: bool) -> None:
+    named = list(presets.shipped().values())
+    if as_json:
+        print_json(named)
+    else:
+        echo(columns([(preset.kind[:-1], preset.name, preset.spec) for preset in named]) or "none")
+
+
 @click.command(short_help="Docstring, parameters, needs and file of a plugin.")
 @click.argument("name", type=Named("any"))
 @click.option("--kind", help="Only the plugin of this kind, if several kinds have the name.")
 @plugin_files
 @as_json
 def show(name: str, kind: str | None, files: tuple[Path, ...], as_json: bool) -> None:
-    """Show the docstring of a plugin, its parameters, what it needs and accepts, and its file."""
+    """Show the docstring of a plugin, its parameters, what it needs and accepts, and its file; or a preset."""
     wanted = None if kind is None else kind_of(kind)
+    chosen = [p for p in presets.shipped().values() if p.name == name and wanted in (None, p.kind)]
+    if chosen:
+        if as_json:
+            print_json(chosen)
+        else:
+            echo("\n\n".join(map(_preset, chosen)))
+        return
     index = index_of(files)
     known = [entry for entry in index.entries if wanted in (None, entry.kind)]
     found = [entry for entry in known if entry.name == name]
     if not found:
-        names = dict.fromkeys(entry.name for entry in known)
+        named = [p.name for p in presets.shipped().values() if wanted in (None, p.kind)]
+        names = dict.fromkeys([*(entry.name for entry in known), *named])
         raise unknown_name(wanted or "plugins", name, names, len(index.warnings))
     if as_json:
         print_json(found)
@@ -85,6 +104,13 @@ def filled(text: str) -> str:
         return text
     parts = text.split("\n\n")
     return "\n\n".join(p if any(line[:1] == " " for line in p.splitlines()) else textwrap.fill(p, width) for p in parts)
+
+
+def _preset(preset: presets.Preset) -> str:
+    seeds = " ".join(map(str, preset.seeds))
+    head = f"preset of the {preset.kind[:-1]} {preset.spec.partition('(')[0]}: {preset.name}"
+    reasons = "\n".join(f"  {key}: {reason}" for key, reason in preset.why.items())
+    return f"{head}\n\n{preset.spec}\n\n{filled(reasons)}\n\nchosen on the seeds {seeds}: {preset.chosen}"
 
 
 def _described(entry: Entry) -> str:

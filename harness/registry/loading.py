@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TypeVar
 
 import pluggy
 
-from harness.registry import entry_points, hookspecs
+from harness.registry import entry_points, hookspecs, presets
 from harness.registry.contract import faults
 from harness.registry.descriptions import Index, PluginWarning, describe
 from harness.registry.entry_points import OWN, file_of, installed, source_of
@@ -60,12 +60,16 @@ class Registry:
         """The class of that name. Raises UnknownName with the nearest and all known names."""
         known = self.classes(kind)
         if name not in known:
-            raise unknown_name(kind_of(kind), name, known, len(self.warnings))
+            named = [preset for of, preset in presets.shipped() if of == kind_of(kind)]
+            raise unknown_name(kind_of(kind), name, [*known, *named], len(self.warnings))
         return known[name]
 
     def build(self, kind: str, spec: str) -> Any:
-        """The instance that a spec describes. Raises UnknownName or InvalidSpec in the caller's words."""
+        """The instance that a spec describes; its name may be a preset's. Raises UnknownName or InvalidSpec in the
+        caller's words."""
         name, parameters = parse_spec(spec)
+        if name not in self._classes[kind_of(kind)]:
+            name, parameters = presets.expanded(kind_of(kind), name, parameters)
         return make(self.find(kind, name), parameters)
 
     def canonical(self, kind: str, spec: str) -> str:

@@ -25,7 +25,7 @@ from harness.capabilities import (
     keyed_libraries,
     offers,
 )
-from harness.registry import Registry, parse_spec, spec_of, write_spec
+from harness.registry import Registry, parse_spec, presets, spec_of, write_spec
 from harness.registry.code_digest import closure
 from harness.registry.entry_points import file_of
 from harness.registry.kept import derived
@@ -155,8 +155,8 @@ class _Planner:
         return {name: self.identity("metrics", name) for name in self.metrics}
 
     def short(self, part: str, cell: Cell) -> str:
-        """The spec of one part of a cell with only those parameters that differ from the defaults."""
-        return self.shortened(part, getattr(cell, part))
+        """The preset of one part of a cell, else its spec with only what differs from the defaults."""
+        return presets.named(AXES[part], self.shortened(part, getattr(cell, part)))
 
     def _shortened(self, part: str, spec: str) -> str:
         name, given = parse_spec(spec)
@@ -213,7 +213,7 @@ class _Planner:
         chosen = () if defend is None else self.chosen(defend)
         upstream = tuple(dict.fromkeys(k for k in (attack, *chosen, defend, *samples.values(), key) if k is not None))
         defense = self.built("defenses", cell.defense)
-        short = {part: self.short(part, cell) for part in AXES}
+        short = {part: self.shortened(part, getattr(cell, part)) for part in AXES}
         track: Track = "text-to-image" if self.built("models", cell.model).conditional else "unconditional"
         origins = {part: self.origin(kind, getattr(cell, part)) for part, kind in AXES.items()}
         self.plan.cells.append(
