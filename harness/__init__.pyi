@@ -95,6 +95,7 @@ from harness.diffusion.training import (
 from harness.judges import (
     classifiers as classifiers,
     digits as digits,
+    fidelity as fidelity,
     image_folders as image_folders,
     public_encoders as public_encoders,
     shapes as shapes,

@@ -21,17 +21,19 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
+from harness.capabilities import encoders_of
 from harness.diffusion import checkpoint
 from harness.diffusion.interrupted import UNFINISHED, Kept
 from harness.diffusion.model import DiffusionModel
-from harness.diffusion.samplers import DDIM
-from harness.diffusion.seeds import generator
+from harness.diffusion.samplers import DDIM, DPMSolverPP
+from harness.diffusion.seeds import generator, image_noise, image_seeds
 from harness.diffusion.training import Examples, denoising_loss, minimize
-from harness.judges import classifiers, image_folders
+from harness.judges import classifiers, fidelity, image_folders, public_encoders
 from harness.judges.hub import Source
 from harness.judges.image_folders import DataError
 from harness.models.embedded_models import Embedded
-from harness.types import Data
+from harness.registry import spec_of
+from harness.types import Data, Inputs
 
 DATA = "BENCH_DATA"  # environment variable: a directory with a folder for each data set, in the layout of the hub
 Split = Literal["train", "test"]
@@ -134,11 +136,25 @@ class Recipe:
         self.judge, self.judged = classifiers.class_judge(name, self.train, self.test, head, rng, kept=kept, **options)
 
     def finished(self, model: DiffusionModel, trained: Mapping[str, Any]) -> dict[str, Any]:
-        """Writes model and judge; what was trained, on which data, and how well the judge recognises samples."""
+        """Writes model and judge; what was trained, on which data, how well the judge recognises samples, and how far
+        they are from the held-out images."""
         checkpoint.save(model.to("cpu"), self.out / "model", fp16=True)
         classifiers.save_judge(self.judge, self.out / "judge")
         data = {"train": content(self.train), "test": content(self.test)}
-        return {**trained, "data": data, **self.judged, **classifiers.quality(model, self.judge, DDIM(steps=50))}
+        quality = classifiers.quality(model, self.judge, DDIM(steps=50))
+        return {**trained, "data": data, **self.judged, **quality, **self.distances(model)}
+
+    def distances(self, model: DiffusionModel, n: int = 2048) -> dict[str, Any]:
+        """Fréchet and kernel distance, precision and recall of n samples against the held-out images, in the features
+        of the judge and of the public encoders."""
+        seeds = image_seeds(0, "distances", n)
+        sampler = DPMSolverPP(steps=10)
+        images = model.sample(Inputs(image_noise(seeds, model.shape), None, seeds), sampler)
+        encoders = [self.judge, *map(public_encoders.load, encoders_of(self.plugin))]
+        found: dict[str, Any] = {"distances_n": n, "distances_sampler": spec_of(sampler)}
+        for encoder in encoders:
+            found |= fidelity.facts(encoder, images, self.test.images)
+        return found
 
 
 def content(data: Data) -> str:

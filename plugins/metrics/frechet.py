@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from annotated_types import Ge
@@ -41,20 +41,17 @@ from harness import (
     Score,
     Who,
     encoders_of,
-    from_uint8,
+    fidelity,
     generator,
     hookimpl,
     loop,
-    progress,
     public_encoders,
     rate,
-    to_uint8,
     unmeasured,
 )
 
 FLOOR = 100  # number of images below which a distance is not informative; the Fréchet distance also requires one image
 # per feature
-LAYER = "features"
 LARGE = 512  # features above which the bootstrap has fewer resamples, because each takes seconds
 Z = 1.959964  # standard normal quantile of a 95 % interval
 AFTER: dict[Who, str] = {"defended": "", "backdoored": "_before", "clean": "_clean"}  # ending of a model's scores
@@ -104,7 +101,7 @@ class Frechet:
     def against(self, evidence: Evidence, encoder: ImageEncoder) -> dict[str, Score]:
         """All scores in the features of one encoder, without its name."""
         key = ("fidelity reference", encoder.name)
-        reference = evidence.once(key, lambda: extract(encoder, evidence.reference))
+        reference = evidence.once(key, lambda: fidelity.extract(encoder, evidence.reference))
         scores: dict[str, Score] = {}
         replicates: dict[Who, Tensor | None] = {}
         for who, end in AFTER.items():
@@ -129,7 +126,7 @@ class Frechet:
             return None, ABSENT[who]
         if min(len(images), len(evidence.reference)) < 2:
             return None, "a distance needs at least two images on each side"
-        return evidence.once(("fidelity", encoder.name, who), lambda: extract(encoder, images)), ""
+        return evidence.once(("fidelity", encoder.name, who), lambda: fidelity.extract(encoder, images)), ""
 
     def replicates(self, found: Tensor, reference: Tensor) -> Tensor:
         """(B,) Fréchet distances of resampled images. Sets of equal size are resampled equally."""
@@ -142,11 +139,11 @@ class Frechet:
             return {name: unmeasured(why, better) for name, better in BETTER.items()}
         n = len(found)
         subset = min(self.subset, n, len(reference))
-        value = frechet(found, reference)
-        distance, spread = kernel(found, reference, subset)
+        value = fidelity.frechet(found, reference)
+        distance, spread = fidelity.kernel(found, reference, subset)
         half = Z * spread * math.sqrt(subset / n)
         few = _few(n, max(FLOOR, found.shape[1]))
-        precision, recall = manifolds(found, reference, min(self.neighbours, n - 1, len(reference) - 1))
+        precision, recall = fidelity.manifolds(found, reference, min(self.neighbours, n - 1, len(reference) - 1))
         return {
             "fd": Score(value, n, False, student(value, replicates), None, few),
             "kd": Score(distance, n, False, (distance - half, distance + half), None, _few(n, FLOOR)),
@@ -169,30 +166,6 @@ def _few(n: int, least: int) -> str | None:
 def _share(value: float, n: int) -> Score:
     hits = torch.arange(n) < round(value * n)
     return rate(hits, True)
-
-
-def extract(encoder: ImageEncoder, images: Tensor) -> Tensor:
-    """(N, D) float64 features of [-1, 1] images by torch-fidelity, with the encoder as its registered extractor."""
-    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
-    from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_from_input_id
-
-    if encoder.name not in FEATURE_EXTRACTORS_REGISTRY:
-        register_feature_extractor(encoder.name, _extractor_class())
-    extractor = create_feature_extractor(
-        encoder.name, [LAYER], cuda=False, verbose=False, encoder=encoder, n=len(images)
-    )
-    options = {"input1": _uint8_dataset(images), "batch_size": 256, "cuda": False, "cache": False}
-    with torch.random.fork_rng(devices=[]):  # the library's data loader draws from the global generator
-        found: Any = extract_featuresdict_from_input_id(1, extractor, save_cpu_ram=True, verbose=False, **options)
-    return found[LAYER]
-
-
-def frechet(found: Tensor, reference: Tensor) -> float:
-    """Fréchet distance of two feature sets (N, D) and (M, D)."""
-    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
-
-    statistics = [fid_features_to_statistics(each.double()) for each in (found, reference)]
-    return max(0.0, fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID])
 
 
 def bootstrap(found: Tensor, reference: Tensor, rounds: int) -> Tensor:
@@ -233,25 +206,6 @@ def student(value: float, replicates: Tensor) -> tuple[float, float] | None:
     return value - half, value + half
 
 
-def kernel(found: Tensor, reference: Tensor, subset: int) -> tuple[float, float]:
-    """Kernel distance of two feature sets: mean and standard deviation over 100 pairs of random subsets (seed fixed by
-    the library)."""
-    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
-
-    options = {"kid_subsets": 100, "kid_subset_size": subset, "verbose": False}
-    done = kid_features_to_metric(found.double(), reference.double(), **options)
-    return done[KEY_METRIC_KID_MEAN], done[KEY_METRIC_KID_STD]
-
-
-def manifolds(found: Tensor, reference: Tensor, neighbours: int) -> tuple[float, float]:
-    """(precision, recall) of two feature sets."""
-    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
-
-    options = {"prc_neighborhood": neighbours, "prc_batch_size": 1000, "save_cpu_ram": True, "verbose": False}
-    done = prc_features_to_metric(found.double(), reference.double(), **options)
-    return float(done[KEY_METRIC_PRECISION]), float(done[KEY_METRIC_RECALL])
-
-
 def compared(one: Score, other: Score, first: Tensor | None, second: Tensor | None, ratio: bool = True) -> Score:
     """one / other, or one − other, with the interval over the paired replicates (B,); unmeasured if either is."""
     for score in (one, other):
@@ -264,54 +218,6 @@ def compared(one: Score, other: Score, first: Tensor | None, second: Tensor | No
     if first is not None and second is not None and len(first) == len(second):
         interval = student(value, first / second if ratio else first - second)
     return Score(value, one.n, False, interval, None, one.warning)
-
-
-def _extractor_class() -> type:
-    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-
-    class EncoderExtractor(FeatureExtractorBase):
-        """Wraps an encoder in torch-fidelity's interface: (B, C, H, W) uint8 in, one layer of features out."""
-
-        def __init__(self, name: str, features_list: list[str], encoder: ImageEncoder, n: int = 0, **_: object) -> None:
-            super().__init__(name, features_list)
-            self.encoder, self.done, self.n = encoder, 0, n
-
-        @staticmethod
-        def get_provided_features_list() -> tuple[str, ...]:
-            return (LAYER,)
-
-        @staticmethod
-        def get_default_feature_layer_for_metric(metric: str) -> str:
-            return LAYER
-
-        @staticmethod
-        def can_be_compiled() -> bool:
-            return False
-
-        def forward(self, input: Tensor) -> tuple[Tensor]:
-            if input.dtype != torch.uint8:
-                raise TypeError(f"the extractor takes uint8 images, not {input.dtype}")
-            features = self.encoder.features(from_uint8(input)).double()
-            self.done += len(input)
-            progress(f"features of {self.encoder.name}", self.done, max(self.n, self.done))
-            return (features,)
-
-    return EncoderExtractor
-
-
-def _uint8_dataset(images: Tensor) -> Any:
-    from torch.utils.data import Dataset
-
-    data = to_uint8(images)
-
-    class Images(Dataset):
-        def __len__(self) -> int:
-            return len(data)
-
-        def __getitem__(self, index: int) -> Tensor:
-            return data[index]
-
-    return Images()
 
 
 @hookimpl

@@ -1,0 +1,121 @@
+"""Fréchet and kernel distance, precision and recall of two sets of images in the features of an encoder.
+
+torch-fidelity computes all four. The encoder is registered as its feature extractor under the encoder's own name. What
+each of them is: the metric `frechet`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.diffusion.events import progress
+from harness.diffusion.images import from_uint8, to_uint8
+from harness.types import ImageEncoder
+
+LAYER = "features"
+
+
+def extract(encoder: ImageEncoder, images: Tensor) -> Tensor:
+    """(N, D) float64 features of [-1, 1] images by torch-fidelity, with the encoder as its registered extractor."""
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+    from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_from_input_id
+
+    if encoder.name not in FEATURE_EXTRACTORS_REGISTRY:
+        register_feature_extractor(encoder.name, _extractor_class())
+    extractor = create_feature_extractor(
+        encoder.name, [LAYER], cuda=False, verbose=False, encoder=encoder, n=len(images)
+    )
+    options = {"input1": _uint8_dataset(images), "batch_size": 256, "cuda": False, "cache": False}
+    with torch.random.fork_rng(devices=[]):  # the library's data loader draws from the global generator
+        found: Any = extract_featuresdict_from_input_id(1, extractor, save_cpu_ram=True, verbose=False, **options)
+    return found[LAYER]
+
+
+def frechet(found: Tensor, reference: Tensor) -> float:
+    """Fréchet distance of two feature sets (N, D) and (M, D)."""
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+
+    statistics = [fid_features_to_statistics(each.double()) for each in (found, reference)]
+    return max(0.0, fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID])
+
+
+def kernel(found: Tensor, reference: Tensor, subset: int) -> tuple[float, float]:
+    """Kernel distance of two feature sets: mean and standard deviation over 100 pairs of random subsets (seed fixed by
+    the library)."""
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+
+    options = {"kid_subsets": 100, "kid_subset_size": subset, "verbose": False}
+    done = kid_features_to_metric(found.double(), reference.double(), **options)
+    return done[KEY_METRIC_KID_MEAN], done[KEY_METRIC_KID_STD]
+
+
+def manifolds(found: Tensor, reference: Tensor, neighbours: int) -> tuple[float, float]:
+    """(precision, recall) of two feature sets."""
+    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
+    options = {"prc_neighborhood": neighbours, "prc_batch_size": 1000, "save_cpu_ram": True, "verbose": False}
+    done = prc_features_to_metric(found.double(), reference.double(), **options)
+    return float(done[KEY_METRIC_PRECISION]), float(done[KEY_METRIC_RECALL])
+
+
+def facts(encoder: ImageEncoder, images: Tensor, reference: Tensor) -> dict[str, float]:
+    """The four numbers for images (N, C, H, W) and real ones (M, C, H, W) in [-1, 1], each named for the encoder. The
+    kernel distance is over subsets of at most 250 images, precision and recall are of the third neighbour."""
+    found, real = extract(encoder, images), extract(encoder, reference)
+    precision, recall = manifolds(found, real, 3)
+    numbers = {
+        "fd": frechet(found, real), "kd": kernel(found, real, min(250, len(found), len(real)))[0],
+        "precision": precision, "recall": recall,
+    }  # fmt: skip
+    return {f"{name}[{encoder.name}]": value for name, value in numbers.items()}
+
+
+def _extractor_class() -> type:
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+
+    class EncoderExtractor(FeatureExtractorBase):
+        """Wraps an encoder in torch-fidelity's interface: (B, C, H, W) uint8 in, one layer of features out."""
+
+        def __init__(self, name: str, features_list: list[str], encoder: ImageEncoder, n: int = 0, **_: object) -> None:
+            super().__init__(name, features_list)
+            self.encoder, self.done, self.n = encoder, 0, n
+
+        @staticmethod
+        def get_provided_features_list() -> tuple[str, ...]:
+            return (LAYER,)
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric: str) -> str:
+            return LAYER
+
+        @staticmethod
+        def can_be_compiled() -> bool:
+            return False
+
+        def forward(self, input: Tensor) -> tuple[Tensor]:
+            if input.dtype != torch.uint8:
+                raise TypeError(f"the extractor takes uint8 images, not {input.dtype}")
+            features = self.encoder.features(from_uint8(input)).double()
+            self.done += len(input)
+            progress(f"features of {self.encoder.name}", self.done, max(self.n, self.done))
+            return (features,)
+
+    return EncoderExtractor
+
+
+def _uint8_dataset(images: Tensor) -> Any:
+    from torch.utils.data import Dataset
+
+    data = to_uint8(images)
+
+    class Images(Dataset):
+        def __len__(self) -> int:
+            return len(data)
+
+        def __getitem__(self, index: int) -> Tensor:
+            return data[index]
+
+    return Images()
