@@ -107,6 +107,8 @@ def assembled(files: ModelFiles, entry: KnownModel, into: Path) -> None:
     """Lay out the entry as a pipeline directory in `into`, by hard links or copies of regular files."""
     inside = f"{entry.folder}/" if entry.folder else ""
     mine = [name for name in files.sizes if name.startswith(inside)]
+    if not any(name.endswith(".safetensors") for name in mine):
+        raise CheckpointError(f"{entry.name}: no safetensors among its files; if it has pickles only: {CONVERT}")
     roots = [PurePosixPath(name).parent for name in mine if PurePosixPath(name).name == "model_index.json"]
     if roots:
         depth = min(len(root.parts) for root in roots)
@@ -156,8 +158,6 @@ def _nothing(files: ModelFiles, names: Sequence[str]) -> str:
     adapters = [n for n in weights if any(word in key for key in files.header(n).tensors for word in ADAPTERS)]
     if adapters:
         return f"{adapters[0]} is an adapter (LoRA), which is not read; merge it into its base and scan that"
-    if not weights:
-        return f"holds no safetensors. If it has pickles only: {CONVERT}"
     return "holds neither a pipeline nor a part with a configuration; put it into a pipeline directory and scan that"
 
 
