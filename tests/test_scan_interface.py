@@ -420,9 +420,10 @@ def test_the_list_of_published_models_is_well_formed() -> None:
     from harness import registry
 
     entries = known.known_models()
-    attacks = registry.load().classes("attacks")
+    attacks, models = registry.load().classes("attacks"), registry.load().classes("models")
     assert len(entries) >= 40 and len({entry.name for entry in entries}) == len(entries)
     assert {entry.attack for entry in entries} <= set(attacks)
+    assert {entry.like for entry in entries} - {None} == {"sd-v1-4", "ddpm-cifar10", "ldm-celebahq"} <= set(models)
     assert sum(entry.repository == "Weilin0/BackdoorDM" for entry in entries) == 17
     for entry in entries:
         paper = entry.paper.partition(":")[2]
@@ -448,7 +449,7 @@ def test_a_list_of_published_models_with_a_mistake_is_refused(tmp_path: Path, en
 
 
 def entry(repository: str, **given: Any) -> known.KnownModel:
-    facts = {"attack": "badt2i", "paper": "arXiv:2305.04175", "source": "README.md"}
+    facts: dict[str, Any] = {"attack": "badt2i", "paper": "arXiv:2305.04175", "source": "README.md"}
     return known.KnownModel(repository=repository, **facts | given)
 
 
@@ -531,6 +532,7 @@ def test_the_parts_of_published_models_are_scanned_with_their_base(
         entry("bad/lora", weights="adapter"),
         entry("bad/gone"),
         entry("bad/unet", folder="unet"),
+        entry("base/sd", like="digits-ddpm"),
     ]
     monkeypatch.setattr(known, "known_models", lambda: entries)
     found = bench("--known", "--detector", "norms", "--format", "json")
@@ -547,6 +549,7 @@ def test_the_parts_of_published_models_are_scanned_with_their_base(
         ("bad/lora", "an adapter"),
         ("bad/gone", "cannot be had from the hub"),
         ("bad/unet/unet", "no safetensors"),
+        ("base/sd", "--like digits-ddpm takes no prompts"),
     ):
         assert says in reports[name]["error"]
     told = reports["bad/encoder"]
@@ -556,7 +559,7 @@ def test_the_parts_of_published_models_are_scanned_with_their_base(
     assert bench("--known", "--only", "Rickrolling", "--detector", "norms").code == 1
 
     table = bench("--known", "--detector", "norms").out.splitlines()
-    assert table[-1] == "9 models: 2 suspicious, 6 not scanned, 1 nothing found"
+    assert table[-1] == "10 models: 2 suspicious, 7 not scanned, 1 nothing found"
     assert any(re.match(r"bad/encoder +rickrolling +arXiv:2305\.04175 +suspicious ", line) for line in table)
 
 

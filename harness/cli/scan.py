@@ -33,7 +33,7 @@ EXITS = {"nothing found": Exit.ok, "suspicious": Exit.failed, "undecided": Exit.
 
 
 @click.command(short_help="Check whether your own models are backdoored.")
-@click.argument("models", nargs=-1, metavar="MODEL...")
+@click.argument("models", nargs=-1, metavar="[MODEL]...")
 @options_of_kind
 @click.option("--list", "listed", metavar="FILE", help="Also scan the models of FILE, one per line; - is stdin.")
 @click.option("--known", is_flag=True, help="Scan the published backdoored models of known_backdoored.toml.")
@@ -142,7 +142,8 @@ def _outcome(target: Target, asked: Asked, fail_on: str, alone: bool) -> Outcome
         if not alone:
             if code is None or os.environ.get("BENCH_DEBUG") == "1":
                 traceback.print_exception(error)
-            note(f"bench: {target.name}: {line_of(error)}")
+            says = line_of(error)
+            note(f"bench: {says if says.startswith(target.name) else f'{target.name}: {says}'}")
         says = line_of(error) if code is not None else f"a bug: {type(error).__name__}: {line_of(error)}"
         failed = unscanned(target, asked.seed, says, Exit.bug if code is None else code)
         return Outcome(failed, error=error)
@@ -172,7 +173,8 @@ def _examined(
     from harness.scan.next_steps import next_steps
 
     registry, data, prompts, seed = asked.registry, asked.data, asked.prompts, asked.seed
-    subject = opened(where, target.revision, asked.like, asked.device, registry, asked.population)
+    like = asked.like or (None if target.entry is None else target.entry.like)
+    subject = opened(where, target.revision, like, asked.device, registry, asked.population)
     subject = replace(subject, name=target.name)
     asks, skipped = applicable(subject, registry, asked.detectors, given={"data": data, "prompts": prompts})
     knowledge = drawn(
@@ -337,11 +339,10 @@ def shown(
             continue
         images = scanning.pictures(subject.model, inputs, trigger)
         told.append(replace(finding, alike=scanning.alikeness(images, plain_images)))
-        figures.append(
-            (f"the same noise with the trigger that {finding.detector} found", grid([images[:SHOWN]], scale))
-        )
+        name = finding.detector.partition("(")[0]
+        figures.append((f"the same noise with the trigger that {name} found", grid([images[:SHOWN]], scale)))
         if isinstance(trigger, Tensor) and subject.model.vae is None:
-            figures.append((f"that trigger, {finding.detector}", grid([_visible(trigger)], scale)))
+            figures.append((f"the trigger that {name} found", grid([_visible(trigger)], scale)))
     return told, figures
 
 

@@ -15,10 +15,11 @@ from harness.cli import Exit
 from harness.cli.common import columns, echo
 from harness.runs.jsonable import to_jsonable
 from harness.runs.printable import one_line, printable, printable_json
-from harness.scan.document import Report, Scan
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from harness.scan.document import Report, Scan
 
 ENDINGS = {".html": "html", ".htm": "html", ".json": "json", ".sarif": "sarif", ".txt": "text"}
 WORST = (Exit.failed, Exit.bug, Exit.missing, Exit.plugin, Exit.usage, Exit.undecided, Exit.ok)  # of several models
@@ -31,6 +32,8 @@ def now() -> str:
 
 def scan_of(reports: Sequence[dict[str, Any]], started: str, seed: int, fail_on: str) -> Scan:
     """The document of a scan. Its exit code is the worst of its reports."""
+    from harness.scan.document import Report, Scan
+
     made = tuple(Report.model_validate(to_jsonable(report)) for report in reports)
     codes = {report.exit_code for report in made}
     worst = next((code for code in WORST if code in codes), max(codes, default=Exit.ok))

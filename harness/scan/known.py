@@ -42,6 +42,7 @@ class KnownModel(BaseModel):
     attack: str
     paper: str = Field(pattern=r"^(arXiv:\d{4}\.\d{4,5}|doi:10\.\S+)$")
     base: str | None = Field(None, pattern=rf"^{hub.REPOSITORY}$")
+    like: str | None = None
     weights: Literal["safetensors", "pickle", "adapter", "unknown"] = "unknown"
     source: str
     note: str = ""

@@ -61,10 +61,12 @@ def _environment() -> Environment:
         lstrip_blocks=True, finalize=_visible, keep_trailing_newline=True,
     )  # fmt: skip
     made.filters |= {
-        "kind": lambda verdict: str(verdict).split()[0], "bare": lambda spec: spec.partition("(")[0],
-        "arguments": lambda spec: spec.partition("(")[2].removesuffix(")"), "number": _number, "spread": _spread,
+        "kind": lambda verdict: str(verdict).split()[0],
+        "bare": lambda spec: spec.partition("(")[0],
+        "number": _number,
+        "spread": _spread,
         "told": _told,
-    }  # fmt: skip
+    }
     return made
 
 
