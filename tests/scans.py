@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+from pydantic import BaseModel
 
 from harness.scan.document import FalseAlarms, FindingRow, Published, Report, Scan
 
@@ -64,3 +67,16 @@ def scan(*reports: Report) -> Scan:
         version="1.2.3", started="2026-11-28T06:00:00Z", ended="2026-11-28T06:01:00Z", seed=3, fail_on="undecided",
         exit_code=1, reports=reports,
     )  # fmt: skip
+
+
+def undeclared(value: BaseModel | Sequence[BaseModel], where: str = "") -> list[str]:
+    """The places of fields that the schema does not describe."""
+    found = []
+    if isinstance(value, BaseModel):
+        found += [f"{where}.{name}" for name in value.model_extra or ()]
+        for name in type(value).model_fields:
+            found += undeclared(getattr(value, name), f"{where}.{name}")
+    elif isinstance(value, tuple | list):
+        for item in value:
+            found += undeclared(item, where)
+    return found

@@ -146,6 +146,7 @@ def test_a_crash_on_one_model_is_told_and_the_others_are_scanned(
     reports = json.loads(found.out)["reports"]
     assert found.code == Exit.bug == reports[0]["exit_code"] and reports[1]["verdict"] == "nothing found"
     assert reports[0]["error"] == "a bug: KeyError: 'a bug'" and "Traceback" in found.err
+    assert f"bench: {bad}: a bug: KeyError: 'a bug'; please report it with the lines above\n" in found.err
     assert bench(*words[:2], saved(tmp_path / "evil", 2.0), *words[2:]).code == Exit.failed
 
 
@@ -280,14 +281,14 @@ def test_real_reports_meet_the_published_schema(bench: Run, tmp_path: Path, caps
     for told in (several, single):
         validator.validate(told)
     made = document.Scan.model_validate(several)
-    assert document.undeclared(made) == [], "declare these fields in harness/scan/document.py"
+    assert scans.undeclared(made) == [], "declare these fields in harness/scan/document.py"
     for wrong in ({**several, "exit_code": "1"}, {**single, "verdict": "fine"}, {"reports": []}):
         assert not validator.is_valid(wrong)
 
 
 def test_a_field_that_the_schema_does_not_describe_is_found() -> None:
     odd = scans.scan(scans.report(findings=(scans.row(extra=1),), other=2))
-    assert document.undeclared(odd) == [".reports.other", ".reports.findings.extra"]
+    assert scans.undeclared(odd) == [".reports.other", ".reports.findings.extra"]
 
 
 def test_every_verdict_is_an_outcome_of_the_schema() -> None:
@@ -409,7 +410,7 @@ def test_without_enough_clean_models_no_rate_is_counted() -> None:
     five = Population("m", {}, {"a": (1.0, 2.0, 3.0, 4.0, 5.0)})
     told = false_alarms(verdict.judged([Finding("a", 3.0)], five), five)
     assert told is not None and (told.flagged, told.models, told.interval) == (None, None, None)
-    assert "probability of 5%" in told.says and "Of these" not in told.says
+    assert "probability of 5%" in told.says and "Of these" not in told.says and "too few of them" in told.says
     assert false_alarms([Finding("a", 3.0)], None) is None
 
 
@@ -543,10 +544,10 @@ def test_the_parts_of_published_models_are_scanned_with_their_base(
     assert verdicts.pop("bad/unet") == verdicts.pop("bad/encoder") == "suspicious"
     assert set(verdicts.values()) == {"not scanned"}
     for name, says in (
-        ("bad/adapter", "is an adapter"),
+        ("bad/adapter", "pytorch_lora_weights.safetensors: an adapter (LoRA) is not read"),
         ("bad/pickles", "if it has pickles only: a pickle can run code"),
         ("bad/pickled", "has these weights as a pickle"),
-        ("bad/lora", "an adapter"),
+        ("bad/lora", "bad/lora: an adapter (LoRA) is not read"),
         ("bad/gone", "cannot be had from the hub"),
         ("bad/unet/unet", "no safetensors"),
         ("base/sd", "--like digits-ddpm takes no prompts"),
@@ -596,8 +597,20 @@ def test_only_the_folder_of_an_entry_is_downloaded_and_no_pickle(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     (tmp_path / "into").mkdir()
-    known.directory(entry("a/b", folder="results/x", revision="0" * 40), tmp_path / "into")
+    pinned = entry("a/b", folder="results/x", revision="0" * 40)
+    place, commit = known.directory(pinned, tmp_path / "into")
     assert asked == [("a/b", "0" * 40, ["results/x/unet/model.safetensors"])]
+    assert (place, commit) == (tmp_path / "into", "c" * 40) and hub.load(hub.Source(str(place))).conditional
+    (weights,) = (place / "unet").glob("*.safetensors")
+    assert weights.stat().st_nlink == 2, "not copied"
+
+
+def test_a_repository_that_is_a_pipeline_is_scanned_where_it_lies(
+    sd: Path, the_hub: Callable[..., None], tmp_path: Path
+) -> None:
+    the_hub(sd, "whole/sd")
+    place, _ = known.directory(entry("whole/sd"), tmp_path / "into")
+    assert place.parent.name == "snapshots" and not (tmp_path / "into").exists()
 
 
 # ---- the action and the hook ----------------------------------------------------------------------------------------

@@ -139,14 +139,13 @@ def _outcome(target: Target, asked: Asked, fail_on: str, alone: bool) -> Outcome
         report, figures = _scanned(target, asked)
     except Exception as error:
         code = exit_code_of(error)
-        if not alone:
+        says = line_of(error) if code is not None else f"a bug: {type(error).__name__}: {line_of(error)}"
+        if not alone:  # the error of one model alone is that of the command
             if code is None or os.environ.get("BENCH_DEBUG") == "1":
                 traceback.print_exception(error)
-            says = line_of(error)
-            note(f"bench: {says if says.startswith(target.name) else f'{target.name}: {says}'}")
-        says = line_of(error) if code is not None else f"a bug: {type(error).__name__}: {line_of(error)}"
-        failed = unscanned(target, asked.seed, says, Exit.bug if code is None else code)
-        return Outcome(failed, error=error)
+            where = "" if says.startswith(target.name) else f"{target.name}: "
+            note(f"bench: {where}{says}{'; please report it with the lines above' if code is None else ''}")
+        return Outcome(unscanned(target, asked.seed, says, Exit.bug if code is None else code), error=error)
     code = EXITS[report["verdict"]]
     mild = code == Exit.undecided and fail_on == "suspicious"
     return Outcome({**report, "exit_code": int(Exit.ok if mild else code)}, figures)
@@ -160,7 +159,7 @@ def _scanned(target: Target, asked: Asked) -> tuple[dict[str, Any], list[tuple[s
 
     if target.entry is None:
         return _examined(target, target.where, asked, None)
-    with tempfile.TemporaryDirectory(prefix="bench-known-") as folder:
+    with tempfile.TemporaryDirectory(prefix=".bench-known-", dir=published.room()) as folder:
         place, commit = published.directory(target.entry, Path(folder))
         return _examined(replace(target, revision="main"), str(place), asked, commit)
 

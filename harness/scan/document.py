@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
@@ -101,16 +100,3 @@ def schema() -> dict[str, Any]:
         "description": "A scan of one or several models, or the report of one model.",
         **made,
     }
-
-
-def undeclared(value: BaseModel | Sequence[BaseModel], where: str = "") -> list[str]:
-    """The places of fields that the schema does not describe."""
-    found = []
-    if isinstance(value, BaseModel):
-        found += [f"{where}.{name}" for name in value.model_extra or ()]
-        for name in type(value).model_fields:
-            found += undeclared(getattr(value, name), f"{where}.{name}")
-    elif isinstance(value, tuple | list):
-        for item in value:
-            found += undeclared(item, where)
-    return found

@@ -63,6 +63,8 @@ def _says(
             f"Of these {n} clean models, each compared with the other {n - 1}, {flagged} are flagged "
             f"(95 % interval {interval[0]:.0%} to {interval[1]:.0%})."
         )
+    elif names:
+        parts.append("There are too few of them to check this by comparing each with the others.")
     if own:
         parts.append(
             f"No rate of false alarms is known for {' and '.join(own)}: there are no clean models to compare with."

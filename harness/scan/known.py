@@ -8,6 +8,7 @@ A directory is then assembled: the files of the base, with the part in its place
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ PATTERNS = ("*.json", "*.safetensors", "*.txt")
 LIST = "known_backdoored.toml"
 CLASSES = {"UNet2DConditionModel": "unet", "UNet2DModel": "unet", "CLIPTextModel": "text_encoder"}
 ADAPTERS = ("lora_down", "lora_up", "lora_A", "lora_B", "lora.down", "lora.up")
+ADAPTER = "an adapter (LoRA) is not read; merge it into its base and scan the result"
 CONVERT = (
     "a pickle can run code when it is loaded, so it is refused; convert it on a machine you can lose with "
     "save_pretrained(safe_serialization=True), and scan the directory"
@@ -89,19 +91,29 @@ class Part(hub.Source):
 
 
 def directory(entry: KnownModel, into: Path) -> tuple[Path, str | None]:
-    """A pipeline directory of the entry below the empty folder `into`, and the commit of its repository if the hub's
-    cache names it. Downloads what is not in the cache. Raises CheckpointError for what cannot be had or assembled.
+    """The pipeline directory of the entry, and the commit of its repository if the hub's cache names it.
+
+    It is assembled in the folder `into`, unless the repository itself is one. Downloads what is not in the cache.
+
+    Raises CheckpointError for what cannot be had or assembled.
     """
     if entry.weights == "pickle":
         raise CheckpointError(f"{entry.name}: the repository has these weights as a pickle; {CONVERT}")
     if entry.weights == "adapter":
-        raise CheckpointError(
-            f"{entry.name}: an adapter (LoRA), which is not read; merge it into its base and scan that"
-        )
+        raise CheckpointError(f"{entry.name}: {ADAPTER}")
     snapshot = Part(entry.repository, entry.revision or "main", folder=entry.folder).fetch()
-    assembled(ModelFiles(snapshot), entry, into)
-    commit = snapshot.name
-    return into, commit if len(commit) == 40 and set(commit) <= set("0123456789abcdef") else None
+    files, commit = ModelFiles(snapshot), snapshot.name if re.fullmatch(hub.COMMIT, snapshot.name) else None
+    if entry.folder is None and "model_index.json" in files and any(n.endswith(".safetensors") for n in files.sizes):
+        return snapshot, commit
+    assembled(files, entry, into)
+    return into, commit
+
+
+def room() -> str | None:
+    """A folder beside the downloaded files, where hard links to them can be; None if it cannot be written."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return HF_HUB_CACHE if os.access(HF_HUB_CACHE, os.W_OK) else None
 
 
 def assembled(files: ModelFiles, entry: KnownModel, into: Path) -> None:
@@ -158,7 +170,7 @@ def _nothing(files: ModelFiles, names: Sequence[str]) -> str:
     weights = [name for name in names if name.endswith(".safetensors")]
     adapters = [n for n in weights if any(word in key for key in files.header(n).tensors for word in ADAPTERS)]
     if adapters:
-        return f"{adapters[0]} is an adapter (LoRA), which is not read; merge it into its base and scan that"
+        return f"{adapters[0]}: {ADAPTER}"
     return "holds neither a pipeline nor a part with a configuration; put it into a pipeline directory and scan that"
 
 
