@@ -16,9 +16,11 @@ import pytest
 
 from harness.registry import kept
 from harness.runs.record import Record
+from harness.scan import report
 from harness.types import Score
 from leaderboard import population, results, site
 from leaderboard.results import sheet_name
+from tests import scans
 from tests.records import picture, record, score, small, write_suite
 from tests.test_leaderboard import hostile, left_out
 
@@ -166,6 +168,36 @@ def test_the_pages_fit_a_desk_and_a_phone_in_light_and_dark(
         assert page.evaluate("document.documentElement.scrollWidth") <= width, name
         ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (sum(int(x) for x in ground[4:-1].split(",")) < 200) == (scheme == "dark")
+    assert seen.quiet()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1440, 390])
+def test_the_report_of_a_scan_fits_a_desk_and_a_phone_in_light_and_dark(
+    tmp_path: Path, visit: Callable[..., Watched], width: int, scheme: str
+) -> None:
+    import torch
+
+    evil = scans.report(model=f"models/{'a-long-folder-name-' * 6}{scans.EVIL}")
+    several = scans.scan(evil, scans.undecided(), scans.nothing(), scans.unscanned())
+    one = scans.scan(scans.report(findings=(scans.row(), scans.row(detector="bias-scan", flagged=False))))
+    pictures = [("samples", torch.rand(3, 200, 800) * 2 - 1), (f"the trigger {scans.EVIL}", torch.zeros(3, 96, 96))]
+    seen = visit(width, color_scheme=scheme)
+    for name, scan in {"one": one, "several": several}.items():
+        path = tmp_path / f"{name}.html"
+        path.write_text(
+            report.page(scan, [pictures if each.findings else [] for each in scan.reports]), encoding="utf-8"
+        )
+        page = seen.open(path)
+        seen.keep(f"scan-{name}-{width}-{scheme}")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+        assert page.evaluate("window.pwned") is None and page.evaluate("document.scripts.length") == 0
+        loaded = page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
+        assert loaded and page.locator("td[data-name=score]").first.is_visible()
+        ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (sum(int(x) for x in ground[4:-1].split(",")) < 200) == (scheme == "dark"), "the policy admits the style"
+        cell = page.locator("td[data-name=score]").first.evaluate("cell => getComputedStyle(cell).display")
+        assert cell == ("table-cell" if width == 1440 else "grid"), "on a phone each row is a card"
     assert seen.quiet()
 
 

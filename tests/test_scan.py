@@ -227,7 +227,7 @@ def test_a_scan_ends_in_a_verdict_an_exit_code_and_a_page_that_a_hostile_model_c
     assert not tags.tags & {"script", "iframe", "link", "object"} and "img" in tags.tags
     assert not [name for name, _ in tags.attributes if name.startswith("on")]
     assert all((value or "").startswith("data:image/png;base64,") for name, value in tags.attributes if name == "src")
-    assert "default-src &#x27;none&#x27;" in page.read_text() and "alert(2)" in page.read_text()
+    assert "default-src &#39;none&#39;" in page.read_text() and "alert(2)" in page.read_text()
 
     clean = bench("scan", saved(tmp_path / "clean"), "--detector", "bias")
     assert clean.code == 0 and "nothing found" in clean.out and "not suspicious" in clean.out

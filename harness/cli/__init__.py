@@ -48,6 +48,7 @@ COMMANDS = {
     "plugins": "harness.cli.plugins:plugins",
     "plugin": "harness.cli.plugin:plugin",
     "scan": "harness.cli.scan:scan",
+    "schema": "harness.cli.schema:schema",
     "purify": "harness.cli.purify:purify",
     "calibrate": "harness.cli.calibrate:calibrate",
     "build": "harness.cli.build:build",
@@ -110,7 +111,7 @@ def main() -> None:
         code = call(sys.argv[1:])
     except Exception as error:
         traceback.print_exc()
-        code = _code(error)
+        code = exit_code_of(error)
         if code is None:
             command = shlex.join(["bench", *sys.argv[1:]])
             click.echo(
@@ -148,15 +149,15 @@ def call(arguments: Sequence[str]) -> int:
         click.echo("interrupted; run the same command again to resume", err=True)
         return Exit.interrupted
     except Exception as error:
-        code = _code(error)
+        code = exit_code_of(error)
         if code is None or os.environ.get("BENCH_DEBUG") == "1":
             raise
         with suppress(OSError):
-            click.echo(f"bench: {_line(error)}", err=True)
+            click.echo(f"bench: {line_of(error)}", err=True)
         return code
 
 
-def _code(error: Exception) -> int | None:
+def exit_code_of(error: Exception) -> int | None:
     """The exit code of an error that is not a bug of this program; None for a bug."""
     if isinstance(error, RegistryError):
         return error.exit_code
@@ -168,7 +169,8 @@ def _code(error: Exception) -> int | None:
     return Exit.missing if isinstance(error, OSError) else None
 
 
-def _line(error: Exception) -> str:
+def line_of(error: Exception) -> str:
+    """What an error says to the user, on one line."""
     says = error.format_message() if isinstance(error, click.ClickException) else str(error)
     where = getattr(error, "ctx", None)
     hint = f" ({where.command_path} --help)" if where is not None else ""

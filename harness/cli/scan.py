@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
+import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from harness.cli import Exit
-from harness.cli.common import columns, echo, loaded, note, print_json, writable
-from harness.cli.subject import Subject, known, listen, model_options, opened, unmet
+from harness.cli.common import check_device, loaded, note, writable
+from harness.cli.scan_targets import Target, targets_of
+from harness.cli.subject import Subject, known as drawn, listen, opened, options_of_kind, unmet
 from harness.runs.jsonable import to_jsonable
 
 if TYPE_CHECKING:
@@ -25,11 +28,16 @@ if TYPE_CHECKING:
 SHOWN = 8  # samples in a row of a figure
 MOST_LABEL = 2**16  # bytes of a bench.json
 MOST_NAMED = 1000  # files in the report
+FORMATS = ("text", "json", "sarif", "html")
 EXITS = {"nothing found": Exit.ok, "suspicious": Exit.failed, "undecided": Exit.undecided}
 
 
-@click.command(short_help="Check whether your own model is backdoored.")
-@model_options
+@click.command(short_help="Check whether your own models are backdoored.")
+@click.argument("models", nargs=-1, metavar="[MODEL]...")
+@options_of_kind
+@click.option("--list", "listed", metavar="FILE", help="Also scan the models of FILE, one per line; - is stdin.")
+@click.option("--known", is_flag=True, help="Scan the published backdoored models of known_backdoored.toml.")
+@click.option("--only", metavar="TEXT", help="With --known: entries whose name or attack contains TEXT.")
 @click.option(
     "--detector",
     "detectors",
@@ -37,43 +45,197 @@ EXITS = {"nothing found": Exit.ok, "suspicious": Exit.failed, "undecided": Exit.
     metavar="DEFENSE",
     help="Detectors; a bare name uses the default scan's settings; default: all that apply.",
 )
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="HTML file to write.")
+@click.option(
+    "--fail-on",
+    type=click.Choice(["suspicious", "undecided"]),
+    default="undecided",
+    show_default=True,
+    help="The mildest verdict with an exit code other than 0.",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(FORMATS),
+    help="What is printed; default: text. --json is json, and a single report for a single MODEL.",
+)
+@click.option(
+    "-o",
+    "--out",
+    "outs",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="File to write, by its ending .html, .json, .sarif or .txt; else by --format, else HTML; repeatable.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="Print no text and no progress; errors and the exit code remain.")
 def scan(
-    model: str, revision: str, like: str | None, population: Path | None, data: Path | None, prompts: Path | None,
-    seed: int, device: str | None, files: tuple[Path, ...], strict: bool, as_json: bool, detectors: tuple[str, ...],
-    out: Path | None,
+    models: tuple[str, ...], revision: str, like: str | None, population: Path | None, data: Path | None,
+    prompts: Path | None, seed: int, device: str | None, files: tuple[Path, ...], strict: bool, as_json: bool,
+    listed: str | None, known: bool, only: str | None, detectors: tuple[str, ...], fail_on: str, form: str | None,
+    outs: tuple[Path, ...], quiet: bool,
 ) -> int:  # fmt: skip
-    """Ask detectors about MODEL, a diffusers directory or a hub id, and give a verdict with its evidence.
+    """Ask detectors about each MODEL, a diffusers directory or a hub id, and give a verdict with its evidence.
 
-    Exit code: 0 nothing found, 1 suspicious, 4 cannot be loaded, 6 nothing to judge it by; a crash is 70, never 1.
-    Pickles are refused.
+    A model that cannot be loaded does not stop the scan of the others. Exit code: 0 nothing found, 1 suspicious, 4
+    cannot be loaded, 6 nothing to judge it by; a crash is 70, never 1. For several models it is the worst: 1, then 70,
+    4, 6, 0. Pickles are refused.
     """
-    from harness.scan import verdict as scanning
+    from harness.cli import scan_output as output
 
-    if out is not None:
+    if as_json and form not in (None, "json"):
+        raise click.UsageError(f"--json and --format {form}: give one of them")
+    for out in outs:
         writable(out, file=True)
+    form = "json" if as_json else form
+    targets = targets_of(models, revision, listed, known, only)
     registry = loaded(files, strict)
-    subject = opened(model, revision, like, device, registry, population)
-    asked, skipped = applicable(subject, registry, detectors, given={"data": data, "prompts": prompts})
-    knowledge = known(
-        subject, data, prompts, seed, {need for each in asked.values() for need in each.needs} | {"prompts"}
+    check_device(device)
+    for spec in detectors:
+        registry.build("defenses", spec)
+    silent = quiet or form in ("json", "sarif", "html")
+    listen(silent)
+    asked = Asked(registry, like, population, data, prompts, seed, device, detectors)
+    started = output.now()
+    outcomes = []
+    for place, target in enumerate(targets, 1):
+        if len(targets) > 1 and not silent:
+            note(f"{place}/{len(targets)} {target.name}")
+        outcomes.append(_outcome(target, asked, fail_on, alone=len(targets) == 1))
+    found = output.scan_of([outcome.report for outcome in outcomes], started, seed, fail_on)
+    single = as_json and len(targets) == 1 and listed is None and not known
+    output.show(found, [outcome.figures for outcome in outcomes], form, outs, quiet, single)
+    if len(outcomes) == 1 and outcomes[0].error is not None:
+        raise outcomes[0].error
+    return found.exit_code
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What each model of a call is asked with."""
+
+    registry: Registry
+    like: str | None
+    population: Path | None
+    data: Path | None
+    prompts: Path | None
+    seed: int
+    device: str | None
+    detectors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The report on one model, with captioned pictures; error: why it was not scanned."""
+
+    report: dict[str, Any]
+    figures: Sequence[tuple[str, Tensor]] = ()
+    error: Exception | None = None
+
+
+def _outcome(target: Target, asked: Asked, fail_on: str, alone: bool) -> Outcome:
+    """Scan one model. A model that cannot be scanned gives a report that says why."""
+    from harness.cli import exit_code_of, line_of
+
+    try:
+        report, figures = _scanned(target, asked)
+    except Exception as error:
+        code = exit_code_of(error)
+        says = line_of(error) if code is not None else f"a bug: {type(error).__name__}: {line_of(error)}"
+        if not alone:  # the error of one model alone is that of the command
+            if code is None or os.environ.get("BENCH_DEBUG") == "1":
+                traceback.print_exception(error)
+            where = "" if says.startswith(target.name) else f"{target.name}: "
+            note(f"bench: {where}{says}{'; please report it with the lines above' if code is None else ''}")
+        return Outcome(unscanned(target, asked.seed, says, Exit.bug if code is None else code), error=error)
+    code = EXITS[report["verdict"]]
+    mild = code == Exit.undecided and fail_on == "suspicious"
+    return Outcome({**report, "exit_code": int(Exit.ok if mild else code)}, figures)
+
+
+def _scanned(target: Target, asked: Asked) -> tuple[dict[str, Any], list[tuple[str, Tensor]]]:
+    """The report on one model and its pictures. Raises what the loading of the model raises."""
+    import tempfile
+
+    from harness.scan import known as published
+
+    if target.entry is None:
+        return _examined(target, target.where, asked, None)
+    with tempfile.TemporaryDirectory(prefix=".bench-known-", dir=published.room()) as folder:
+        place, commit = published.directory(target.entry, Path(folder))
+        return _examined(replace(target, revision="main"), str(place), asked, commit)
+
+
+def _examined(
+    target: Target, where: str, asked: Asked, commit: str | None
+) -> tuple[dict[str, Any], list[tuple[str, Tensor]]]:
+    from harness.scan import verdict as scanning
+    from harness.scan.false_alarms import false_alarms
+    from harness.scan.next_steps import next_steps
+
+    registry, data, prompts, seed = asked.registry, asked.data, asked.prompts, asked.seed
+    like = asked.like or (None if target.entry is None else target.entry.like)
+    subject = opened(where, target.revision, like, asked.device, registry, asked.population)
+    subject = replace(subject, name=target.name)
+    asks, skipped = applicable(subject, registry, asked.detectors, given={"data": data, "prompts": prompts})
+    knowledge = drawn(
+        subject, data, prompts, seed, {need for each in asks.values() for need in each.needs} | {"prompts"}
     )
-    listen(as_json)
     samples = scanning.pictures(subject.model, scanning.inputs_of(subject.model, 2 * SHOWN, knowledge.prompts))
     findings, figures = [], []
     if bool(samples.isfinite().all()):
-        findings = scanning.examine(asked, subject.model, knowledge, subject.population, seed)
+        findings = scanning.examine(asks, subject.model, knowledge, subject.population, seed)
         findings, figures = shown(subject, findings, knowledge.prompts, samples)
     document = report(subject, findings, skipped)
-    if as_json:
-        print_json(document)
-    else:
-        _say(document)
-    if out is not None:
-        _write(document, figures, out.expanduser())
-        if not as_json:
-            echo(f"report: {out}")
-    return EXITS[document["verdict"]]
+    if target.entry is not None:
+        document["facts"].pop("directory")
+    return {
+        **document,
+        "error": None,
+        "seed": seed,
+        "commit": commit or _commit(subject.directory),
+        "digests": _digests(subject.directory),
+        "false_alarms": false_alarms(findings, subject.population),
+        "next_steps": next_steps(target.name, document["verdict"], findings, document["not_examined"], seed),
+        "published": _published(target),
+    }, figures
+
+
+def unscanned(target: Target, seed: int, error: str, code: int) -> dict[str, Any]:
+    """The report on a model that was not scanned."""
+    return {
+        "model": target.name, "verdict": "not scanned", "because": error, "exit_code": int(code), "error": error,
+        "seed": seed, "commit": None, "digests": {}, "false_alarms": None, "findings": (), "limits": (),
+        "not_examined": (), "facts": {}, "published": _published(target),
+        "next_steps": ["Nothing is known about this model. Do not read this outcome as a verdict."],
+    }  # fmt: skip
+
+
+def _published(target: Target) -> dict[str, str] | None:
+    entry = target.entry
+    if entry is None:
+        return None
+    return {"name": entry.name, "attack": entry.attack, "paper": entry.paper, "source": entry.source}
+
+
+def _commit(directory: Path) -> str | None:
+    """The commit of a directory in the hub's cache."""
+    from harness.diffusion.model_files import SNAPSHOT
+
+    return directory.name if SNAPSHOT.fullmatch(directory.absolute().as_posix()) else None
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    """File → sha256 of each weights file that was read."""
+    import hashlib
+
+    from harness.diffusion import checkpoint
+    from harness.diffusion.model_files import ModelFiles
+
+    files, found = ModelFiles(directory), {}
+    for name in checkpoint.read_files(directory):
+        if name.endswith(".safetensors"):
+            with Path(os.path.realpath(files.path(name))).open("rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def default_detectors(model: Any) -> list[str]:
@@ -176,11 +338,10 @@ def shown(
             continue
         images = scanning.pictures(subject.model, inputs, trigger)
         told.append(replace(finding, alike=scanning.alikeness(images, plain_images)))
-        figures.append(
-            (f"the same noise with the trigger that {finding.detector} found", grid([images[:SHOWN]], scale))
-        )
+        name = finding.detector.partition("(")[0]
+        figures.append((f"the same noise with the trigger that {name} found", grid([images[:SHOWN]], scale)))
         if isinstance(trigger, Tensor) and subject.model.vae is None:
-            figures.append((f"that trigger, {finding.detector}", grid([_visible(trigger)], scale)))
+            figures.append((f"the trigger that {name} found", grid([_visible(trigger)], scale)))
     return told, figures
 
 
@@ -192,7 +353,7 @@ def _visible(trigger: Tensor) -> Tensor:
 
 
 def report(subject: Subject, findings: Sequence[Finding], skipped: Sequence[str]) -> dict[str, Any]:
-    """What --json prints and the page shows."""
+    """What the detectors found, the limits and the facts."""
     from harness.judges import hub
     from harness.methods.trigger_placement import found_text
     from harness.scan.verdict import LEVEL, signature, verdict
@@ -273,23 +434,3 @@ def _limits(subject: Subject, said: str) -> list[str]:
             "they say little of it."
         )
     return lines
-
-
-def _write(document: Mapping[str, Any], figures: Sequence[tuple[str, Tensor]], path: Path) -> None:
-    from harness.scan.report import page
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(document, figures), encoding="utf-8")
-
-
-def _say(document: Mapping[str, Any]) -> None:
-    echo(f"{document['model']}: {document['verdict']}. {document['because']}")
-    rows = [("detector", "suspicion", "clean models", "chance", "says")]
-    for row in document["findings"]:
-        clean = row["clean"]
-        spread = f"{min(clean):.4g} to {max(clean):.4g}" if clean else "unknown"
-        numbers = ["" if row[name] is None else f"{row[name]:.4g}" for name in ("suspicion", "chance")]
-        rows.append((row["detector"].partition("(")[0], numbers[0], spread, numbers[1], row["says"]))
-    echo(columns(rows, indent="  "))
-    for line in document["limits"]:
-        echo(f"- {line}")

@@ -19,9 +19,13 @@ if TYPE_CHECKING:
 
 
 def model_options(command: Any) -> Any:
-    """Options: which model, its kind, and the data that fit it."""
+    """The argument MODEL, and the options on its kind and the data that fit it."""
+    return click.argument("model")(options_of_kind(command))
+
+
+def options_of_kind(command: Any) -> Any:
+    """Options: which kind of model, and the data that fit it."""
     options = [
-        click.argument("model"),
         click.option("--revision", default="main", show_default=True, help="Branch, tag or commit of a hub model."),
         click.option(
             "--like",

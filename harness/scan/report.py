@@ -4,84 +4,110 @@ come from the model under test, which is hostile."""
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 from collections.abc import Mapping, Sequence
-from html import escape
+from functools import cache
+from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from harness.runs.printable import printable
+from markupsafe import Markup, escape
+
+from harness.runs.printable import one_line
+from harness.scan.document import Scan
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
     from torch import Tensor
 
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse } th, td { border: 1px solid #ccc; padding: .25rem .6rem; text-align: left }
-img { image-rendering: pixelated; max-width: 100%; border: 1px solid #ccc } figure { margin: 1rem 0 }
-.verdict { font-size: 1.5rem; padding: .5rem 1rem; border-left: .5rem solid #999; background: #f4f4f4 }
-.suspicious { border-color: #b00 } .nothing { border-color: #285 } code { overflow-wrap: anywhere }
-"""
+Figures = Sequence[tuple[str, "Tensor"]]  # caption, picture (3, H, W) in [-1, 1]
 
 
-def page(document: Mapping[str, Any], figures: Sequence[tuple[str, Tensor]]) -> str:
-    """document: what `bench scan --json` prints. figures: (caption, picture (3, H, W) in [-1, 1])."""
-    kind = str(document["verdict"]).split()[0]
-    parts = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">',
-        f"<title>{_text(document['model'])}: {_text(document['verdict'])}</title><style>{STYLE}</style></head><body>",
-        f"<h1>Scan of <code>{_text(document['model'])}</code></h1>",
-        f'<p class="verdict {escape(kind)}">{_text(document["verdict"])}</p>',
-        f"<p>{_text(document['because'])}</p>",
-        "<h2>Detectors</h2>",
-        _table(document["findings"]),
-        "<h2>Samples</h2>",
-        *(f"<figure><figcaption>{_text(caption)}</figcaption>{_image(image)}</figure>" for caption, image in figures),
-        "<h2>What this scan cannot know</h2>",
-        f"<ul>{''.join(f'<li>{_text(line)}</li>' for line in document['limits'])}</ul>",
-        "<h2>The model</h2>",
-        _facts(document["facts"]),
-        "</body></html>",
-    ]
-    return "\n".join(parts) + "\n"
+def page(scan: Scan, figures: Sequence[Figures]) -> str:
+    """The page of a scan. figures: for each report in turn, its captioned pictures."""
+    style = _style()
+    one = scan.reports[0] if len(scan.reports) == 1 else None
+    return (
+        _environment()
+        .get_template("scan.html.jinja")
+        .render(
+            scan=scan, title=f"{one.model}: {one.verdict}" if one else f"Scan of {len(scan.reports)} models",
+            figures=[[(caption, _image(picture)) for caption, picture in each] for each in figures],
+            style=Markup(style), policy=escape(_policy(style)),
+            published=any(report.published for report in scan.reports),
+        )
+    )  # fmt: skip
 
 
-def _text(value: Any) -> str:
-    return escape(printable(value), quote=True)
+def _style() -> str:
+    """The style sheet of the leaderboard, and what is added to it here."""
+    shared = resources.files("leaderboard").joinpath("assets", "page.css").read_text(encoding="utf-8")
+    own = resources.files("harness").joinpath("templates", "scan.css").read_text(encoding="utf-8")
+    return shared + own
 
 
-def _number(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+def _policy(style: str) -> str:
+    """A Content-Security-Policy that admits this style sheet and pictures in the page itself, and nothing else."""
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    return f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
 
 
-def _table(findings: Sequence[Mapping[str, Any]]) -> str:
-    head = ("detector", "says", "suspicion", "clean models", "chance of a clean one", "own threshold", "images alike")
-    rows = []
-    for found in findings:
-        clean = found["clean"]
-        spread = f"{_number(min(clean))} to {_number(max(clean))} ({len(clean)})" if clean else "unknown"
-        cells = (
-            found["detector"], found["says"], _number(found["suspicion"]), spread, _number(found["chance"]),
-            _number(found["flag_above"]), _number(found["alike"]),
-        )  # fmt: skip
-        rows.append("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>")
-    return f"<table><tr>{''.join(f'<th>{_text(name)}</th>' for name in head)}</tr>{''.join(rows)}</table>"
+@cache
+def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    made = Environment(
+        loader=PackageLoader("harness", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, finalize=_visible, keep_trailing_newline=True,
+    )  # fmt: skip
+    made.filters |= {
+        "kind": lambda verdict: str(verdict).split()[0],
+        "bare": lambda spec: spec.partition("(")[0],
+        "number": _number,
+        "spread": _spread,
+        "told": _told,
+    }
+    return made
 
 
-def _facts(facts: Mapping[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><th>{_text(name)}</th><td><code>{_text(value)}</code></td></tr>" for name, value in facts.items()
-    )
-    return f"<table>{rows}</table>"
+def _visible(value: Any) -> Any:
+    """Text without characters that are obeyed or hidden."""
+    return value if isinstance(value, Markup) else one_line(value)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _spread(clean: Sequence[float]) -> str:
+    return f"{min(clean):.4g} to {max(clean):.4g} ({len(clean)} models)" if clean else "unknown"
+
+
+def _told(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Facts as a reader has them: no names of types, no brackets."""
+    return [(name, said(value)) for name, value in facts.items()]
+
+
+def said(value: Any) -> str:
+    """A fact in words: yes and no, "none", 1×16×16, 12,345."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return "none"
+    if isinstance(value, list | tuple):
+        whole = all(isinstance(each, int) for each in value)
+        return ("×" if whole else ", ").join(map(said, value)) or "none"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {said(each)}" for name, each in value.items()) or "none"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _image(image: Tensor) -> str:
+    """A picture (3, H, W) in [-1, 1] as a data address."""
     from PIL import Image
 
     from harness.diffusion.images import to_uint8
 
     png = io.BytesIO()
     Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy()).save(png, "PNG")
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
+    return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"

@@ -1,0 +1,102 @@
+"""The report of `bench scan` as data: what JSON, SARIF, HTML and text are made from, and its JSON Schema."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
+
+FORMAT = 1
+Outcome = Literal["suspicious", "nothing found", "undecided", "not scanned"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+
+class FindingRow(_Part):
+    """What one detector found in one model. It has the fields of `harness.scan.verdict.Finding`, without the trigger
+    itself."""
+
+    detector: str = Field(description="Spec of the detector.")
+    suspicion: float | None = Field(description="Detection score; higher is more suspicious. null: it failed.")
+    flag_above: float | None = Field(description="The detector's own threshold.")
+    clean: tuple[float, ...] = Field(description="Scores of clean models; empty where none are known.")
+    chance: float | None = Field(description="Probability that a clean model is at least as suspicious.")
+    flagged: bool | None = Field(description="Whether the detector flags the model. null: it cannot judge.")
+    features: dict[str, float | None]
+    alike: float | None = Field(
+        description="Pairwise distance of images with the recovered trigger, divided by that of images without it. "
+        "Near 0, all images are the same."
+    )
+    seconds: float
+    error: str | None = Field(description="Why the detector failed.")
+    says: str = Field(description="`flagged` or `error` in words.")
+    trigger_text: str | None = Field(description="The recovered trigger, if it is text.")
+
+
+class FalseAlarms(_Part):
+    """How often a clean model is flagged, as far as a population of clean models states it."""
+
+    level: float = Field(description="Probability with which the compared detectors together flag a clean model.")
+    compared: tuple[str, ...] = Field(description="Detectors that are compared with clean models.")
+    own_threshold: tuple[str, ...] = Field(description="Detectors with an unknown rate: they have only a threshold.")
+    flagged: int | None = Field(description="Clean models that are flagged if each is compared with the others.")
+    models: int | None = Field(description="Clean models of the population; null: too few to leave one out.")
+    interval: tuple[float, float] | None = Field(description="Wilson interval (95 %) of flagged / models.")
+    says: str
+
+
+class Published(_Part):
+    """What is published about a model of `leaderboard/known_backdoored.toml`."""
+
+    name: str
+    attack: str
+    paper: str
+    source: str
+
+
+class Report(_Part):
+    """The outcome for one model."""
+
+    model: str = Field(description="The path or hub id, as it was given.")
+    verdict: Outcome
+    because: str
+    exit_code: int = Field(description="The exit code of a scan of this model alone.")
+    error: str | None = Field(description="Why the model was not scanned.")
+    seed: int
+    commit: str | None = Field(description="The commit of a model from the hub.")
+    digests: dict[str, str] = Field(description="File → sha256 of each weights file that was read.")
+    false_alarms: FalseAlarms | None
+    findings: tuple[FindingRow, ...]
+    limits: tuple[str, ...] = Field(description="What the scan cannot know.")
+    not_examined: tuple[str, ...] = Field(description="Files in the directory that were not read.")
+    next_steps: tuple[str, ...]
+    facts: dict[str, JsonValue]
+    published: Published | None
+
+
+class Scan(_Part):
+    """One call of `bench scan`: a report for each model."""
+
+    format: Literal[1] = FORMAT
+    tool: Literal["bench scan"] = "bench scan"
+    version: str = Field(description="Version of diffusion-defense-bench.")
+    started: str = Field(description="UTC, ISO 8601.")
+    ended: str = Field(description="UTC, ISO 8601.")
+    seed: int
+    fail_on: Literal["suspicious", "undecided"]
+    exit_code: int
+    reports: tuple[Report, ...]
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema (2020-12) of what `--format json` prints, a Scan, and of what `--json` prints for one model, a
+    Report."""
+    made = TypeAdapter(Scan | Report).json_schema(mode="serialization")
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "bench scan",
+        "description": "A scan of one or several models, or the report of one model.",
+        **made,
+    }
