@@ -81,6 +81,7 @@ class _Short:
     def build(self, out: Path) -> dict[str, Any]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("harness.judges.classifiers.quality", lambda *_: {"samples": 0})
+            patch.setattr(real_data, "SAMPLES", 8)
             return MnistDDPM().build(out, steps=4, batch=8, judge_steps=3)
 
 
@@ -214,7 +215,9 @@ def test_a_build_that_was_stopped_goes_on_and_leaves_no_state(
     monkeypatch.setattr(building, "progress_lines", lambda: lambda e: e["phase"] == "train" and seen.append(e["step"]))
     again = building.built(_Short(), tmp_path / "again")
     assert seen == [3, 4] and "an unfinished build is continued" in capsys.readouterr().err
-    assert again["facts"] == whole["facts"] and not (tmp_path / "again" / UNFINISHED).exists()
+    assert again["facts"] == whole["facts"] and whole["facts"]["distances_n"] == 8
+    assert all(whole["facts"][f"{name}[mnist-cnn]"] >= 0 for name in ("fd", "precision", "recall"))
+    assert not (tmp_path / "again" / UNFINISHED).exists()
     one, other = (tmp_path / name / "model/unet/diffusion_pytorch_model.safetensors" for name in ("whole", "again"))
     assert one.read_bytes() == other.read_bytes()
 
@@ -224,6 +227,7 @@ def test_the_clock_decides_the_steps_once(small: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(real_data, "WARM_UP", 1)
     monkeypatch.setattr(real_data, "PACED", 2)
     monkeypatch.setattr("harness.judges.classifiers.quality", lambda *_: {"samples": 0})
+    monkeypatch.setattr(real_data, "SAMPLES", 4)
     plugin = Cifar10DDPM()
     facts = plugin.build(tmp_path, minutes=1e-6, batch=2, judge_steps=1)
     assert facts["steps"] == 2 and 3.1e6 < facts["parameters"] < 3.3e6 and facts["trained_on"] == "CPU"

@@ -36,6 +36,7 @@ from harness.registry import spec_of
 from harness.types import Data, Inputs
 
 DATA = "BENCH_DATA"  # environment variable: a directory with a folder for each data set, in the layout of the hub
+SAMPLES = 2048  # of which distances are measured
 Split = Literal["train", "test"]
 
 
@@ -144,9 +145,10 @@ class Recipe:
         quality = classifiers.quality(model, self.judge, DDIM(steps=50))
         return {**trained, "data": data, **self.judged, **quality, **self.distances(model)}
 
-    def distances(self, model: DiffusionModel, n: int = 2048) -> dict[str, Any]:
-        """Fréchet and kernel distance, precision and recall of n samples against the held-out images, in the features
-        of the judge and of the public encoders."""
+    def distances(self, model: DiffusionModel) -> dict[str, Any]:
+        """Fréchet and kernel distance, precision and recall of SAMPLES samples against the held-out images, in the
+        features of the judge and of the public encoders."""
+        n = SAMPLES
         seeds = image_seeds(0, "distances", n)
         sampler = DPMSolverPP(steps=10)
         images = model.sample(Inputs(image_noise(seeds, model.shape), None, seeds), sampler)
