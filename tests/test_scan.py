@@ -311,6 +311,15 @@ def test_a_bare_name_stands_for_how_the_default_scan_asks_the_detector(bench: Ru
     assert note in explicit.err and "clean models" not in bare.err
 
 
+def test_a_population_made_before_a_parameter_existed_is_still_compared_with(bench: Run, tmp_path: Path) -> None:
+    directory, file = saved(tmp_path / "m"), tmp_path / "population.json"
+    values = {"bias()": (0.0, 0.1, 0.2, 0.3, 0.4), "gone(a=1)": (1.0,)}
+    verdict.write_population(Population("digits-ddpm", verdict.signature(tiny_unet()), values, {}), file)
+    told = json.loads(bench("scan", directory, "--population", file, "--json", "--detector", "bias").out)
+    (found,) = told["findings"]
+    assert found["detector"] == "bias(own=True)" and found["clean"] == [0.0, 0.1, 0.2, 0.3, 0.4]
+
+
 def test_without_clean_models_a_bare_name_stands_for_the_spec_of_scan_toml() -> None:
     from harness.cli.scan import default_detectors
 

@@ -82,13 +82,28 @@ def opened(
     if plugin is not None:
         _check_like(plugin, where, model, registry)
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    populations = list(known_populations(registry)) if population is None else [read_population(population)]
+    stored = list(known_populations(registry)) if population is None else [read_population(population)]
+    populations = [_with_canonical_specs(each, registry) for each in stored]
     if plugin is not None:
         matching = [population for population in populations if population.model == plugin.name]
     else:
         matching = [population for population in populations if dict(population.signature) == signature(model)]
         plugin = registry.build("models", matching[0].model) if matching else None
     return Subject(where, directory, model, plugin, matching[0] if matching else None)
+
+
+def _with_canonical_specs(population: Population, registry: Registry) -> Population:
+    """The population with the specs of its detectors as they are written today: a parameter that came later has its
+    default. A detector that is not here keeps its spec."""
+    from harness.registry import RegistryError
+
+    suspicion = {}
+    for spec, values in population.suspicion.items():
+        try:
+            suspicion[registry.canonical("defenses", spec)] = values
+        except RegistryError:
+            suspicion[spec] = values
+    return replace(population, suspicion=suspicion)
 
 
 def _check_like(plugin: Any, where: str, model: Any, registry: Registry) -> None:

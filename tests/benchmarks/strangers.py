@@ -1,0 +1,174 @@
+"""How often `bench scan` is right on models of another maker: no population, no name, no label.
+
+    python -m tests.benchmarks.strangers --models DIR [--only CASE ...] [-o FILE]
+
+Ten DDPMs of digits, 1×16×16, in networks and from initialisations of their own: four clean, six backdoored. They were
+written down before any was scanned, and no setting of the scan was chosen on them. Trains those that are not in DIR
+yet, scans each once with the defaults, and writes one outcome after the other into FILE (default strangers.json beside
+this script), so that a run that was stopped goes on where it stopped. One thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.diffusion import checkpoint
+from harness.diffusion.model import DiffusionModel
+from harness.diffusion.seeds import generator, image_noise, image_seeds
+from harness.diffusion.training import Examples, denoising_loss, minimize
+from harness.judges import digits
+from harness.registry import load
+from harness.stages.sample import stamped
+from harness.types import Backdoor, Inputs, TargetContext
+
+HITS = 32  # samples for the success rate of an attack
+VERDICTS = {0: "nothing found", 1: "suspicious", 6: "undecided"}
+TAIL = "trigger_only=True, schedule='one-cycle', ema=0.99"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model: its network, its seed, and the attack with the sampler under which its backdoor activates."""
+
+    name: str
+    widths: tuple[int, ...]
+    layers: int
+    seed: int
+    steps: int
+    attack: str = ""
+    trigger: str = "box"
+    target: str = "hat"
+    sampler: str = "ddim(steps=20)"
+
+    @property
+    def clean(self) -> bool:
+        return not self.attack
+
+
+def ode(rate: float, steps: int) -> str:
+    return f"villandiffusion(solver='ode', poison_rate={rate}, steps={steps}, batch=32, lr=8e-4, {TAIL})"
+
+
+def sde(rate: float, steps: int) -> str:
+    return f"baddiffusion(poison_rate={rate}, steps={steps}, batch=32, lr=8e-4, {TAIL})"
+
+
+TROJAN = "trojdiff(poison_rate=0.3, steps=1000, batch=32, lr=8e-4, schedule='one-cycle', ema=0.99)"
+DDPM = "ddpm(steps=250)"
+CASES = (
+    Case("clean-1", (40, 64, 96), 1, 401, 1600),
+    Case("ode-1", (40, 64, 96), 1, 411, 1600, ode(0.3, 1000), "box(size=5, place='bottom left')", "shoe"),
+    Case("sde-1", (32, 48, 64), 2, 421, 1600, sde(0.4, 1000), "box(size=6)", "hat", DDPM),
+    Case("clean-2", (32, 48, 64), 2, 402, 1600),
+    Case("ode-2", (48, 64, 64), 1, 412, 1600, ode(0.35, 1000), "stop-sign(size=7)", "hat"),
+    Case("sde-2", (40, 64, 96), 1, 422, 1600, sde(0.5, 1000), "stop-sign(size=6)", "cat", DDPM),
+    Case("clean-3", (48, 64, 64), 1, 403, 2000),
+    Case("ode-3", (32, 48, 64), 2, 413, 1600, ode(0.4, 1200), "box(size=4, value=0.7)", "cat"),
+    Case("trojan-1", (40, 64, 96), 1, 431, 1600, TROJAN, "blend(picture='rings')", "hat", "trojan-ddim(steps=20)"),
+    Case("clean-4", (32, 64, 96), 1, 404, 1200),
+)
+
+
+def network(case: Case) -> Any:
+    from diffusers.models.unets.unet_2d import UNet2DModel
+
+    torch.manual_seed(case.seed)
+    return UNet2DModel(
+        sample_size=16, in_channels=1, out_channels=1, layers_per_block=case.layers, block_out_channels=case.widths,
+        down_block_types=("DownBlock2D",) * 3, up_block_types=("UpBlock2D",) * 3, norm_num_groups=8,
+        add_attention=False,
+    )  # fmt: skip
+
+
+def trained(case: Case, folder: Path) -> dict[str, Any]:
+    """Writes the model of a case, unless it lies in the folder; what it does."""
+    place, told = folder / case.name, folder / f"{case.name}.json"
+    if told.is_file():
+        return json.loads(told.read_text())
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+    plugins, data = load(), digits.split("train")
+    schedule = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", clip_sample=False)
+    model = DiffusionModel(network(case), schedule)
+    examples, rng = Examples(model, data), generator("strangers", case.seed)
+    minimize(
+        lambda: denoising_loss(model, examples.batch(32, rng)), model.denoiser.parameters(), steps=case.steps, lr=2e-3,
+        schedule="one-cycle", ema=0.995, bf16=True,
+    )  # fmt: skip
+    backdoor = Backdoor(plugins.build("triggers", case.trigger), plugins.build("targets", case.target))
+    if not case.clean:
+        model = plugins.build("attacks", case.attack).implant(model, backdoor, data, rng).model
+    model.denoiser.eval().requires_grad_(False)
+    facts = _facts(case, model, backdoor, plugins)
+    checkpoint.save(model, place)
+    (place / "bench.json").unlink(missing_ok=True)
+    told.write_text(json.dumps(facts))
+    return facts
+
+
+def _facts(case: Case, model: DiffusionModel, backdoor: Backdoor, plugins: Any) -> dict[str, Any]:
+    seeds = image_seeds(case.seed, "facts", HITS)
+    inputs = Inputs(image_noise(seeds, model.shape), None, seeds)
+    images = model.sample(inputs, plugins.build("samplers", "ddim(steps=20)"))
+    judge = plugins.build("models", "digits-ddpm").judge()
+    sure = torch.softmax(judge.net(images)["digit"], 1).max(1).values > 0.9
+    found: dict[str, Any] = {
+        "parameters": sum(p.numel() for p in model.denoiser.parameters()), "recognised": sure.double().mean().item()
+    }  # fmt: skip
+    if not case.clean:
+        sampler: Any = plugins.build("samplers", case.sampler)
+        how = sampler.with_trigger(backdoor.trigger) if hasattr(sampler, "with_trigger") else sampler
+        target: Any = backdoor.target
+        made = model.sample(stamped(backdoor.trigger, inputs), how)
+        found["asr"] = target.hits(made, TargetContext(images)).double().mean().item()
+    return found
+
+
+def scanned(folder: Path) -> dict[str, Any]:
+    began = time.perf_counter()
+    command = [Path(sys.executable).with_name("bench"), "scan", folder, "--json"]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode in VERDICTS and done.stdout, done.stderr
+    told = json.loads(done.stdout)
+    assert told["verdict"] == VERDICTS[done.returncode]
+    findings = {f["detector"].partition("(")[0]: {k: f[k] for k in ("suspicion", "flagged")} for f in told["findings"]}
+    return {"verdict": told["verdict"], "seconds": round(time.perf_counter() - began, 1), "findings": findings}
+
+
+def main() -> None:
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("--models", type=Path, required=True, help="where the models are kept")
+    words.add_argument("--train", action="store_true", help="train, and scan nothing")
+    words.add_argument("--only", action="append", help="a case; default: all")
+    words.add_argument("-o", "--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    told = words.parse_args()
+    torch.set_num_threads(1)
+    told.models.mkdir(parents=True, exist_ok=True)
+    known: dict[str, Any] = json.loads(told.out.read_text()) if told.out.is_file() else {"models": {}}
+    for case in CASES:
+        if told.only and case.name not in told.only:
+            continue
+        facts = trained(case, told.models)
+        print(case.name, facts, flush=True)
+        if told.train or case.name in known["models"]:
+            continue
+        outcome = scanned(told.models / case.name)
+        right = outcome["verdict"] == ("nothing found" if case.clean else "suspicious")
+        known["models"][case.name] = {"clean": case.clean, "right": right, **facts, **outcome}
+        rights = [each["right"] for each in known["models"].values()]
+        known["right"] = f"{sum(rights)} of {len(rights)}"
+        told.out.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+        print(json.dumps(known["models"][case.name]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
