@@ -12,6 +12,7 @@ from harness.capabilities import (
     ExamplesTarget as ExamplesTarget,
     ExtraSetsMetric as ExtraSetsMetric,
     GuidedSampler as GuidedSampler,
+    JudgingDetector as JudgingDetector,
     LabelledTarget as LabelledTarget,
     LetterTrigger as LetterTrigger,
     LibraryDependent as LibraryDependent,

@@ -403,6 +403,15 @@ class LoopedMethod(Protocol):
 
 
 @runtime_checkable
+class JudgingDetector(Protocol):
+    """A detector that knows, before it looks, above which suspicion it flags a model, None if clean models decide: a
+    scan asks for it, to say whether a verdict is possible, and without it waits for the detector's result."""
+
+    @property
+    def flag_above(self) -> float | None: ...
+
+
+@runtime_checkable
 class LimitedToModels(Protocol):
     """An attack, a defense, a trigger or a target that works with the models of these names alone: the suite and the
     contract kit ask for it, and take any model without it."""
@@ -502,6 +511,7 @@ CAPABILITIES: tuple[Capability, ...] = (
     Capability(SteppedMethod, ("attacks", "defenses")),
     Capability(BatchedMethod, ("attacks", "defenses")),
     Capability(LoopedMethod, ("attacks", "defenses"), ("loops",)),
+    Capability(JudgingDetector, ("defenses",), ("flag_above",)),
     Capability(LimitedToModels, ("attacks", "defenses", "triggers", "targets"), ("accepts_models",)),
     Capability(NeedsOfTrigger, ("attacks", "defenses", "samplers"), ("requires_trigger",)),
     Capability(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 import pytest
@@ -22,13 +24,13 @@ from harness.cli import Exit, call, main
 from harness.cli.common import writable
 from harness.cli.scan import applicable
 from harness.cli.subject import Subject, known
-from harness.diffusion import checkpoint
+from harness.diffusion import checkpoint, events
 from harness.diffusion.model import DiffusionModel
 from harness.diffusion.samplers import DDIM
 from harness.judges import hub
 from harness.methods import trigger_placement
-from harness.scan import report, verdict
-from harness.scan.verdict import Finding, Population
+from harness.scan import ahead, report, verdict
+from harness.scan.verdict import LEAST, Finding, Population
 from harness.testing import tiny
 from harness.types import Data, Defended, Knowledge
 from tests.oracles import PlantedShift, scheduler, tiny_unet
@@ -291,6 +293,62 @@ def test_a_crash_is_told_with_its_command_and_never_exits_as_a_verdict(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == Exit.missing and "Traceback" in capsys.readouterr().err
+
+
+# ---- what is said before any work ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Slow:
+    """Takes 10 ms for each pass, and 20 ms for itself. Its suspicion is 0."""
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    loops: ClassVar[tuple[str, ...]] = ("passes", "more")
+    passes: int = 100
+    more: int = 0
+    flag_above: float | None = 0.5
+    broken: bool = False
+
+    def defend(self, model: Any, knowledge: Knowledge, rng: torch.Generator) -> Any:
+        if self.broken:
+            raise ValueError("no")
+        time.sleep(0.02 + 0.01 * (self.passes + self.more))
+        events.progress("slow", 1, 1)
+        return Defended(suspicion=0.0, flag_above=self.flag_above)
+
+
+def test_the_time_of_a_detector_follows_from_a_few_passes_of_its_loops() -> None:
+    heard: list[Any] = []
+    events.listen(heard.append)
+    try:
+        seconds = ahead.expected_seconds(Slow(), tiny_unet(), Knowledge(), 0)
+    finally:
+        events.listen(None)
+    assert seconds is not None and 0.7 < seconds < 3 and not heard
+    assert ahead.expected_seconds(Slow(broken=True), tiny_unet(), Knowledge(), 0) is None
+    assert ahead.expected_seconds(object(), tiny_unet(), Knowledge(), 0) is None
+
+
+def test_it_is_said_ahead_by_what_each_detector_judges_and_whether_a_verdict_is_possible() -> None:
+    known = Population("m", {}, {"compared": (0.0,) * LEAST}, {})
+    own, none, unknown = Slow(), Slow(flag_above=None), SimpleNamespace()
+    detectors = {"compared": none, "own(a=1)": own, "none": none, "unknown": unknown}
+    asked = ahead.asks(detectors, tiny_unet(), Knowledge(), known, 0)
+    assert [ask.able for ask in asked] == [True, True, False, None]
+    said = [str(ask) for ask in asked]
+    assert said[0].startswith(f"compared: compared with {LEAST} clean models, about ")
+    assert said[1].startswith("own: suspicious above 0.5, its own threshold, about ")
+    assert "bench calibrate, --population FILE" in said[2] and said[3] == "unknown: by its own threshold, if it has one"
+    assert ahead.outlook(asked) == "A verdict is possible."
+    assert ahead.outlook(asked[2:3]).startswith("No verdict is possible") and "only if" in ahead.outlook(asked[2:])
+
+
+def test_a_scan_says_ahead_what_it_asks_unless_it_is_quiet(bench: Run, tmp_path: Path) -> None:
+    directory = saved(tmp_path / "m")
+    told = bench("scan", directory, "--detector", "bias")
+    assert "bias: by its own threshold, if it has one\nA verdict is possible only if" in told.err
+    assert "verdict is possible" not in bench("scan", directory, "--detector", "bias", "--quiet").err
+    assert "verdict is possible" not in bench("scan", directory, "--detector", "bias", "--json").err
 
 
 # ---- what is asked, and with what -----------------------------------------------------------------------------------

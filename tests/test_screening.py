@@ -245,7 +245,7 @@ def test_a_trigger_on_either_side_of_zero_draws_both_starts_and_is_seen(side: in
     found = TERD(**few).defend(exact_at(r), Knowledge(), generator(0, "x"))  # type: ignore[arg-type]
     assert found.suspicion is not None and found.suspicion > 0.03 and found.flag_above is None
     assert isinstance(found.trigger, Tensor) and side * found.trigger.mean() > 0.25
-    assert TERD(**few, threshold=0.003).defend(exact_at(r), Knowledge(), generator(0, "x")).flag_above == 0.003  # type: ignore[arg-type]
+    assert TERD(**few, flag_above=0.003).defend(exact_at(r), Knowledge(), generator(0, "x")).flag_above == 0.003  # type: ignore[arg-type]
 
 
 def test_terd_finds_nothing_where_plain_noise_is_answered_best() -> None:

@@ -93,7 +93,7 @@ def scan(
         registry.build("defenses", spec)
     silent = quiet or form in ("json", "sarif", "html")
     listen(silent)
-    asked = Asked(registry, like, population, data, prompts, seed, device, detectors)
+    asked = Asked(registry, like, population, data, prompts, seed, device, detectors, silent)
     started = output.now()
     outcomes = []
     for place, target in enumerate(targets, 1):
@@ -120,6 +120,7 @@ class Asked:
     seed: int
     device: str | None
     detectors: tuple[str, ...]
+    silent: bool
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,8 @@ def _examined(
     )
     samples = scanning.pictures(subject.model, scanning.inputs_of(subject.model, 2 * SHOWN, knowledge.prompts))
     findings, figures = [], []
+    if not asked.silent and bool(samples.isfinite().all()):
+        _say_ahead(asks, skipped, subject, knowledge, seed)
     if bool(samples.isfinite().all()):
         findings = scanning.examine(asks, subject.model, knowledge, subject.population, seed)
         findings, figures = shown(subject, findings, knowledge.prompts, samples)
@@ -197,6 +200,16 @@ def _examined(
         "next_steps": next_steps(target.name, document["verdict"], findings, document["not_examined"], seed),
         "published": _published(target),
     }, figures
+
+
+def _say_ahead(asks: Mapping[str, Any], skipped: Sequence[str], subject: Subject, knowledge: Any, seed: int) -> None:
+    """Lines about what follows: the detectors that are asked and for how long, the others and what they lack, and
+    whether a verdict is possible."""
+    from harness.scan import ahead
+
+    asked = ahead.asks(asks, subject.model, knowledge, subject.population, seed)
+    for line in (*map(str, asked), *skipped, ahead.outlook(asked)):
+        note(line)
 
 
 def unscanned(target: Target, seed: int, error: str, code: int) -> dict[str, Any]:

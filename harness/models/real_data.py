@@ -32,7 +32,6 @@ from harness.judges import classifiers, fidelity, image_folders, public_encoders
 from harness.judges.hub import Source
 from harness.judges.image_folders import DataError
 from harness.models.embedded_models import Embedded
-from harness.registry import spec_of
 from harness.types import Data, Inputs
 
 DATA = "BENCH_DATA"  # environment variable: a directory with a folder for each data set, in the layout of the hub
@@ -153,7 +152,7 @@ class Recipe:
         sampler = DPMSolverPP(steps=10)
         images = model.sample(Inputs(image_noise(seeds, model.shape), None, seeds), sampler)
         encoders = [self.judge, *map(public_encoders.load, encoders_of(self.plugin))]
-        found: dict[str, Any] = {"distances_n": n, "distances_sampler": spec_of(sampler)}
+        found: dict[str, Any] = {"distances_n": n, "distances_sampler": f"{sampler.name}(steps={sampler.steps})"}
         for encoder in encoders:
             found |= fidelity.facts(encoder, images, self.test.images)
         return found

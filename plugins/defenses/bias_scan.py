@@ -62,6 +62,7 @@ class BiasScan:
     accepts_triggers: ClassVar[tuple[str, ...]] = ("noise",)
     needs: ClassVar[tuple[str, ...]] = ()
     delivers: ClassVar[tuple[str, ...]] = ("suspicion",)
+    loops: ClassVar[tuple[str, ...]] = ("iterations",)
 
     gamma: Annotated[float, Ge(0), Lt(1)] = 0.6  # γ of the search `image`; TrojDiff's value
     starts: Annotated[int, Ge(0)] = 8  # starts of the search `image`; 0 = none

@@ -156,6 +156,10 @@ class DiffCleanse(Pruning):
     def delivers(self) -> tuple[str, ...]:
         return ("model",) * (self.prune != "never") + ("suspicion",) * self.invert
 
+    @property
+    def flag_above(self) -> float:
+        return self.threshold
+
     def defend(self, model: Any, knowledge: Knowledge, rng: torch.Generator) -> Defended:
         notes: dict[str, Any] = {}
         gamma = torch.ones(model.shape)
@@ -171,9 +175,9 @@ class DiffCleanse(Pruning):
             if mscr is None
             else {"mscr": mscr, "mscr_at_start": notes["searches"][0]["mscr_of_search"][0]},
             notes=notes,
-            flag_above=None if mscr is None else self.threshold,
+            flag_above=None if mscr is None else self.flag_above,
         )
-        flagged = mscr is None or mscr > self.threshold
+        flagged = mscr is None or mscr > self.flag_above
         if self.prune == "never" or (self.prune == "flagged" and not flagged):
             return found
         purified = self.cleansed(model, r.to(model.device), gamma.to(model.device), knowledge, rng, notes)

@@ -17,7 +17,8 @@ goes through all its steps), t is among the last and t' among the first ten time
 Model-level detection uses KL(N(μ, γ²) ‖ N(0, 1)) = -log γ + (γ² + μ² - 1)/2 of every pixel. Its mean is the suspicion;
 its mean and variance are features. μ and γ are the averages over all starts of the estimation. Every second start
 mirrors the one before, noises included, so what is left of the starts cancels, and what a trigger adds on either side
-of 0 stays. An even number of starts therefore needs no other models to compare with, and `threshold` flags a model. The start with the least L - λ ‖μ‖₁ on fresh noise is refined and returned. Input-level detection uses the
+of 0 stays. An even number of starts therefore needs no clean models to compare with, and `flag_above` can judge a
+model. The start with the least L - λ ‖μ‖₁ on fresh noise is refined and returned. Input-level detection uses the
 log-likelihood ratio of its N(μ, γ²) to N(0, 1); an input is flagged above 0.
 
 The defense needs only the model. It returns the suspicion, a screen and μ (C, H, W), in the units of the starting
@@ -25,9 +26,10 @@ noise. γ is 1 unless `scale` is set; then γ is estimated too, against attacks 
 are in [-1, 1]. Raises ValueError for a refinement on a variance-exploding model, because DDIM does not sample it.
 
 Differs from the paper, which is known only from its code and summaries: the code has one start, -U[0, 1), and gives no
-decision rule for its two model-level numbers, which are those of the refined μ (`starts=1`). Without `threshold` the
-decision is left to a population of clean models (`leaderboard.population`). Checked against the official code (PKU-ML/TERD, read at 2f4261e
-and 1b94761). Other differences, why the starts are mirrored, and how to read the screen: docs/methods/terd.md.
+decision rule for its two model-level numbers, which are those of the refined μ (`starts=1`). Without `flag_above` the
+decision is left to a population of clean models (`leaderboard.population`). Checked against the official code
+(PKU-ML/TERD, read at 2f4261e and 1b94761). Other differences, why the starts are mirrored, and how to read the screen:
+docs/methods/terd.md.
 """
 
 from __future__ import annotations
@@ -108,7 +110,9 @@ class TERD:
     # False for latents, which have no range. Without effect with `scale`, as in the official code
     gradient_clip: Annotated[float, Gt(0)] = 0.01  # largest norm of the gradient in the refinement; official value at
     # 32 pixels, 1.0 with `scale`
-    threshold: Annotated[float, Ge(0)] | None = None  # suspicion above which a model is flagged; None = a population of
+    flag_above: Annotated[float, Ge(0)] | None = (
+        None  # suspicion above which a model is flagged; None = a population of
+    )
     # clean models decides
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.0  # momentum in the refinement; official value, 0.9 with `scale`
 
@@ -139,7 +143,7 @@ class TERD:
         }
         return Defended(
             suspicion=features["kl_mean"],
-            flag_above=self.threshold,
+            flag_above=self.flag_above,
             features=features,
             screen=lambda inputs: found.log_ratio(inputs.noise),
             screen_above=0.0,
