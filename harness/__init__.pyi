@@ -75,9 +75,12 @@ from harness.diffusion.samplers import (
     DDPM as DDPM,
     SAMPLERS as SAMPLERS,
     AroundAnother as AroundAnother,
+    FlowEuler as FlowEuler,
+    FlowHeun as FlowHeun,
     OnChangedPrompts as OnChangedPrompts,
     PredictorCorrector as PredictorCorrector,
     SchedulerSampler as SchedulerSampler,
+    usual as usual,
 )
 from harness.diffusion.seeds import (
     derive as derive,

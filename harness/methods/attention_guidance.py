@@ -142,7 +142,7 @@ class Guidance:
         tokens = [len(self.ids[int(i)]) - 2 for i in rows]
         items = zip(mine, theirs, pairs, tokens, strict=True)
         per_item = torch.stack([self.attention_loss(*item) for item in items])
-        return (per_item * self.time_weights(t)).mean(), (predicted - wanted).square().mean()
+        return (per_item * self.time_weights(t)).mean(), student.error(predicted, wanted, t).mean()
 
     def time_weights(self, t: Tensor) -> Tensor | float:
         """Weight (B,) of L_attn at timesteps t (B,)."""

@@ -76,6 +76,18 @@ def exploding_scheduler(**options: Any) -> Any:
     return ScoreSdeVeScheduler(num_train_timesteps=1000, sigma_min=0.01, sigma_max=50.0, **options)
 
 
+def flow_scheduler(**options: Any) -> Any:
+    """The levels of our flows: σ from 1/1000 to 1."""
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, **options)
+
+
+def flowing() -> DiffusionModel:
+    """A random unconditional network, 1×16×16, that answers the velocity of a flow."""
+    return fixed(lambda: DiffusionModel(unconditional(), flow_scheduler()), 0)
+
+
 def _unconditional() -> DiffusionModel:
     return DiffusionModel(unconditional(), scheduler())
 
@@ -178,8 +190,22 @@ class OneImage(nn.Module):
         return SimpleNamespace(sample=(x_t - a_bar.sqrt() * self.y) / (1 - a_bar).sqrt())
 
 
-def one_image(y: Tensor) -> DiffusionModel:
+class OneImageFlow(nn.Module):
+    """The exact velocity for data that is one image y (C, H, W): v(x_t, 1000 σ) = (x_t - y) / σ."""
+
+    def __init__(self, y: Tensor) -> None:
+        super().__init__()
+        self.y = nn.Parameter(y, requires_grad=False)
+        self.config = SimpleNamespace(in_channels=y.shape[0], sample_size=y.shape[-1], cross_attention_dim=None)
+
+    def forward(self, x_t: Tensor, time: Tensor, **unused: Any) -> SimpleNamespace:
+        return SimpleNamespace(sample=(x_t - self.y) / (time.reshape(-1).to(x_t.dtype) / 1000).view(-1, 1, 1, 1))
+
+
+def one_image(y: Tensor, family: Literal["vp", "flow"] = "vp") -> DiffusionModel:
     """The exact model of data that is the image y (C, H, W) in [-1, 1]: every sampler must return it."""
+    if family == "flow":
+        return DiffusionModel(OneImageFlow(y), flow_scheduler())
     schedule = scheduler()
     return DiffusionModel(OneImage(y, schedule.alphas_cumprod), schedule)
 
