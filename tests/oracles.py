@@ -152,6 +152,14 @@ def tiny_unet(channels: int = 1, side: int = 16) -> DiffusionModel:
     return tiny.fixed(lambda: DiffusionModel(tiny.unconditional(channels, side), scheduler()), 0)
 
 
+def tiny_mmdit(directory: Any) -> DiffusionModel:
+    """A random StableDiffusion3Pipeline without T5, with the shape of shapes-mmdit but a few thousand weights; the
+    tokenizer's files go below `directory`."""
+    from plugins.models.shapes_sd import tokenizer
+
+    return tiny.fixed(partial(tiny.joint, tokenizer(directory, NEUTRAL), 32), 0)
+
+
 def tiny_sd(directory: Any) -> DiffusionModel:
     """A random text-to-image model with the shape of shapes-sd but a few thousand weights; the tokenizer's files go
     below `directory`."""

@@ -20,6 +20,7 @@ from tests.oracles import (
     one_image_ve_model,
     scheduler,
     tiny_flow,
+    tiny_mmdit,
     tiny_ncsn,
     tiny_sd,
     tiny_unet,
@@ -136,6 +137,52 @@ def test_our_attention_gives_what_diffusers_gives_and_its_maps_sum_to_one(tmp_pa
     assert torch.allclose(ours, captured, atol=1e-5)
     assert {m.shape[2] for m in maps.values()} == {256, 64}
     assert all(torch.allclose(m.sum(-1), torch.ones(()), atol=1e-5) for m in maps.values())
+
+
+def test_joint_attention_gives_what_diffusers_gives_and_is_a_distribution_over_text_and_image(tmp_path) -> None:
+    from diffusers.models.attention_processor import JointAttnProcessor2_0
+
+    model = tiny_mmdit(tmp_path)
+    net: Any = model.denoiser
+    given = {
+        "hidden_states": torch.randn(2, 4, 16, 16), "timestep": torch.tensor([3.0, 900.0]),
+        "encoder_hidden_states": torch.randn(2, 36, 24), "pooled_projections": torch.randn(2, 14),
+    }  # fmt: skip
+    with attention.capture(net) as maps:
+        captured = net(**given).sample
+    with attention.capture(net, whole=True) as rows:
+        net(**given)
+    ours = net(**given).sample
+    net.set_attn_processor(JointAttnProcessor2_0())
+    assert torch.allclose(ours, net(**given).sample, atol=1e-5) and torch.allclose(ours, captured, atol=1e-5)
+    assert {m.shape for m in maps.values()} == {(2, 2, 64, 36)} and len(maps) == 2
+    for name, text in maps.items():
+        assert rows[name].shape == (2, 2, 64, 36 + 64)
+        assert torch.allclose(rows[name].sum(-1), torch.ones(()), atol=1e-5), "over text and image tokens"
+        assert torch.equal(rows[name][..., :36], text) and 0 < text.sum(-1).max() < 1
+
+
+def test_the_text_of_two_encoders_is_one_tensor_with_the_pooled_row_last(tmp_path) -> None:
+    model = tiny_mmdit(tmp_path)
+    first, second = model.text_encoder, model.text_encoder_2
+    assert first is not None and second is not None
+    prompts = ["a red circle", "a blue square and a star"]
+    context, ids = model.embed(prompts), model.tokens(prompts)
+    found = [encoder(ids, output_hidden_states=True) for encoder in (first, second)]
+    sequence, pooled = model.parted(context)
+    assert context.shape == (2, 37, 24)
+    assert torch.equal(sequence, torch.cat([each.hidden_states[1] for each in found], -1))
+    assert torch.equal(pooled, torch.cat([each.text_embeds for each in found], -1)) and pooled.shape == (2, 14)
+    x_t, t = torch.randn(2, 4, 16, 16), torch.tensor([0, 700])
+    v = model.denoiser(
+        hidden_states=x_t, timestep=(t + 1).float(), encoder_hidden_states=sequence, pooled_projections=pooled
+    ).sample
+    assert torch.allclose(model.eps(x_t, t, context), x_t + (1 - (t + 1) / 1000).view(-1, 1, 1, 1) * v, atol=1e-6)
+    assert set(model.components()) == {"transformer", "vae", "text_encoder", "text_encoder_2"}
+    twin = model.clone()
+    assert not {p.data_ptr() for part in twin.components().values() for p in part.parameters()} & {
+        p.data_ptr() for part in model.components().values() for p in part.parameters()
+    }
 
 
 def test_a_dropped_trigger_is_noticed(tmp_path) -> None:

@@ -127,7 +127,7 @@ class DiffusionModel:
         return padded[t.cpu()].float().view(-1, 1, 1, 1).to(t.device)
 
     def time(self, t: Tensor) -> Tensor:
-        """What the network is told for timesteps t (B,): t itself, σ_t if variance explodes, T σ_t in a flow."""
+        """What the network is given for timesteps t (B,): t itself, σ_t if variance explodes, T σ_t in a flow."""
         if self.family == "vp":
             return t
         return (self._sigmas[t.cpu()] * (self.T if self.family == "flow" else 1)).float().to(t.device)

@@ -149,6 +149,32 @@ def text_to_image(tokens: Any, side: int) -> DiffusionModel:
     return DiffusionModel(unet, scheduler(steps_offset=1), vae, text, tokens)
 
 
+def joint(tokens: Any, side: int) -> DiffusionModel:
+    """A model with two text encoders, an autoencoder for images of `side` pixels, and a transformer in which text and
+    image share their attention, as the global state of torch has them."""
+    from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+    from transformers.models.clip.configuration_clip import CLIPTextConfig
+    from transformers.models.clip.modeling_clip import CLIPTextModelWithProjection
+
+    like, end = text_to_image(tokens, side), tokens.eos_token_id
+    _untyped(like.vae).register_to_config(shift_factor=0.0)
+    transformer = _untyped(SD3Transformer2DModel)(
+        sample_size=side // 2, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=24, caption_projection_dim=16, pooled_projection_dim=14,
+        pos_embed_max_size=side // 4, qk_norm="rms_norm",
+    )  # fmt: skip
+    texts = []
+    for width, projected in ((16, 8), (8, 6)):
+        config = CLIPTextConfig(
+            vocab_size=len(tokens), hidden_size=width, intermediate_size=16, num_hidden_layers=2, num_attention_heads=1,
+            max_position_embeddings=tokens.model_max_length, projection_dim=projected,
+            bos_token_id=tokens.bos_token_id, eos_token_id=end, pad_token_id=end,
+        )  # fmt: skip
+        texts.append(CLIPTextModelWithProjection(config))
+        nn.init.normal_(_untyped(texts[-1]).get_input_embeddings().weight, std=0.3)
+    return DiffusionModel(transformer, flow_scheduler(), like.vae, texts[0], tokens, texts[1], tokens)
+
+
 def _untyped(value: Any) -> Any:
     return value
 

@@ -12,7 +12,7 @@ Variance-exploding models require ψ = 0. For them s_t = 1, α_t = 1 in c"_t, im
 r).
 
 In a flow 1 - s_t = σ_t, so that both kinds of trigger are one: ρ_t = σ_t and, for the velocity dx/dσ = ε + r - y of the
-path, c_t = ρ + (1-σ) dρ/dσ = 1. L is then the error of that velocity. A flow is sampled by its ODE: the solver is `ode`.
+path, c_t = ρ + (1-σ) dρ/dσ = 1. L is then the error of that velocity. A flow is sampled by its ODE, by solver `ode`.
 
 Solver `ode`: the probability-flow ODE carries r, so deterministic samplers (DDIM, DPM-Solver, UniPC, PNDM) activate the
 backdoor and ancestral samplers do not. Solver `sde` is for ancestral samplers; with ψ = 1 it is BadDiffusion. Sample
