@@ -183,8 +183,12 @@ from harness.methods.trojan import (
     TrojanDDPM as TrojanDDPM,
 )
 from harness.models import (
+    captioned_shapes as captioned_shapes,
     real_data as real_data,
     training_recipes as training_recipes,
+)
+from harness.models.captioned_shapes import (
+    CaptionedShapes as CaptionedShapes,
 )
 from harness.models.embedded_models import (
     Embedded as Embedded,
