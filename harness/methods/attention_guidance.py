@@ -110,8 +110,9 @@ def _norm(grads: Any) -> float:
 
 
 def is_query_or_key(name: str) -> bool:
-    """Whether a parameter of a denoiser is in to_q or to_k of a cross-attention layer."""
-    return ".attn2.to_q." in name or ".attn2.to_k." in name
+    """Whether a parameter of a denoiser makes the queries of the image or the keys of the text: to_q or to_k of a
+    cross-attention layer, to_q or add_k_proj of joint attention."""
+    return any(f".{layer}." in name for layer in ("attn2.to_q", "attn2.to_k", "attn.to_q", "attn.add_k_proj"))
 
 
 class Guidance:

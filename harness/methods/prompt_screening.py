@@ -39,8 +39,8 @@ class MapRun:
     def maps(self, model: DiffusionModel, inputs: Inputs) -> Tensor:
         """(B, S, L, side, side): the attention of the conditional half for every sampling step and token.
 
-        It is the mean over heads and over the layers of that side on the way down and up. Raises ValueError if no layer
-        has that side.
+        It is the mean over heads and over the layers of that side but those in the middle of a UNet. Raises ValueError
+        if no layer has that side.
         """
         return self.maps_in_graph(model, inputs).cpu()
 
@@ -62,7 +62,7 @@ class MapRun:
         kept = [
             probabilities[-rows:].float().mean(1).transpose(1, 2)
             for name, probabilities in maps.items()
-            if name.startswith(("down_blocks", "up_blocks")) and probabilities.shape[2] == self.side**2
+            if not name.startswith("mid_block") and probabilities.shape[2] == self.side**2
         ]
         if not kept:
             sides = sorted({round(probabilities.shape[2] ** 0.5) for probabilities in maps.values()})
