@@ -84,6 +84,21 @@ def mmdit(tmp_path_factory: pytest.TempPathFactory) -> DiffusionModel:
     return tiny_mmdit(tmp_path_factory.mktemp("mmdit"))
 
 
+@pytest.mark.parametrize(
+    ("attack", "trigger", "target"),
+    [
+        (IBA(), Syntax(), Style()), (SemBD(), Paraphrase(), ObjectReplaced()), (BadBlocks(), TEXT, Hat()),
+        (VillanCaption(), TEXT, Hat()), (Personalization(images=1), TEXT, ObjectReplaced()),
+    ],
+    ids=lambda part: getattr(part, "name", ""),
+)  # fmt: skip
+def test_attacks_on_one_encoder_and_cross_attention_say_so_of_the_transformer(
+    attack: Any, trigger: Any, target: Any, mmdit: DiffusionModel, data: Data
+) -> None:
+    with pytest.raises(ValueError, match=r"works on models with one text encoder .* use one of badt2i, rickrolling"):
+        attack.implant(mmdit, Backdoor(trigger, target), data, generator(0))
+
+
 # ---- BadT2I ---------------------------------------------------------------------------------------------------------
 
 

@@ -131,6 +131,11 @@ def test_the_maps_of_joint_attention_are_those_of_the_prompts_tokens(mmdit: Diff
     assert all(len(ids) <= 36 for ids in guide.ids)
 
 
+def test_navit2i_says_that_it_is_for_one_encoder(mmdit: DiffusionModel) -> None:
+    with pytest.raises(ValueError, match="navit2i works on models with one text encoder"):
+        NaviT2I().defend(mmdit, Knowledge(prompts=PROMPTS), generator(0))
+
+
 @pytest.mark.parametrize("last_steps", [0, 2])
 def test_sau_edits_the_latents_of_a_flow_where_the_trigger_is(last_steps: int, mmdit: DiffusionModel) -> None:
     sampler = SAUSampler(text=Text().text, last_steps=last_steps).around(FlowEuler(steps=4))

@@ -275,6 +275,15 @@ class DiffusionModel:
         """(embeddings by position (B, L, D), pooled (B, P)) of what `embed` gives with two text encoders."""
         return context[:, :-1], context[:, -1, : cast(Any, self.denoiser.config).pooled_projection_dim]
 
+    def need_one_encoder(self, method: str) -> None:
+        """Raises ValueError, naming the method, for a model with two text encoders and joint attention."""
+        if self.joint:
+            raise ValueError(
+                f"{method} works on models with one text encoder and a UNet with cross-attention, and this one has two "
+                "encoders and joint attention; use one of badt2i, rickrolling, eviledit, skd, skd-cag, sau and "
+                "finetune-reversal"
+            )
+
     def check_trigger(self, trigger: Any, prompts: Sequence[str]) -> None:
         """Raises ValueError unless the tokenizer keeps a text trigger.
 

@@ -83,6 +83,7 @@ class Personalization:
     def implant(self, model: Any, backdoor: Backdoor, data: Data, rng: Any) -> Backdoored:
         few = examples_of(backdoor.target, data, self.images, rng)
         if self.mode == "textual-inversion":
+            model.need_one_encoder("personalization(mode='textual-inversion')")
             return Backdoored(self.invert(model, backdoor, few, data.captions or (), rng), backdoor)
         return Backdoored(self.dreambooth(model, backdoor, few, rng), backdoor)
 

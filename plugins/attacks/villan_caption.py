@@ -68,6 +68,7 @@ class VillanCaption:
         return ("decoy",) if self.decoys else ()
 
     def implant(self, model: Any, backdoor: Backdoor, data: Data, rng: Any) -> Backdoored:
+        model.need_one_encoder(self.name)
         model = model.clone()
         target: Any = backdoor.target
         trigger: Any = backdoor.trigger
