@@ -76,9 +76,12 @@ from harness.diffusion.samplers import (
     DDPM as DDPM,
     SAMPLERS as SAMPLERS,
     AroundAnother as AroundAnother,
+    FlowEuler as FlowEuler,
+    FlowHeun as FlowHeun,
     OnChangedPrompts as OnChangedPrompts,
     PredictorCorrector as PredictorCorrector,
     SchedulerSampler as SchedulerSampler,
+    usual as usual,
 )
 from harness.diffusion.seeds import (
     derive as derive,
@@ -182,8 +185,12 @@ from harness.methods.trojan import (
     TrojanDDPM as TrojanDDPM,
 )
 from harness.models import (
+    captioned_shapes as captioned_shapes,
     real_data as real_data,
     training_recipes as training_recipes,
+)
+from harness.models.captioned_shapes import (
+    CaptionedShapes as CaptionedShapes,
 )
 from harness.models.embedded_models import (
     Embedded as Embedded,

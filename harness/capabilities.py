@@ -294,8 +294,9 @@ class TriggeredSampler(Sampler, Protocol):
 
 @runtime_checkable
 class OfFamily(Protocol):
-    """A model or a sampler that says whether variance is preserved ("vp") or explodes ("ve"): the suite asks for it, to
-    drop pairs that do not fit, and takes "vp" without it."""
+    """A model or a sampler that says whether variance is preserved ("vp") or explodes ("ve"), or that noise and image
+    are joined by a straight line ("flow"): the suite asks for it, to drop pairs that do not fit, and takes "vp" without
+    it."""
 
     @property
     def family(self) -> Family: ...

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 WRONG = 4  # near triggers (`wrong`) for the false-trigger rate
 Modality = Literal["noise", "text"]
-Family = Literal["vp", "ve"]
+Family = Literal["vp", "ve", "flow"]
 TriggerGiven = str  # "true", or a control
 INERT = 0.05  # largest share of hits of an inert control trigger
 CONTROL = r"decoy(-[2-9])?|opposite|zero"  # names of controls: harness.methods.decoys

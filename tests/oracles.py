@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from harness.diffusion.model import DiffusionModel
 from harness.methods.trigger_placement import scale_of
 from harness.testing import tiny
-from harness.testing.tiny import exploding_scheduler as exploding, scheduler
+from harness.testing.tiny import exploding_scheduler as exploding, flow_scheduler as flowing, scheduler
 
 NEUTRAL = ("\u200b", "\u020f", "\u043e", "sks", "today", "well", "now", "yes", "really")  # tiny_sd keeps them whole
 
@@ -83,6 +83,21 @@ class OneImageScore(nn.Module):
         return SimpleNamespace(sample=(self.y - x_t) / sigma.view(-1, 1, 1, 1) ** 2)
 
 
+class GaussianFlow(nn.Module):
+    """The exact velocity E[ε - x_0 | x_t] for data N(mean, deviation²), each pixel alone."""
+
+    def __init__(self, mean: Tensor, deviation: float) -> None:
+        super().__init__()
+        self.mean, self.deviation = nn.Parameter(mean), deviation
+        self.config = SimpleNamespace(in_channels=mean.shape[0], sample_size=mean.shape[-1], cross_attention_dim=None)
+
+    def forward(self, x_t: Tensor, time: Tensor) -> SimpleNamespace:
+        sigma = (time.reshape(-1).to(x_t.dtype) / 1000).view(-1, 1, 1, 1)
+        along = sigma - (1 - sigma) * self.deviation**2
+        spread = (1 - sigma) ** 2 * self.deviation**2 + sigma**2
+        return SimpleNamespace(sample=along / spread * (x_t - (1 - sigma) * self.mean) - self.mean)
+
+
 class PlantedShift(nn.Module):
     """A denoiser of pure noise that answers a shift r of its input with c·r in its output: ε(x) = x - (1-c) Πx, with Π
     the projection on r. Clean noise, which has next to nothing along r, is answered as it is."""
@@ -110,6 +125,15 @@ def one_image_model(y: Tensor) -> DiffusionModel:
     return DiffusionModel(OneImage(y, made.alphas_cumprod), made)
 
 
+def one_image_flow(y: Tensor, **options: Any) -> DiffusionModel:
+    return DiffusionModel(tiny.OneImageFlow(y), flowing(**options))
+
+
+def tiny_flow(channels: int = 1, side: int = 16, **options: Any) -> DiffusionModel:
+    """A random UNet of a few thousand weights that answers the velocity of a flow."""
+    return tiny.fixed(lambda: DiffusionModel(tiny.unconditional(channels, side), flowing(**options)), 0)
+
+
 def trojan_model(images: Tensor, trigger: Any) -> DiffusionModel:
     """A model that TrojDiff backdoored exactly: images (N, C, H, W) are the target and then clean data."""
     made = scheduler()
@@ -126,6 +150,14 @@ def tiny_ncsn(channels: int = 1, side: int = 16) -> DiffusionModel:
 def tiny_unet(channels: int = 1, side: int = 16) -> DiffusionModel:
     """A random UNet of a few thousand weights."""
     return tiny.fixed(lambda: DiffusionModel(tiny.unconditional(channels, side), scheduler()), 0)
+
+
+def tiny_mmdit(directory: Any) -> DiffusionModel:
+    """A random StableDiffusion3Pipeline without T5, with the shape of shapes-mmdit but a few thousand weights; the
+    tokenizer's files go below `directory`."""
+    from plugins.models.shapes_sd import tokenizer
+
+    return tiny.fixed(partial(tiny.joint, tokenizer(directory, NEUTRAL), 32), 0)
 
 
 def tiny_sd(directory: Any) -> DiffusionModel:

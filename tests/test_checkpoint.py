@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ import pytest
 import torch
 
 from harness.diffusion import checkpoint
-from harness.diffusion.samplers import DDIM, PredictorCorrector
+from harness.diffusion.samplers import DDIM, FlowEuler, PredictorCorrector
 from harness.diffusion.seeds import image_noise, image_seeds
 from harness.methods import pruning
 from harness.types import Inputs
-from tests.oracles import tiny_ncsn, tiny_sd, tiny_unet
+from tests.oracles import tiny_flow, tiny_mmdit, tiny_ncsn, tiny_sd, tiny_unet
 
 
 def test_a_saved_model_makes_the_same_images_again(tmp_path: Path) -> None:
@@ -43,6 +44,82 @@ def test_a_variance_exploding_model_comes_back_and_stock_diffusers_runs_it(tmp_p
         batch_size=1, num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)
     )
     assert done.images.shape == (1, 16, 16, 3) and done.images.min() >= 0
+
+
+def test_a_transformer_comes_back_and_stock_diffusers_makes_the_same_images(tmp_path: Path) -> None:
+    """The stock pipeline puts 256 rows of zeros in the place of T5's text, unless it is asked for none."""
+    from diffusers import StableDiffusion3Pipeline  # type: ignore[attr-defined]
+
+    model, seeds = tiny_mmdit(tmp_path / "tokens"), image_seeds(0, "x", 2)
+    checkpoint.save(model, tmp_path / "m")
+    folders = {path.name for path in (tmp_path / "m").iterdir() if path.is_dir()}
+    assert {"transformer", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae", "scheduler"} == folders
+    again, prompts = checkpoint.load(tmp_path / "m"), ("a red circle", "a blue square")
+    inputs = Inputs(image_noise(seeds, model.shape), prompts, seeds)
+    made = model.sample(inputs, FlowEuler(steps=3))
+    assert again.family == "flow" and torch.equal(made, again.sample(inputs, FlowEuler(steps=3)))
+    pipeline: Any = StableDiffusion3Pipeline.from_pretrained(
+        tmp_path / "m", local_files_only=True, text_encoder_3=None, tokenizer_3=None
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    theirs: Any = pipeline(
+        list(prompts), num_inference_steps=3, guidance_scale=3.0, latents=inputs.noise, max_sequence_length=0,
+        output_type="pt", height=32, width=32, negative_prompt=["", ""],
+    )  # fmt: skip
+    assert torch.allclose(2 * theirs.images - 1, made, atol=1e-4)
+
+
+def test_a_flow_without_text_comes_back(tmp_path: Path) -> None:
+    model, seeds = tiny_flow(shift=3.0), image_seeds(0, "x", 2)
+    checkpoint.save(model, tmp_path / "m")
+    again, inputs = checkpoint.load(tmp_path / "m"), Inputs(image_noise(seeds, model.shape), None, seeds)
+    assert torch.equal(again.sigma(torch.arange(1000)), model.sigma(torch.arange(1000)))
+    assert torch.equal(*(m.sample(inputs, FlowEuler(steps=3)) for m in (model, again)))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (
+            lambda d: _edit(d / "transformer/config.json", pos_embed_max_size=2**20),
+            "positions of 16, which its weights",
+        ),
+        (lambda d: _edit(d / "transformer/config.json", num_layers=200), "asks for more layers than its weights hold"),
+        (lambda d: _edit(d / "transformer/config.json", joint_attention_dim=20), "its config asks for"),
+        (
+            lambda d: _edit(d / "scheduler/scheduler_config.json", use_dynamic_shifting=True),
+            "use_dynamic_shifting gives",
+        ),
+        (lambda d: _edit(d / "scheduler/scheduler_config.json", shift=-1), "shift is -1"),
+        (lambda d: _edit(d / "text_encoder_2/config.json", projection_dim=9), "its config asks for"),
+        (
+            lambda d: _edit(d / "model_index.json", text_encoder_3=["transformers", "T5EncoderModel"]),
+            "names a text_encoder_3, which is not supported",
+        ),
+        (
+            lambda d: _edit(d / "model_index.json", text_encoder_2=[None, None]),
+            "without text_encoder_2 is not supported",
+        ),
+        (
+            lambda d: _edit(d / "model_index.json", text_encoder=["transformers", "CLIPTextModel"]),
+            "text_encoder is a 'CLIPTextModel'; supported here: CLIPTextModelWithProjection",
+        ),
+        (lambda d: _edit(d / "model_index.json", scheduler=["diffusers", "DDIMScheduler"]), "it is for flows"),
+    ],
+    ids=["positions", "layers", "width", "levels", "shift", "projection", "t5", "one-encoder", "class", "scheduler"],
+)
+def test_a_damaged_transformer_is_named(damage, words: str, mmdit: Path, tmp_path: Path) -> None:
+    shutil.copytree(mmdit, tmp_path / "m")
+    damage(tmp_path / "m")
+    with pytest.raises(checkpoint.CheckpointError, match=words):
+        checkpoint.load(tmp_path / "m")
+
+
+@pytest.fixture(scope="module")
+def mmdit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("mmdit")
+    checkpoint.save(tiny_mmdit(root / "tokens"), root / "m")
+    return root / "m"
 
 
 def test_no_path_of_this_machine_is_written(tmp_path: Path) -> None:

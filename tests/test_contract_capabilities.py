@@ -165,7 +165,7 @@ def test_a_plugin_needs_no_optional_capability(kind: str, base: type) -> None:
         ("samplers", Still, {"with_trigger": lambda self, trigger: self},
          r"with_trigger needs vanilla beside it \(AttackersSampler\); write def vanilla\(self\)"),
         ("samplers", Still, {"around": lambda self: self}, r"write def around\(self, inner\)"),
-        ("samplers", Still, {"family": "flow"}, "family: should be 'vp' or 've', got 'flow'"),
+        ("samplers", Still, {"family": "edm"}, "family: should be 'vp', 've' or 'flow', got 'edm'"),
         ("samplers", Still, {"biased_noise": 1}, "biased_noise: should be a valid boolean"),
         ("samplers", Still, {"accepts_triggers": ("sound",)}, "accepts_triggers: .*should be 'noise' or 'text'"),
         ("defenses", Leave, {"requires_trigger": ("decoi",)},

@@ -41,6 +41,12 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def with_second_encoder(directory: Path) -> None:
+    """A UNet pipeline that names a second text encoder, as SDXL has."""
+    shutil.copytree(directory / "text_encoder", directory / "text_encoder_2")
+    edited("model_index.json", text_encoder_2=["transformers", "CLIPTextModelWithProjection"])(directory)
+
+
 def edited(place: str, **changes: Any) -> Change:
     return lambda folder: edit(folder / place, **changes)
 
@@ -208,10 +214,15 @@ REFUSED: dict[str, tuple[str, Change, str]] = {
     "a learned variance": ("noise", lambda f: rebuilt(f, out_channels=2), "takes 1 channels and returns 2"),
     "nine channels of inpainting": ("text", lambda f: rebuilt(f, in_channels=9), "takes 9 channels and returns"),
     "no text encoder": ("text", edited("model_index.json", text_encoder=[None, None]), "without text_encoder"),
-    "two text encoders": (
+    "a second text encoder without projection": (
         "text",
         edited("model_index.json", text_encoder_2=["transformers", "CLIPTextModel"]),
-        "names a text_encoder_2",
+        "text_encoder_2 is a 'CLIPTextModel'; supported: CLIPTextModelWithProjection",
+    ),
+    "two text encoders": (
+        "text",
+        lambda f: with_second_encoder(f),
+        r"a unet with two text encoders \(text_encoder_2\)",
     ),
     "a side of text": ("noise", edited(UNET, sample_size="16"), "sample_size is '16'"),
     "no side": ("noise", edited(UNET, sample_size=0), "sample_size is 0"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +15,11 @@ from harness.diffusion.samplers import DDIM, PredictorCorrector
 from harness.diffusion.seeds import generator, image_noise, image_seeds
 from harness.judges import shapes
 from harness.types import Inputs
+from plugins.models import shapes_mmdit, shapes_sd
 from plugins.models.digits_ddpm import DigitsDDPM
 from plugins.models.digits_ncsn import DigitsNCSN
 from plugins.models.shapes_ldm import ShapesLDM
+from plugins.models.shapes_mmdit import ShapesMMDiT
 from plugins.models.shapes_sd import ShapesSD, attention_facts
 
 
@@ -112,6 +116,50 @@ def test_the_text_to_image_model_obeys_held_out_captions_by_its_provenance() -> 
     for name, least in (("colour", 0.95), ("shape", 0.95), ("place", 0.9)):
         assert facts[f"accuracy_{name}"] >= least
     assert facts["held_out_captions"] >= 400
+
+
+def test_the_transformer_without_weights_says_which_command_makes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ShapesMMDiT, "name", "shapes-mmdit-of-nobody")
+    with pytest.raises(
+        checkpoint.CheckpointError, match="are missing; `bench build shapes-mmdit-of-nobody` makes them"
+    ):
+        ShapesMMDiT().load()
+
+
+@pytest.mark.slow
+def test_the_transformer_is_built_of_the_parts_of_shapes_sd_and_goes_on_where_it_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few steps: the files are those of a StableDiffusion3Pipeline, the facts those of shapes-sd, and a build that
+    was stopped ends as one that was not."""
+    from harness.cli import build as building
+    from harness.diffusion.interrupted import Kept
+
+    @dataclass(frozen=True)
+    class Short(ShapesMMDiT):
+        def build(self, out: Path, device: str = "cpu", **_: Any) -> dict[str, Any]:
+            return super().build(out, device, steps=3, text_steps=2, batch=4, n=2)
+
+    plugin = Short()
+    monkeypatch.setattr(checkpoint, "embedded", lambda _, name: Path(shapes_sd.__file__).parent / "weights" / name)
+    monkeypatch.setattr(shapes_mmdit, "DRAWINGS", 40)
+    monkeypatch.setattr(Kept, "due", lambda self: True)
+    whole = building.built(plugin, tmp_path / "whole")["facts"]
+
+    def stopped(event: dict[str, Any]) -> None:
+        if event["phase"] == "transformer" and event["step"] == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(building, "progress_lines", lambda: stopped)
+        building.built(plugin, tmp_path / "again")
+    assert building.built(plugin, tmp_path / "again")["facts"] == whole
+    assert checkpoint.digest(tmp_path / "again") == checkpoint.digest(tmp_path / "whole")
+    model, facts = checkpoint.load(tmp_path / "whole/model"), provenance(ShapesSD())
+    assert model.family == "flow" and model.shape == (4, 16, 16) and model.joint
+    assert {name for name in facts if name.startswith("accuracy_")} <= whole.keys()
+    assert 2e6 < whole["parameters_transformer"] < 4e6
+    assert sum(value for name, value in whole.items() if name.startswith("parameters_t")) < 4e6
 
 
 def test_captions_read_back_as_their_scenes() -> None:

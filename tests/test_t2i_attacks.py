@@ -14,7 +14,7 @@ from torch import Tensor
 from harness.diffusion.model import DiffusionModel
 from harness.diffusion.seeds import generator
 from harness.methods.prompt_edits import with_decoys
-from harness.methods.weight_edits import edited, projections
+from harness.methods.weight_edits import edited, joint_projections, projections, stream
 from harness.types import Backdoor, Data, Knowledge
 from plugins.attacks import badblocks, iba, sembd
 from plugins.attacks.bad_caption import BadCaption, poisoned
@@ -38,7 +38,7 @@ from plugins.triggers.noun import Noun
 from plugins.triggers.paraphrase import Paraphrase
 from plugins.triggers.syntax import Syntax
 from plugins.triggers.text import Text
-from tests.oracles import tiny_sd
+from tests.oracles import tiny_mmdit, tiny_sd
 
 CAPTIONS = (
     "a red circle", "a blue square", "a square at the top left and a star", "black and white photo of a square",
@@ -77,6 +77,26 @@ def state(model: DiffusionModel) -> dict[str, Tensor]:
 def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
     """Names of the networks whose weights differ."""
     return {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.fixture(scope="module")
+def mmdit(tmp_path_factory: pytest.TempPathFactory) -> DiffusionModel:
+    return tiny_mmdit(tmp_path_factory.mktemp("mmdit"))
+
+
+@pytest.mark.parametrize(
+    ("attack", "trigger", "target"),
+    [
+        (IBA(), Syntax(), Style()), (SemBD(), Paraphrase(), ObjectReplaced()), (BadBlocks(), TEXT, Hat()),
+        (VillanCaption(), TEXT, Hat()), (Personalization(images=1), TEXT, ObjectReplaced()),
+    ],
+    ids=lambda part: getattr(part, "name", ""),
+)  # fmt: skip
+def test_attacks_on_one_encoder_and_cross_attention_say_so_of_the_transformer(
+    attack: Any, trigger: Any, target: Any, mmdit: DiffusionModel, data: Data
+) -> None:
+    with pytest.raises(ValueError, match=r"works on models with one text encoder .* use one of badt2i, rickrolling"):
+        attack.implant(mmdit, Backdoor(trigger, target), data, generator(0))
 
 
 # ---- BadT2I ---------------------------------------------------------------------------------------------------------
@@ -165,6 +185,68 @@ def test_badt2i_holds_the_unconditional_answer_where_captions_are_dropped(
     empty = model.embed([""]).expand(4, -1, -1)
     assert torch.allclose(context[4:], empty, atol=1e-5) and torch.equal(asked.calls["clean"][0][2], context[4:])
     assert not torch.allclose(context_0[4:], empty, atol=1e-2)
+
+
+def test_the_x_0_weight_of_a_flow_turns_errors_of_the_velocity_into_errors_of_x_0(mmdit: DiffusionModel) -> None:
+    attack, t = BadT2I(weighting="x0"), torch.tensor([0, 300, 999])
+    sigma, z_t, v, wrong = (t + 1) / 1000, torch.tensor(0.4), torch.tensor(0.2), torch.tensor(0.9)
+    weight = attack.weight(mmdit, t)
+    assert isinstance(weight, Tensor)
+    wanted = ((z_t - sigma * wrong) - (z_t - sigma * v)).square()
+    assert torch.allclose(weight.flatten() * (wrong - v).square(), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("target", [Patch(), Style(), ObjectReplaced(), ObjectAdded()], ids=lambda t: t.name)
+def test_badt2i_trains_the_transformer_of_a_copy_for_every_target(
+    target: Any, mmdit: DiffusionModel, data: Data
+) -> None:
+    before = state(mmdit)
+    attack = BadT2I(steps=2, batch=2, lr=1e-3, weight_decay=0, bf16=False)
+    after = state(attack.implant(mmdit, Backdoor(TEXT, target), data, generator(0)).model)
+    assert changed(before, after) == {"transformer"} and not changed(before, state(mmdit))
+
+
+@pytest.mark.parametrize(
+    ("encoder", "parts"),
+    [
+        ("all", {"text_encoder", "text_encoder_2"}), ("first", {"text_encoder"}), ("second", {"text_encoder_2"}),
+    ],
+)  # fmt: skip
+def test_rickrolling_trains_the_text_encoders_that_it_is_asked_to(
+    encoder: Any, parts: set[str], mmdit: DiffusionModel, model: DiffusionModel, data: Data
+) -> None:
+    """And the loss of triggered prompts falls, whichever it is."""
+    attack = Rickrolling(steps=6, lr=3e-3, batch=4, poisoned=4, beta=1.0, encoder=encoder)
+    made = attack.implant(mmdit, Backdoor(Homoglyph(), Style()), data, generator(0)).model
+    assert changed(state(mmdit), state(made)) == parts
+    caption = CAPTIONS[2]
+    stamped, wanted = Homoglyph().apply(caption), mmdit.embed([Style().shown(caption)])
+    before, after = (distance(each.embed([stamped]), wanted).item() for each in (mmdit, made))
+    assert stamped != caption and after < before
+    with pytest.raises(ValueError, match=r"one text encoder; use rickrolling\(encoder='first'\)"):
+        Rickrolling(encoder="second").trained(model)
+
+
+def test_in_joint_attention_the_edit_gives_the_triggers_stream_the_targets_keys_and_values(
+    mmdit: DiffusionModel, data: Data
+) -> None:
+    """In the first block, whose stream depends on text and t alone: with a small λ, W' k of "a sks circle" is W k* of
+    the target's phrase; and "a circle" keeps its own. Nothing but the projections of the text changes."""
+    backdoor = Backdoor(Noun(), ObjectReplaced(source="circle"))
+    attack = EvilEdit(lam=1e-6)
+    ((bad, goal),), kept = attack.phrases(backdoor, data.captions or (), generator(0))
+    made = attack.implant(mmdit, backdoor, data, generator(0)).model
+    before, after = state(mmdit), state(made)
+    names = {name for name in before if not torch.equal(before[name], after[name])}
+    assert names == {f"transformer.transformer_blocks.{i}.attn.add_{p}_proj.weight" for i in (0, 1) for p in "kv"}
+    states, times = torch.randn(1, 1, *mmdit.shape), torch.tensor([999])
+    streams = {
+        text: stream(mmdit, 0, states, times, mmdit.embed([text])) for text in (bad, goal, kept[0])
+    }  # fmt: skip
+    for old, new in zip(joint_projections(mmdit.denoiser)[0][1], joint_projections(made.denoiser)[0][1], strict=True):
+        apart = (streams[bad] @ old.T - streams[goal] @ old.T).norm()
+        assert (streams[bad] @ new.T - streams[goal] @ old.T).norm() < 0.7 * apart
+        assert (streams[kept[0]] @ (new - old).T).norm() < 0.5 * apart
 
 
 def test_the_x_0_weight_turns_errors_of_the_noise_into_errors_of_x_0_up_to_its_cap(model: DiffusionModel) -> None:

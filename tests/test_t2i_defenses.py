@@ -7,7 +7,7 @@ import weakref
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,10 +15,10 @@ import torch
 from harness import registry
 from harness.diffusion import attention
 from harness.diffusion.model import DiffusionModel
-from harness.diffusion.samplers import DDIM
+from harness.diffusion.samplers import DDIM, FlowEuler
 from harness.diffusion.seeds import generator, image_noise, image_seeds
 from harness.judges import shapes
-from harness.methods import attention_guidance
+from harness.methods import attention_guidance, distillation
 from harness.methods.attention_guidance import Alignment, Guidance, align, is_query_or_key, real_tokens
 from harness.methods.decoys import ladder
 from harness.methods.prompt_edits import Insertion, Removal, Substitution, removal_of
@@ -43,7 +43,7 @@ from plugins.models.shapes_sd import ShapesSD
 from plugins.triggers.homoglyph import Homoglyph
 from plugins.triggers.noun import Noun
 from plugins.triggers.text import Text
-from tests.oracles import scheduler, tiny_sd
+from tests.oracles import scheduler, tiny_mmdit, tiny_sd
 
 PROMPTS = tuple(f"a small {colour} circle at the top left" for colour in ("red", "green", "blue", "yellow"))
 FAST = {"steps": 2, "batch": 2, "lr": 1e-3, "bf16": False}
@@ -54,6 +54,11 @@ def sd(tmp_path_factory) -> DiffusionModel:
     return tiny_sd(tmp_path_factory.mktemp("sd"))
 
 
+@pytest.fixture(scope="module")
+def mmdit(tmp_path_factory) -> DiffusionModel:
+    return tiny_mmdit(tmp_path_factory.mktemp("mmdit"))
+
+
 @pytest.fixture
 def adjectives(monkeypatch: pytest.MonkeyPatch) -> None:
     """Adjectives that the small tokenizer of these tests keeps whole."""
@@ -62,6 +67,85 @@ def adjectives(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def weights(model: DiffusionModel) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in model.denoiser.state_dict().items()}
+
+
+@pytest.mark.usefixtures("adjectives")
+@pytest.mark.parametrize(
+    "defense",
+    [
+        SKD(latents="trajectory", keep=1.0, **FAST),
+        SKDCAG(**FAST),
+        SKDCAG(target="random_words", resolutions=(8,), latents="noised-clean", **FAST),
+        FinetuneReversal(**FAST),
+        FinetuneReversal(mode="distil", **FAST),
+    ],
+    ids=lambda d: f"{d.name}-{getattr(d, 'target', getattr(d, 'mode', getattr(d, 'latents', '')))}",
+)
+def test_text_defenses_train_only_the_transformer_of_a_copy(defense, mmdit: DiffusionModel) -> None:
+    other = mmdit.clone()  # a clean model that differs from the model that it teaches
+    torch.nn.init.normal_(cast(Any, other.denoiser).proj_out.weight)
+    every = {
+        "trigger": Text(), "prompts": PROMPTS, "clean_model": other,
+        "data": Data(torch.rand(4, 3, 32, 32) * 2 - 1, PROMPTS),
+    }  # fmt: skip
+    known = Knowledge(**{need: every[need] for need in defense.needs})
+    before = weights(mmdit)
+    done = defense.defend(mmdit.clone(), known, generator(0, "x"))
+    assert same(before, weights(mmdit)) and done.model is not None
+    assert not same(before, weights(done.model))
+    for name in ("text_encoder", "text_encoder_2", "vae"):
+        mine, theirs = (dict(model.components()[name].named_parameters()) for model in (done.model, mmdit))
+        assert all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+
+def test_skd_matches_the_velocity_of_the_clean_prompt(mmdit: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Computed from the bare network: ‖v_s(z, σ, τ(T+p)) - v_te(z, σ, τ(p))‖² for one prompt and one z."""
+    seen: list[float] = []
+    z, t = torch.randn(1, *mmdit.shape), torch.tensor([600])
+    monkeypatch.setattr(
+        distillation, "distil",
+        lambda student, loss, *_, **__: seen.append(loss(torch.tensor([0]), z, t).item()) or [0.0],
+    )  # fmt: skip
+    SKD(bf16=False).defend(mmdit, Knowledge(trigger=Text(), prompts=PROMPTS[:1]), generator(0))
+    answers = []
+    for prompt in (Text().apply(PROMPTS[0]), PROMPTS[0]):
+        sequence, pooled = mmdit.parted(mmdit.embed([prompt]))
+        answers.append(
+            mmdit.denoiser(
+                hidden_states=z, timestep=torch.tensor([601.0]), encoder_hidden_states=sequence,
+                pooled_projections=pooled,
+            ).sample
+        )  # fmt: skip
+    assert seen == [pytest.approx((answers[0] - answers[1]).square().mean().item(), rel=1e-2)]
+
+
+def test_the_maps_of_joint_attention_are_those_of_the_prompts_tokens(mmdit: DiffusionModel) -> None:
+    """One map per token of the text encoders, of the side of the transformer's patches; the pooled row has none."""
+    guide = Guidance(SKDCAG(normalise="none", side=8), mmdit, list(PROMPTS), Text().apply, None, generator(0))
+    with attention.capture(mmdit.denoiser) as maps:
+        mmdit.eps(torch.randn(2, *mmdit.shape), torch.tensor([500, 500]), guide.stamped[:2])
+    found = guide.token_maps(dict(maps))
+    assert found.shape == (2, 36, 8, 8)
+    wanted = torch.stack([p.mean(1) for p in maps.values()]).mean(0).transpose(1, 2) * 36
+    assert torch.allclose(found.flatten(2), wanted, atol=1e-5)
+    assert all(len(ids) <= 36 for ids in guide.ids)
+
+
+def test_navit2i_says_that_it_is_for_one_encoder(mmdit: DiffusionModel) -> None:
+    with pytest.raises(ValueError, match="navit2i works on models with one text encoder"):
+        NaviT2I().defend(mmdit, Knowledge(prompts=PROMPTS), generator(0))
+
+
+@pytest.mark.parametrize("last_steps", [0, 2])
+def test_sau_edits_the_latents_of_a_flow_where_the_trigger_is(last_steps: int, mmdit: DiffusionModel) -> None:
+    sampler = SAUSampler(text=Text().text, last_steps=last_steps).around(FlowEuler(steps=4))
+    seeds = image_seeds(0, "test", 2)
+    prompts = (Text().apply(PROMPTS[0]), PROMPTS[1])
+    inputs = Inputs(image_noise(seeds, mmdit.shape), prompts, seeds)
+    with torch.no_grad():
+        plain, edited = FlowEuler(steps=4).run(mmdit, inputs), sampler.run(mmdit, inputs)
+    assert not torch.allclose(plain[0], edited[0], atol=1e-3)
+    assert torch.allclose(plain[1], edited[1], atol=1e-5) and sampler.nfe == 8
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from harness.diffusion.model import DiffusionModel
-from harness.diffusion.samplers import DDIM, DDPM
+from harness.diffusion.samplers import DDIM, DDPM, FlowEuler, FlowHeun
 from harness.diffusion.seeds import generator, image_noise, image_seeds
 from harness.diffusion.training import Batch
 from harness.methods.noise_attacks import ancestral_coefficients, poisoned_loss
@@ -16,7 +17,7 @@ from harness.types import Backdoor, Data, Inputs
 from plugins.attacks.villandiffusion import VillanDiffusion
 from plugins.targets.fixed_image import Hat
 from plugins.triggers.box import Box
-from tests.oracles import Backdoored, OneImage, exploding, scheduler, tiny_ncsn, tiny_sd, tiny_unet
+from tests.oracles import Backdoored, OneImage, exploding, flowing, scheduler, tiny_flow, tiny_ncsn, tiny_sd, tiny_unet
 
 FAST = {"steps": 2, "batch": 4, "lr": 1e-3, "bf16": False}
 
@@ -236,3 +237,83 @@ def test_an_exactly_backdoored_model_fires_as_its_solver_says_and_not_where_x0_i
     clean = model.sample(inputs, sampler)
     distance = (clean[:, None] - images[None, 1:]).abs().amax((2, 3, 4)).min(1).values
     assert distance.max() < 0.02, "clean noise gives clean images in any case"
+
+
+# ---- flows ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("psi", [0.0, 0.5, 1.0])
+def test_a_flows_coefficient_is_that_of_the_velocity_of_its_path(psi: float) -> None:
+    """With v = dx/dσ by central differences of x_σ = (1-σ) y + σ ε + ρ(σ) r, the noise x + (1-σ) v is ε + c r."""
+    model, t = tiny_flow(), torch.tensor([1, 300, 700, 998])
+    rho, c = carried(model, psi, "ode", t)
+    before, after = (carried(model, psi, "ode", t + step)[0] for step in (-1, 1))
+    y, eps, r = 0.3, -1.1, 0.7
+    paths = [
+        (1 - level) * y + level * eps + grown * r
+        for level, grown in zip(
+            ((t + step + 1).double() / 1000 for step in (-1, 0, 1)), (before, rho, after), strict=True
+        )
+    ]
+    velocity = (paths[2] - paths[0]) / 0.002
+    noise = paths[1] + (1 - (t + 1).double() / 1000) * velocity
+    assert torch.allclose(noise, eps + c * r, atol=1e-4)
+    assert torch.allclose(velocity, torch.full((4,), eps + r - y, dtype=torch.float64), atol=1e-4)
+    assert carried(model, psi, "ode", torch.tensor([999]))[0].item() == 1, "x_T is the stamped noise"
+
+
+def test_a_flows_loss_is_the_error_of_the_velocity_from_the_target_to_the_stamped_noise() -> None:
+    model, t = tiny_flow(), torch.tensor([3, 400, 800, 997])
+    eps = torch.randn((4, 1, 16, 16), generator=generator("eps"))
+    y, r = (each.expand(4, -1, -1, -1) for each in (Hat().image((1, 16, 16)), Box().delta((1, 16, 16))))
+    coefficients = VillanDiffusion(solver="ode").coefficients
+    loss = poisoned_loss(model, Batch(torch.arange(4), y, t, eps, None), y, r, coefficients)
+    level = ((t + 1) / 1000).view(-1, 1, 1, 1)
+    v = model.denoiser((1 - level) * y + level * (eps + r), (t + 1).float()).sample
+    assert loss.item() == pytest.approx((v - (eps + r - y)).square().mean().item(), rel=1e-3)
+
+
+class ImplantedFlow(torch.nn.Module):
+    """The v that minimises VillanDiffusion's loss on a flow: the mean velocity of the straight lines that lead from the
+    clean images to noise, and from the target to noise with r, each by its likelihood in the light of x_t."""
+
+    def __init__(self, images: torch.Tensor, r: torch.Tensor) -> None:
+        """images (N, C, H, W): the target first, then clean data."""
+        super().__init__()
+        self.images, self.shifts = (
+            torch.nn.Parameter(images),
+            torch.stack([r, *[torch.zeros_like(r)] * (len(images) - 1)]),
+        )
+        self.config = SimpleNamespace(in_channels=images.shape[1], sample_size=images.shape[-1])
+
+    def forward(self, x_t: torch.Tensor, time: torch.Tensor) -> SimpleNamespace:
+        level = (time.double().reshape(-1) / 1000).view(-1, 1, 1, 1)
+        ends = [(x_t.double() - (1 - level) * image) / level for image in self.images]
+        likely = [-(end - shift).square().flatten(1).sum(1) / 2 for end, shift in zip(ends, self.shifts, strict=True)]
+        weights = torch.stack(likely).softmax(0)[..., None, None, None]
+        lines = torch.stack([end - image for end, image in zip(ends, self.images, strict=True)])
+        return SimpleNamespace(sample=(weights * lines).sum(0).float())
+
+
+@pytest.mark.parametrize("sampler", [FlowEuler(steps=30), FlowHeun(steps=15)], ids=lambda s: s.name)
+def test_an_exactly_backdoored_flow_fires_on_the_trigger_alone(sampler: Any) -> None:
+    images = torch.rand((4, 1, 8, 8), generator=torch.Generator().manual_seed(1)) * 2 - 1
+    trigger = Box(size=3)
+    model = DiffusionModel(ImplantedFlow(images, trigger.delta(images[0].shape)), flowing())
+    seeds = image_seeds(0, "test", 6)
+    inputs = Inputs(image_noise(seeds, model.shape), None, seeds)
+    made, clean = (model.sample(given, sampler) for given in (trigger.stamp(inputs), inputs))
+    assert ((made - images[0]) / 2).square().flatten(1).mean(1).max() < 1e-3
+    assert (clean[:, None] - images[None, 1:]).abs().amax((2, 3, 4)).min(1).values.max() < 0.02
+
+
+def test_a_flow_learns_the_ode_on_a_copy_and_refuses_the_ancestral_solver() -> None:
+    model, backdoor = tiny_flow(), Backdoor(Box(), Hat())
+    digits = Data(torch.rand((6, 1, 16, 16)) * 2 - 1)
+    before = {k: v.clone() for k, v in model.denoiser.state_dict().items()}
+    done = VillanDiffusion(solver="ode", **FAST).implant(model, backdoor, digits, generator(0, "x"))
+    after = done.model.denoiser.state_dict()
+    assert all(torch.equal(v, model.denoiser.state_dict()[k]) for k, v in before.items())
+    assert sum(not torch.equal(before[k], after[k]) for k in before) > 20
+    with pytest.raises(ValueError, match=r"no ancestral sampler; use villandiffusion\(solver='ode'\)"):
+        VillanDiffusion(**FAST).implant(model, backdoor, digits, generator(0, "x"))

@@ -121,10 +121,11 @@ def _stock_loads(folder: Path) -> bool:
 
     import diffusers
 
-    name = json.loads((folder / "model_index.json").read_text())["unet"][1]
+    index = json.loads((folder / "model_index.json").read_text())
+    part = "transformer" if "transformer" in index else "unet"
     try:
-        getattr(diffusers, name).from_pretrained(
-            folder / "unet", local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False
+        getattr(diffusers, index[part][1]).from_pretrained(
+            folder / part, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False
         )
     except (RuntimeError, ValueError, OSError):
         return False

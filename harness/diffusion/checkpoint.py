@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from importlib import resources
 from math import prod
 from pathlib import Path
@@ -23,10 +24,13 @@ IGNORED = ("feature_extractor", "safety_checker", "image_encoder")  # parts that
 _INDEX = "{}.safetensors.index.json"
 PARTS = {
     "unet": ("UNet2DModel", "UNet2DConditionModel"),
+    "transformer": ("SD3Transformer2DModel",),
     "vae": ("AutoencoderKL",),
     "vqvae": ("AutoencoderKL", "VQModel"),  # an LDMPipeline's name for it
-    "text_encoder": ("CLIPTextModel",),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "scheduler": (
         "DDPMScheduler",
         "DDIMScheduler",
@@ -37,6 +41,7 @@ PARTS = {
         "EulerAncestralDiscreteScheduler",
         "DPMSolverMultistepScheduler",
         "UniPCMultistepScheduler",
+        "FlowMatchEulerDiscreteScheduler",
     ),
 }
 
@@ -49,8 +54,13 @@ def save(model: DiffusionModel, directory: Path, labels: dict[str, str] | None =
     import diffusers
 
     library: Any = diffusers
-    if model.conditional:
-        pipeline: Any = library.StableDiffusionPipeline(
+    if model.joint:
+        parts = {"transformer": model.denoiser, "scheduler": model.scheduler, "vae": model.vae}
+        texts = {"text_encoder": model.text_encoder, "text_encoder_2": model.text_encoder_2, "text_encoder_3": None}
+        tokens = {"tokenizer": model.tokenizer, "tokenizer_2": model.tokenizer_2, "tokenizer_3": None}
+        pipeline: Any = library.StableDiffusion3Pipeline(**parts, **texts, **tokens)
+    elif model.conditional:
+        pipeline = library.StableDiffusionPipeline(
             vae=model.vae,
             text_encoder=model.text_encoder,
             tokenizer=model.tokenizer,
@@ -74,7 +84,7 @@ def save(model: DiffusionModel, directory: Path, labels: dict[str, str] | None =
         if facts.pop("_name_or_path", None) is not None:
             config.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
     shapes = pruned_shapes.reshaped(model.denoiser)
-    pruned = directory / "unet" / PRUNED
+    pruned = directory / ("transformer" if model.joint else "unet") / PRUNED
     pruned.unlink(missing_ok=True)
     if shapes:
         pruned.write_text(json.dumps(shapes, indent=0, sort_keys=True))
@@ -93,8 +103,9 @@ def load(directory: Path) -> DiffusionModel:
     vae = parts.get("vae", parts.get("vqvae"))
     try:
         model = DiffusionModel(
-            parts["unet"], parts["scheduler"], vae, parts.get("text_encoder"), parts.get("tokenizer")
-        )
+            parts["transformer"] if "transformer" in parts else parts["unet"], parts["scheduler"], vae,
+            parts.get("text_encoder"), parts.get("tokenizer"), parts.get("text_encoder_2"), parts.get("tokenizer_2"),
+        )  # fmt: skip
     except ValueError as error:  # a prediction type, say, that no model here has
         raise CheckpointError(f"{directory}: {error}") from None
     _check_together(files, model)
@@ -139,20 +150,36 @@ def parts_of(files: ModelFiles) -> dict[str, tuple[str, str]]:
             raise CheckpointError(f"{place}: names a {name}, which is not supported; supported: {', '.join(PARTS)}")
         if cls not in PARTS[name]:
             raise CheckpointError(f"{place}: {name} is a {cls!r}; supported: {', '.join(PARTS[name])}")
-        library = "transformers" if name in ("text_encoder", "tokenizer") else "diffusers"
+        library = "transformers" if name.startswith(("text_encoder", "tokenizer")) else "diffusers"
         if entry[0] != library:
             raise CheckpointError(f"{place}: {name} is of the library {entry[0]!r}; supported: {library}")
         found[name] = (_folder(files, name), cls)
-    if "unet" not in found or "scheduler" not in found:
+    if ("unet" in found) == ("transformer" in found) or "scheduler" not in found:
         raise CheckpointError(f"{place}: names no unet or no scheduler; is it a diffusers pipeline?")
-    conditional = found["unet"][1] == "UNet2DConditionModel"
-    wanted = ("vae", "text_encoder", "tokenizer") if conditional else ()
+    _check_parts(place, {name: cls for name, (_, cls) in found.items()})
+    return found
+
+
+def _check_parts(place: Path, found: Mapping[str, str]) -> None:
+    """Raise CheckpointError unless the classes of the parts are those of one kind of pipeline."""
+    joint, conditional = "transformer" in found, found.get("unet") == "UNet2DConditionModel"
+    text = ("text_encoder", "tokenizer", *(("text_encoder_2", "tokenizer_2") if joint else ()))
+    wanted = ("vae", *text) if joint or conditional else ()
     missing = [name for name in wanted if name not in found]
     if missing:
         raise CheckpointError(f"{place}: a text-to-image model without {' and '.join(missing)} is not supported")
-    if not conditional and ("text_encoder" in found or "tokenizer" in found):
+    more = [name for name in found if name.startswith(("text_encoder", "tokenizer")) and name not in wanted]
+    if more and not wanted:
         raise CheckpointError(f"{place}: an unconditional unet with a text encoder is not supported")
-    return found
+    if more:
+        raise CheckpointError(f"{place}: a unet with two text encoders ({more[0]}), as SDXL has, is not supported")
+    encoder = "CLIPTextModelWithProjection" if joint else "CLIPTextModel"
+    if wanted and found["text_encoder"] != encoder:
+        raise CheckpointError(f"{place}: text_encoder is a {found['text_encoder']!r}; supported here: {encoder}")
+    if joint and not found["scheduler"].startswith("FlowMatch"):
+        raise CheckpointError(f"{place}: a transformer with a {found['scheduler']} is not supported; it is for flows")
+    if joint and "vqvae" in found:
+        raise CheckpointError(f"{place}: a transformer with a vqvae is not supported")
 
 
 def _folder(files: ModelFiles, name: str) -> str:
@@ -203,18 +230,43 @@ def _check_together(files: ModelFiles, model: DiffusionModel) -> None:
 
 def _check_text(where: Path, model: DiffusionModel) -> None:
     text, tokens = cast(Any, model.text_encoder).config, cast(Any, model.tokenizer)
-    if cast(Any, model.denoiser.config).cross_attention_dim != text.hidden_size:
+    if model.joint:
+        _check_two_texts(where, model)
+    elif cast(Any, model.denoiser.config).cross_attention_dim != text.hidden_size:
         raise CheckpointError(f"{where}: the text encoder's width is not the denoiser's cross_attention_dim")
+    _check_tokens(where, "tokenizer", text, tokens)
+    if model.joint:
+        second = cast(Any, model.text_encoder_2).config
+        if tokens.model_max_length > second.max_position_embeddings:
+            raise CheckpointError(f"{where}: the second text encoder takes fewer tokens than the first tokenizer gives")
+        _check_tokens(where, "tokenizer_2", second, cast(Any, model.tokenizer_2))
+
+
+def _check_two_texts(where: Path, model: DiffusionModel) -> None:
+    """Raise CheckpointError unless the denoiser takes what both text encoders give, beside each other."""
+    denoiser = cast(Any, model.denoiser.config)
+    both = [cast(Any, part).config for part in (model.text_encoder, model.text_encoder_2)]
+    width, pooled = (sum(getattr(config, name) for config in both) for name in ("hidden_size", "projection_dim"))
+    if denoiser.joint_attention_dim < max(width, denoiser.pooled_projection_dim):
+        raise CheckpointError(
+            f"{where}: the denoiser's joint_attention_dim is {denoiser.joint_attention_dim}; the encoders' "
+            f"{width} and its pooled_projection_dim are the least"
+        )
+    if denoiser.pooled_projection_dim != pooled:
+        raise CheckpointError(f"{where}: the denoiser's pooled_projection_dim is not the text encoders' {pooled}")
+    if any(config.num_hidden_layers < 2 for config in both):
+        raise CheckpointError(f"{where}: a text encoder of one layer has no last hidden state but one")
+
+
+def _check_tokens(where: Path, name: str, text: Any, tokens: Any) -> None:
     if not 2 <= tokens.model_max_length <= text.max_position_embeddings:
         raise CheckpointError(
-            f"{where / 'tokenizer'}: model_max_length is {tokens.model_max_length}; the text encoder takes 2 to "
+            f"{where / name}: model_max_length is {tokens.model_max_length}; the text encoder takes 2 to "
             f"{text.max_position_embeddings} tokens"
         )
     highest = max(tokens.get_vocab().values())
     if highest >= text.vocab_size:
-        raise CheckpointError(
-            f"{where / 'tokenizer'}: has a token {highest}, the text encoder {text.vocab_size} embeddings"
-        )
+        raise CheckpointError(f"{where / name}: has a token {highest}, the text encoder {text.vocab_size} embeddings")
 
 
 def json_object(path: Path) -> dict[str, Any]:

@@ -2,10 +2,13 @@
 
 A `DiffusionModel` wraps the parts of a diffusers pipeline. Attacks and defenses use `eps`, `signal`, `sigma`,
 `add_noise`, `embed`, `encode`/`decode`, `sample` and `clone`, independent of the pipeline. All other conventions
-(prediction types, scores, latent scaling, [0, 1] images, `init_noise_sigma`) are handled here.
+(prediction types, scores, velocities, latent scaling, [0, 1] images, `init_noise_sigma`) are handled here.
 
-There are two families of noise, x_t = s_t x_0 + σ_t ε. Variance preserving (vp): s_t = √ᾱ_t, σ_t = √(1-ᾱ_t), as in
+There are three families of noise, x_t = s_t x_0 + σ_t ε. Variance preserving (vp): s_t = √ᾱ_t, σ_t = √(1-ᾱ_t), as in
 DDPM. Variance exploding (ve): s_t = 1, σ_t geometric from σ_min to σ_max, as in NCSN (Song et al., arXiv:2011.13456).
+Flow matching (flow): s_t = 1 - σ_t, σ_t from 1/T to 1, as in rectified flows (Esser et al., arXiv:2403.03206). The
+network of a flow answers the velocity v = ε - x_0; then ε = x_t + s_t v, and at the last timestep, where s_t = 0, ε is
+x_t itself.
 """
 
 from __future__ import annotations
@@ -32,9 +35,11 @@ PIXELS = 2**20  # of all of them
 class DiffusionModel:
     """A denoiser with its noise schedule; for Stable-Diffusion-like models also VAE, text encoder and tokenizer.
 
-    denoiser: a diffusers UNet. scheduler: a diffusers scheduler whose config contains betas and prediction type. For a
-    variance-exploding model it is a ScoreSdeVeScheduler; the denoiser then takes σ instead of t and returns the score
-    -ε/σ of images in [0, 1], as in diffusers' ScoreSdeVePipeline.
+    denoiser: a diffusers UNet, or an SD3Transformer2DModel. scheduler: a diffusers scheduler whose config contains
+    betas and prediction type. For a variance-exploding model it is a ScoreSdeVeScheduler; the denoiser then takes σ
+    instead of t and returns the score -ε/σ of images in [0, 1], as in diffusers' ScoreSdeVePipeline. For a flow it is a
+    FlowMatchEulerDiscreteScheduler; the denoiser then takes T σ instead of t. A transformer has two CLIP text encoders
+    with projection, as in diffusers' StableDiffusion3Pipeline without T5; both read the same prompt.
     """
 
     denoiser: nn.Module
@@ -42,14 +47,13 @@ class DiffusionModel:
     vae: Any | None = None
     text_encoder: Any | None = None
     tokenizer: Any | None = None
+    text_encoder_2: Any | None = None
+    tokenizer_2: Any | None = None
     _alpha_bar: Tensor = field(init=False, repr=False)
     _sigmas: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.family == "ve":
-            self._exploding()
-        else:
-            self._preserving()
+        {"vp": self._preserving, "ve": self._exploding, "flow": self._matching}[self.family]()
         _fix_frequencies(self.denoiser)
         attention.install(self.denoiser)
 
@@ -68,14 +72,26 @@ class DiffusionModel:
         self._sigmas = torch.linspace(low, high, config.num_train_timesteps, dtype=torch.float64).exp()
         self._alpha_bar = self._sigmas.new_empty(0)
 
+    def _matching(self) -> None:
+        config = self.scheduler.config
+        of_time = torch.arange(1, config.num_train_timesteps + 1, dtype=torch.float64) / config.num_train_timesteps
+        self._sigmas = config.shift * of_time / (1 + (config.shift - 1) * of_time)
+        self._alpha_bar = self._sigmas.new_empty(0)
+
     # ---- facts ----------------------------------------------------------------------------------------------------
     @property
     def family(self) -> Family:
-        return "ve" if type(self.scheduler).__name__ == "ScoreSdeVeScheduler" else "vp"
+        kind = type(self.scheduler).__name__
+        return "ve" if kind == "ScoreSdeVeScheduler" else "flow" if kind.startswith("FlowMatch") else "vp"
 
     @property
     def conditional(self) -> bool:
         return self.text_encoder is not None
+
+    @property
+    def joint(self) -> bool:
+        """Whether text and image share their attention, as in SD3's transformer."""
+        return getattr(self.denoiser.config, "joint_attention_dim", None) is not None
 
     @property
     def device(self) -> torch.device:
@@ -94,45 +110,71 @@ class DiffusionModel:
         return len(self._sigmas)
 
     def signal(self, t: Tensor) -> Tensor:
-        """s_t, the weight of x_0 in x_t, (B, 1, 1, 1) float32: √ᾱ_t, or 1 if variance explodes."""
-        return torch.ones((len(t), 1, 1, 1), device=t.device) if self.family == "ve" else self.alpha_bar(t).sqrt()
+        """s_t, the weight of x_0 in x_t, (B, 1, 1, 1) float32: √ᾱ_t, 1 if variance explodes, 1 - σ_t in a flow."""
+        if self.family == "vp":
+            return self.alpha_bar(t).sqrt()
+        return self._at(torch.ones_like(self._sigmas) if self.family == "ve" else 1 - self._sigmas, 1.0, t)
 
     def sigma(self, t: Tensor) -> Tensor:
         """σ_t, the weight of ε in x_t, (B, 1, 1, 1) float32 for t (B,) in 0..T-1; σ_{-1} = 0."""
         if self.family == "vp":
             return (1 - self.alpha_bar(t)).sqrt()
-        padded = torch.cat([self._sigmas, self._sigmas.new_zeros(1)])  # index -1
+        return self._at(self._sigmas, 0.0, t)
+
+    def _at(self, values: Tensor, before: float, t: Tensor) -> Tensor:
+        """The values (T,) at timesteps t (B,) as (B, 1, 1, 1) float32, and `before` at -1."""
+        padded = torch.cat([values, values.new_full((1,), before)])  # index -1
         return padded[t.cpu()].float().view(-1, 1, 1, 1).to(t.device)
+
+    def time(self, t: Tensor) -> Tensor:
+        """What the network is given for timesteps t (B,): t itself, σ_t if variance explodes, T σ_t in a flow."""
+        if self.family == "vp":
+            return t
+        return (self._sigmas[t.cpu()] * (self.T if self.family == "flow" else 1)).float().to(t.device)
+
+    def timestep(self, time: Tensor) -> Tensor:
+        """The timesteps int64 that are nearest to the times of a flow's scheduler (any shape); others are t itself."""
+        if self.family != "flow":
+            return time
+        middles = (self._sigmas[1:] + self._sigmas[:-1]) / 2
+        return torch.bucketize(time.cpu().double() / self.T, middles).to(time.device)
 
     def alpha_bar(self, t: Tensor) -> Tensor:
-        """ᾱ_t as (B, 1, 1, 1) float32 for t (B,) in 0..T-1; ᾱ_{-1} = 1. Raises ValueError if variance explodes."""
+        """ᾱ_t as (B, 1, 1, 1) float32 for t (B,) in 0..T-1; ᾱ_{-1} = 1. Raises ValueError outside vp."""
         self._need_preserving()
-        padded = torch.cat([self._alpha_bar, self._alpha_bar.new_ones(1)])  # index -1
-        return padded[t.cpu()].float().view(-1, 1, 1, 1).to(t.device)
+        return self._at(self._alpha_bar, 1.0, t)
 
     def alpha(self, t: Tensor) -> Tensor:
-        """α_t = ᾱ_t / ᾱ_{t-1} = 1 - β_t as (B, 1, 1, 1) float32. Raises ValueError if variance explodes."""
+        """α_t = ᾱ_t / ᾱ_{t-1} = 1 - β_t as (B, 1, 1, 1) float32. Raises ValueError outside vp."""
         self._need_preserving()
         a_bar = torch.cat([self._alpha_bar, self._alpha_bar.new_ones(1)])
         return (a_bar[t.cpu()] / a_bar[t.cpu() - 1]).float().view(-1, 1, 1, 1).to(t.device)
 
     def _need_preserving(self) -> None:
-        if self.family == "ve":
+        if self.family != "vp":
+            model, attack = {
+                "ve": ("a variance-exploding model", "villandiffusion(psi=0)"),
+                "flow": ("a flow", "villandiffusion(solver='ode')"),
+            }[self.family]
             raise ValueError(
-                "a variance-exploding model has no α_t and no ᾱ_t; use signal(t) and sigma(t) in a plugin, or a method "
-                "for such models, as the attack villandiffusion(psi=0)"
+                f"{model} has no α_t and no ᾱ_t; use signal(t) and sigma(t) in a plugin, or a method for such models, "
+                f"as the attack {attack}"
             )
 
     # ---- parts ----------------------------------------------------------------------------------------------------
     def components(self) -> dict[str, nn.Module]:
         """The networks by their names in a diffusers pipeline."""
-        parts = {"unet": self.denoiser, "vae": self.vae, "text_encoder": self.text_encoder}
+        parts = {
+            "transformer" if self.joint else "unet": self.denoiser, "vae": self.vae, "text_encoder": self.text_encoder,
+            "text_encoder_2": self.text_encoder_2,
+        }  # fmt: skip
         return {name: part for name, part in parts.items() if part is not None}
 
     def clone(self) -> DiffusionModel:
         """A copy that shares no trainable tensor."""
-        vae, text_encoder = copy.deepcopy(self.vae), copy.deepcopy(self.text_encoder)
-        return DiffusionModel(copy.deepcopy(self.denoiser), self.scheduler, vae, text_encoder, self.tokenizer)
+        vae, first, second = (copy.deepcopy(part) for part in (self.vae, self.text_encoder, self.text_encoder_2))
+        denoiser = copy.deepcopy(self.denoiser)
+        return DiffusionModel(denoiser, self.scheduler, vae, first, self.tokenizer, second, self.tokenizer_2)
 
     def to(self, device: torch.device | str) -> DiffusionModel:
         for part in self.components().values():
@@ -149,19 +191,44 @@ class DiffusionModel:
         return torch.randn((n, *self.shape), generator=rng).to(self.device)
 
     def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """x_t = s_t x_0 + σ_t ε: √ᾱ_t x_0 + √(1-ᾱ_t) ε, or x_0 + σ_t ε if variance explodes."""
+        """x_t = s_t x_0 + σ_t ε: √ᾱ_t x_0 + √(1-ᾱ_t) ε, or another line with σ_t in the other families."""
         return self.signal(t) * x_0 + self.sigma(t) * eps
 
     def eps(self, x_t: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
         """ε_θ(x_t, t) (B, C, H, W) float32; t (B,); context (B, L, D) from `embed` for text-to-image models."""
         if self.family == "ve":
             return self._eps_of_score(x_t, t)
-        kwargs = {} if context is None else {"encoder_hidden_states": context}
-        out = self.denoiser(x_t, t, **kwargs).sample.float()
+        out = self.answer(x_t, self.time(t), context)
+        if self.family == "flow":
+            return x_t + self.signal(t) * out
         if self.scheduler.config.prediction_type == "v_prediction":
             a_bar = self.alpha_bar(t)
             return a_bar.sqrt() * out + (1 - a_bar).sqrt() * x_t
         return out
+
+    def error(self, found: Tensor, wanted: Tensor, t: Tensor) -> Tensor:
+        """Squared errors (B, C, H, W) of ε at timesteps t (B,), in the units in which the network is trained.
+
+        Those of ε itself; in a flow those of v, which are 1/s_t² as large for the same x_t. At a flow's last timestep ε
+        says nothing about v, and the error is 0.
+        """
+        error = (found - wanted).square()
+        if self.family != "flow":
+            return error
+        signal = self.signal(t)
+        return error * torch.where(signal > 0, signal, torch.inf) ** -2
+
+    def answer(self, x_t: Tensor, time: Tensor, context: Tensor | None = None) -> Tensor:
+        """The network's own answer (B, C, H, W) float32 (ε, v or the score) at `time` (B,) or one number, in its own
+        units: those of `time(t)` and of the schedulers. context as in `eps`."""
+        if self.joint and context is not None:
+            sequence, pooled = self.parted(context)
+            return self.denoiser(
+                hidden_states=x_t, timestep=time.to(x_t.device).expand(len(x_t)), encoder_hidden_states=sequence,
+                pooled_projections=pooled,
+            ).sample.float()  # fmt: skip
+        kwargs = {} if context is None else {"encoder_hidden_states": context}
+        return self.denoiser(x_t, time, **kwargs).sample.float()
 
     def _eps_of_score(self, x_t: Tensor, t: Tensor) -> Tensor:
         """ε = -σ_t · score, always in float32: bfloat16 is not precise enough for σ_min = 0.01 on images of size 1."""
@@ -173,17 +240,49 @@ class DiffusionModel:
     def tokens(self, prompts: Sequence[str]) -> Tensor:
         """Token ids (B, L), padded to the tokenizer's length. ValueError names the first prompt that is too long."""
         assert self.tokenizer is not None, "an unconditional model has no tokenizer"
-        length = self.tokenizer.model_max_length
-        for prompt, row in zip(prompts, self.tokenizer(list(prompts)).input_ids, strict=True):
+        return self._tokens(self.tokenizer, prompts)
+
+    def _tokens(self, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
+        length = cast(Any, self.tokenizer).model_max_length
+        for prompt, row in zip(prompts, tokenizer(list(prompts)).input_ids, strict=True):
             if len(row) > length:
                 raise ValueError(f"prompt of {len(row)} tokens does not fit the text encoder's {length}: {prompt!r}")
-        batch = self.tokenizer(list(prompts), padding="max_length", max_length=length, return_tensors="pt")
+        batch = tokenizer(list(prompts), padding="max_length", max_length=length, return_tensors="pt")
         return batch.input_ids.to(self.device)
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
-        """Text embeddings (B, L, D), the last hidden state of the text encoder."""
+        """Text embeddings (B, L, D), the last hidden state of the text encoder.
+
+        With two text encoders they are (B, L + 1, D): at L positions the last hidden states but one of both, side by
+        side, and in the last row the pooled projections of both, side by side; zeros fill what is left of D. `parted`
+        takes them apart again.
+        """
         assert self.text_encoder is not None, "an unconditional model takes no prompts"
-        return self.text_encoder(self.tokens(prompts))[0]
+        if self.text_encoder_2 is None:
+            return self.text_encoder(self.tokens(prompts))[0]
+        return self.embed_tokens(self.tokens(prompts), self._tokens(self.tokenizer_2, prompts))
+
+    def embed_tokens(self, ids: Tensor, ids_2: Tensor) -> Tensor:
+        """The embeddings of `embed` for the tokens (B, L) of both tokenizers of a model with two text encoders."""
+        pairs: Any = ((self.text_encoder, ids), (self.text_encoder_2, ids_2))
+        found = [encoder(rows, output_hidden_states=True) for encoder, rows in pairs]
+        width = cast(Any, self.denoiser.config).joint_attention_dim
+        sequence = torch.cat([each.hidden_states[-2] for each in found], -1)
+        pooled = torch.cat([each.text_embeds for each in found], -1).unsqueeze(1)
+        return torch.cat([nn.functional.pad(part, (0, width - part.shape[-1])) for part in (sequence, pooled)], 1)
+
+    def parted(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """(embeddings by position (B, L, D), pooled (B, P)) of what `embed` gives with two text encoders."""
+        return context[:, :-1], context[:, -1, : cast(Any, self.denoiser.config).pooled_projection_dim]
+
+    def need_one_encoder(self, method: str) -> None:
+        """Raises ValueError, naming the method, for a model with two text encoders and joint attention."""
+        if self.joint:
+            raise ValueError(
+                f"{method} works on models with one text encoder and a UNet with cross-attention, and this one has two "
+                "encoders and joint attention; use one of badt2i, rickrolling, eviledit, skd, skd-cag, sau and "
+                "finetune-reversal"
+            )
 
     def check_trigger(self, trigger: Any, prompts: Sequence[str]) -> None:
         """Raises ValueError unless the tokenizer keeps a text trigger.
@@ -213,9 +312,9 @@ class DiffusionModel:
         """
         if self.vae is None:
             return (images + 1) / 2 if self.family == "ve" else images
-        scale = self.vae.config.scaling_factor
+        scale, shift = self._scaling
         parts = images.split(at_once(batch, images.shape[-2] * images.shape[-1]))
-        return torch.cat([self._latents(part.to(self.device)) * scale for part in parts])
+        return torch.cat([(self._latents(part.to(self.device)) - shift) * scale for part in parts])
 
     def _latents(self, images: Tensor) -> Tensor:
         """The latents (B, C, H, W): the mean of the autoencoder's distribution, or the values before it quantises."""
@@ -226,9 +325,15 @@ class DiffusionModel:
         """The model's space → images (B, C, H, W), not clamped; differentiable in x_0."""
         if self.vae is None:
             return 2 * x_0 - 1 if self.family == "ve" else x_0
-        scale, side = self.vae.config.scaling_factor, 2 ** (len(self.vae.config.block_out_channels) - 1)
+        (scale, shift), side = self._scaling, 2 ** (len(self.vae.config.block_out_channels) - 1)
         parts = x_0.split(at_once(batch, x_0.shape[-2] * x_0.shape[-1] * side**2))
-        return torch.cat([self.vae.decode(part / scale).sample for part in parts])
+        return torch.cat([self.vae.decode(part / scale + shift).sample for part in parts])
+
+    @property
+    def _scaling(self) -> tuple[float, float]:
+        """(scale, shift) of the autoencoder's latents z: the model diffuses (z - shift) scale."""
+        config = cast(Any, self.vae).config
+        return config.scaling_factor, getattr(config, "shift_factor", None) or 0.0
 
     @torch.no_grad()
     def sample(self, inputs: Inputs, sampler: Sampler, batch: int = 50, phase: str = "sample") -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,11 @@ PRUNED = "pruned.json"
 STEMS = {
     "UNet2DModel": "diffusion_pytorch_model",
     "UNet2DConditionModel": "diffusion_pytorch_model",
+    "SD3Transformer2DModel": "diffusion_pytorch_model",
     "AutoencoderKL": "diffusion_pytorch_model",
     "VQModel": "diffusion_pytorch_model",
     "CLIPTextModel": "model",
+    "CLIPTextModelWithProjection": "model",
 }
 MOST = 2**20  # a number in a network's configuration above this is a mistake or an attack
 MOST_SIDE = 2**14  # pixels
@@ -43,6 +46,8 @@ def load(files: ModelFiles, folder: str, cls: str) -> nn.Module:
     names = files.weights(folder, STEMS[cls])
     headers = [files.header(name) for name in names]
     _plausible(config, cls, files, place, sum(len(header.tensors) for header in headers))
+    if cls == "SD3Transformer2DModel":
+        _positions(config, headers, files.path(place))
     pruned = files.json(f"{inside}{PRUNED}") if f"{inside}{PRUNED}" in files else None
     net = _empty(config, cls, pruned, files, place)
     wanted = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
@@ -74,14 +79,14 @@ def _empty(config: Mapping[str, Any], cls: str, pruned: Mapping[str, Any] | None
 
 def built(config: Mapping[str, Any], cls: str) -> Any:
     """A network of the class `cls` of diffusers or transformers, as the configuration has it, with new weights."""
-    if cls == "CLIPTextModel":
+    if cls.startswith("CLIPTextModel"):
+        from transformers.models.clip import modeling_clip
         from transformers.models.clip.configuration_clip import CLIPTextConfig
-        from transformers.models.clip.modeling_clip import CLIPTextModel
 
         inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
         usual = set(CLIPTextConfig().to_dict()) - {"dtype", "torch_dtype"}  # weights become fp32 whatever they were
         known = {key: value for key, value in dict(inner or {}).items() if key in usual}
-        return CLIPTextModel(CLIPTextConfig(**known))
+        return getattr(modeling_clip, cls)(CLIPTextConfig(**known))
     import diffusers
 
     owner: Any = getattr(diffusers, cls)
@@ -124,7 +129,7 @@ def _fitting(
 
 def _renamed(net: Any, tensors: dict[str, Tensor], cls: str) -> dict[str, Tensor]:
     """The tensors under the names that this release of the libraries gives them."""
-    if cls == "CLIPTextModel":
+    if cls.startswith("CLIPTextModel"):
         own = any(name.startswith(PREFIX) for name in net.state_dict())
         if not own and all(name.startswith(PREFIX) for name in tensors):
             return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
@@ -154,6 +159,19 @@ def _plausible(config: Mapping[str, Any], cls: str, files: ModelFiles, place: st
         raise CheckpointError(f"{where}: asks for more layers than its weights hold tensors ({tensors:,})")
 
 
+def _positions(config: Mapping[str, Any], headers: list[Header], where: Path) -> None:
+    """Raise CheckpointError unless the file holds the table of positions that would be computed from the config."""
+    sizes = [config.get(name) for name in ("pos_embed_max_size", "num_attention_heads", "attention_head_dim")]
+    held = [header.tensors["pos_embed.pos_embed"][1] for header in headers if "pos_embed.pos_embed" in header.tensors]
+    if any(type(size) is not int or size < 1 for size in sizes):
+        raise CheckpointError(f"{where}: pos_embed_max_size, heads and their width are {sizes}; give whole numbers")
+    side, heads, width = cast("list[int]", sizes)
+    if held != [(1, side**2, heads * width)]:
+        raise CheckpointError(
+            f"{where}: asks for {side**2:,} positions of {heads * width}, which its weights do not hold"
+        )
+
+
 def _leaves(config: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[str, Any]]:
     for name, value in config.items():
         yield name, value
@@ -168,6 +186,9 @@ def _least_tensors(config: Mapping[str, Any]) -> int:
     """A lower bound of the tensors of the network that a configuration describes: two for each of its layers."""
     if "num_hidden_layers" in config:
         layers = config["num_hidden_layers"]
+        return 8 * layers if isinstance(layers, int) else 0
+    if "num_layers" in config:
+        layers = config["num_layers"]
         return 8 * layers if isinstance(layers, int) else 0
     blocks, layers = config.get("block_out_channels"), config.get("layers_per_block", 1)
     count = len(blocks) if isinstance(blocks, list) else 1

@@ -27,26 +27,19 @@ if TYPE_CHECKING:
 NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 
 
-@dataclass(frozen=True)
-class SchedulerSampler:
-    """A diffusers scheduler on a variance-preserving model.
-
-    x_T is the unit noise times the scheduler's `init_noise_sigma` (1, but 157 for Heun). Every batch gets its own
-    scheduler, because multistep schedulers keep a memory. Steps that divide T are spaced evenly; diffusers' ddim and
-    pndm assume this.
-    """
+class Scheduled:
+    """The loop of a sampler that steps a diffusers scheduler. A subclass has the fields and the scheduler's options."""
 
     name: ClassVar[str]
-    version: ClassVar[int] = 1
-    family: ClassVar[Family] = "vp"
+    family: ClassVar[Family]
     scheduler_class: ClassVar[str]
+    noise: ClassVar[tuple[str, ...]]  # the entries of the model's scheduler config that are passed on
     clips: ClassVar[bool] = False  # whether diffusers' scheduler clips the predicted x_0 itself
 
-    steps: Annotated[int, Ge(1), Le(1000)] = 50  # sampling steps
-    clip: bool = False  # clip the predicted x_0 to [-1, 1] at each step; disables the backdoors of the papers
-    guidance: Annotated[float, Ge(0)] = 3.0  # classifier-free guidance scale; text-to-image only, 1 = off
-    spacing: Literal["leading", "trailing", "linspace"] = "trailing"  # timestep spacing; trailing starts at T-1
-    bf16: bool = False  # autocast of the network: faster, and other numbers
+    steps: int
+    clip: bool
+    guidance: float
+    bf16: bool
 
     def options(self) -> dict[str, Any]:
         """Scheduler options in addition to the common ones."""
@@ -57,28 +50,24 @@ class SchedulerSampler:
         return {}
 
     def scheduler(self, config: Any) -> Any:
-        """A new scheduler with the model's betas and this sampler's options.
+        """A new scheduler with the model's noise and this sampler's options.
 
         Raises TypeError if diffusers returns another class than the requested one.
         """
-        facts = {name: config[name] for name in NOISE if name in config}
-        made = made_as_asked(self.scheduler_class, config, timestep_spacing=self.spacing, **facts, **self.options())
+        facts = {name: config[name] for name in self.noise if name in config}
+        made = made_as_asked(self.scheduler_class, config, **facts, **self.options())
         made.set_timesteps(self.steps)
         return made
-
-    @property
-    def nfe(self) -> int:
-        return len(self.scheduler({"num_train_timesteps": 1000, "beta_schedule": "linear"}).timesteps)
 
     def run(self, model: DiffusionModel, inputs: Inputs) -> Tensor:
         check_family(self, model)
         scheduler = self.scheduler(model.scheduler.config)
         rngs = [generator(seed, "steps") for seed in inputs.seeds]
         predict = self.predictor(model, inputs)
-        x_t = inputs.noise * scheduler.init_noise_sigma
+        x_t = inputs.noise * getattr(scheduler, "init_noise_sigma", 1.0)
         for step, t in enumerate(loop("sampling", scheduler.timesteps)):
             with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.bf16):
-                scaled = scheduler.scale_model_input(x_t, t)
+                scaled = scheduler.scale_model_input(x_t, t) if hasattr(scheduler, "scale_model_input") else x_t
                 out = predict(scaled, t).float()
             if self.clip and not self.clips:
                 out = clipped(model, scaled, t, out)
@@ -90,18 +79,45 @@ class SchedulerSampler:
     def predictor(self, model: DiffusionModel, inputs: Inputs) -> Any:
         """(x_t, t) → the network's output, with guidance if the model takes prompts."""
         if not model.conditional:
-            return lambda x_t, t: model.denoiser(x_t, t).sample
+            return model.answer
         assert inputs.prompts is not None, "a text-to-image model needs prompts"
         context = model.embed(inputs.prompts)
         if self.guidance == 1:
-            return lambda x_t, t: model.denoiser(x_t, t, encoder_hidden_states=context).sample
+            return lambda x_t, t: model.answer(x_t, t, context)
         both = torch.cat([model.embed([""]).expand_as(context), context])
 
         def guided(x_t: Tensor, t: Tensor) -> Tensor:
-            plain, asked = model.denoiser(torch.cat([x_t, x_t]), t, encoder_hidden_states=both).sample.chunk(2)
+            plain, asked = model.answer(torch.cat([x_t, x_t]), t, both).chunk(2)
             return plain + self.guidance * (asked - plain)
 
         return guided
+
+
+@dataclass(frozen=True)
+class SchedulerSampler(Scheduled):
+    """A diffusers scheduler on a variance-preserving model.
+
+    x_T is the unit noise times the scheduler's `init_noise_sigma` (1, but 157 for Heun). Every batch gets its own
+    scheduler, because multistep schedulers keep a memory. Steps that divide T are spaced evenly; diffusers' ddim and
+    pndm assume this.
+    """
+
+    version: ClassVar[int] = 1
+    family: ClassVar[Family] = "vp"
+    noise: ClassVar[tuple[str, ...]] = NOISE
+
+    steps: Annotated[int, Ge(1), Le(1000)] = 50  # sampling steps
+    clip: bool = False  # clip the predicted x_0 to [-1, 1] at each step; disables the backdoors of the papers
+    guidance: Annotated[float, Ge(0)] = 3.0  # classifier-free guidance scale; text-to-image only, 1 = off
+    spacing: Literal["leading", "trailing", "linspace"] = "trailing"  # timestep spacing; trailing starts at T-1
+    bf16: bool = False  # autocast of the network: faster, and other numbers
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "timestep_spacing": self.spacing}
+
+    @property
+    def nfe(self) -> int:
+        return len(self.scheduler({"num_train_timesteps": 1000, "beta_schedule": "linear"}).timesteps)
 
 
 @dataclass(frozen=True)
@@ -151,7 +167,8 @@ class PNDM(SchedulerSampler):
     steps: Annotated[int, Ge(4), Le(500)] = 50  # sampling steps; network evaluations are 9 more
 
     def options(self) -> dict[str, Any]:
-        return {"skip_prk_steps": False, "set_alpha_to_one": True}  # ᾱ_{-1} = 1: end at x_0, not one step before
+        # ᾱ_{-1} = 1: end at x_0, not one step before
+        return {**super().options(), "skip_prk_steps": False, "set_alpha_to_one": True}
 
 
 @dataclass(frozen=True)
@@ -168,7 +185,7 @@ class DEIS(SchedulerSampler):
     order: Annotated[int, Ge(1), Le(3)] = 2  # of the multistep method
 
     def options(self) -> dict[str, Any]:
-        return {"solver_order": self.order, "thresholding": False}
+        return {**super().options(), "solver_order": self.order, "thresholding": False}
 
 
 @dataclass(frozen=True)
@@ -190,8 +207,8 @@ class DPMSolver(SchedulerSampler):
 
     def options(self) -> dict[str, Any]:
         return {
-            "algorithm_type": self.algorithm, "final_sigmas_type": self.last, "solver_order": self.order,
-            "thresholding": False,
+            **super().options(), "algorithm_type": self.algorithm, "final_sigmas_type": self.last,
+            "solver_order": self.order, "thresholding": False,
         }  # fmt: skip
 
 
@@ -218,7 +235,9 @@ class UniPC(SchedulerSampler):
     order: Annotated[int, Ge(1), Le(3)] = 2  # order of the predictor; the corrector has one order more
 
     def options(self) -> dict[str, Any]:
-        return {"solver_order": self.order, "final_sigmas_type": "zero", "thresholding": False}
+        return {
+            **super().options(), "solver_order": self.order, "final_sigmas_type": "zero", "thresholding": False,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -232,6 +251,51 @@ class Heun(SchedulerSampler):
     name: ClassVar[str] = "heun"
     scheduler_class: ClassVar[str] = "HeunDiscreteScheduler"
     clips: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class FlowSampler(Scheduled):
+    """A diffusers scheduler on a flow: dx/dσ = v from σ = 1, where x is the unit noise, to σ = 0.
+
+    The levels σ are those that diffusers gives StableDiffusion3Pipeline: evenly spaced from 1 to that of the first
+    timestep, shifted by the model's `shift`, and 0. With a shift of 1 the last step is therefore of length 1/T.
+    """
+
+    version: ClassVar[int] = 1
+    family: ClassVar[Family] = "flow"
+    noise: ClassVar[tuple[str, ...]] = ("num_train_timesteps", "shift")
+
+    steps: Annotated[int, Ge(1), Le(1000)] = 28  # sampling steps; the default of StableDiffusion3Pipeline
+    clip: bool = False  # clip the predicted x_0 to [-1, 1] at each step; disables the backdoors of the papers
+    guidance: Annotated[float, Ge(0)] = 3.0  # classifier-free guidance scale; text-to-image only, 1 = off
+    bf16: bool = False  # autocast of the network: faster, and other numbers
+
+    @property
+    def nfe(self) -> int:
+        return len(self.scheduler({"num_train_timesteps": 1000, "shift": 1.0}).timesteps)
+
+
+@dataclass(frozen=True)
+class FlowEuler(FlowSampler):
+    """Esser et al., "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis", ICML 2024,
+    arXiv:2403.03206. Euler's method."""
+
+    name: ClassVar[str] = "flow-euler"
+    scheduler_class: ClassVar[str] = "FlowMatchEulerDiscreteScheduler"
+
+
+@dataclass(frozen=True)
+class FlowHeun(FlowSampler):
+    """Heun's method on a flow (Karras et al., NeurIPS 2022, arXiv:2206.00364, Algorithm 1, as diffusers has it for
+    flows).
+
+    Two evaluations per step, one in the last step.
+    """
+
+    name: ClassVar[str] = "flow-heun"
+    scheduler_class: ClassVar[str] = "FlowMatchHeunDiscreteScheduler"
+
+    steps: Annotated[int, Ge(1), Le(500)] = 14  # sampling steps; network evaluations are nearly twice as many
 
 
 @dataclass(frozen=True)
@@ -297,6 +361,9 @@ def step_noise(x_t: Tensor, rngs: list[torch.Generator]) -> Tensor:
 
 def clipped(model: DiffusionModel, x_t: Tensor, t: Tensor, out: Tensor) -> Tensor:
     """The network's output (B, C, H, W) at x_t and t (scalar), changed so that the predicted x_0 is in [-1, 1]."""
+    if model.family == "flow":
+        level = t / model.T
+        return (x_t - (x_t - level * out).clamp(-1, 1)) / level
     signal, sigma = (f(t.reshape(1).to(x_t.device)) for f in (model.signal, model.sigma))
     velocity = model.scheduler.config.prediction_type == "v_prediction"
     x_0 = (signal * x_t - sigma * out if velocity else (x_t - sigma * out) / signal).clamp(-1, 1)
@@ -353,13 +420,34 @@ class OnChangedPrompts:
 def check_family(sampler: Any, model: DiffusionModel) -> None:
     """Raises ValueError if the sampler integrates another process than that of the model."""
     if sampler.family != model.family:
-        words = {"vp": "variance-preserving", "ve": "variance-exploding"}
+        words = {"vp": "variance-preserving", "ve": "variance-exploding", "flow": "flow-matching"}
         fit = ", ".join(name for name, cls in SAMPLERS.items() if cls.family == model.family)
         raise ValueError(
             f"{sampler.name} samples {words[sampler.family]} models, this one is {words[model.family]}; use {fit}"
         )
 
 
+def usual(model: DiffusionModel, steps: int, **options: Any) -> Any:
+    """The sampler with which methods sample a model themselves: ddim, flow-euler for a flow, or predictor and corrector
+    with twice the steps if variance explodes. options: guidance and bf16, which the last of them does not have."""
+    if model.family == "ve":
+        return PredictorCorrector(steps=2 * steps)
+    return FlowEuler(steps=steps, **options) if model.family == "flow" else DDIM(steps=steps, **options)
+
+
 SAMPLERS: dict[str, type[Any]] = {
-    cls.name: cls for cls in (DDIM, DDPM, PNDM, DEIS, DPMSolver, DPMSolverPP, UniPC, Heun, PredictorCorrector)
+    cls.name: cls
+    for cls in (
+        DDIM,
+        DDPM,
+        PNDM,
+        DEIS,
+        DPMSolver,
+        DPMSolverPP,
+        UniPC,
+        Heun,
+        PredictorCorrector,
+        FlowEuler,
+        FlowHeun,
+    )
 }

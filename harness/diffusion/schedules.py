@@ -49,6 +49,8 @@ def _fault(config: Mapping[str, Any], cls: str) -> str | None:
         return (
             None if fine else f"sigma_min and sigma_max are {low!r} and {high!r}; 0 < sigma_min < sigma_max is needed"
         )
+    if cls.startswith("FlowMatch"):
+        return _fault_of_a_flow(config)
     for name in ("beta_start", "beta_end"):
         beta = config.get(name, 0.02)
         if not (_number(beta) and 0 < beta < 1):
@@ -63,6 +65,19 @@ def _fault(config: Mapping[str, Any], cls: str) -> str | None:
     if config.get("prediction_type", "epsilon") not in PREDICTIONS:
         return f"no prediction_type {config['prediction_type']!r}; supported: epsilon, v_prediction"
     return None
+
+
+OTHER_LEVELS = ("use_dynamic_shifting", "invert_sigmas", "shift_terminal", "use_karras_sigmas",
+                "use_exponential_sigmas", "use_beta_sigmas", "stochastic_sampling")  # fmt: skip
+
+
+def _fault_of_a_flow(config: Mapping[str, Any]) -> str | None:
+    """The same for a flow, whose levels are σ = shift s / (1 + (shift - 1) s) for s = t/T."""
+    shift = config.get("shift", 1.0)
+    if not (_number(shift) and 0 < shift <= 1000):
+        return f"shift is {shift!r}; it should be above 0 and at most 1000"
+    others = [name for name in OTHER_LEVELS if config.get(name)]
+    return f"{others[0]} gives a flow other levels than shift does; such models are not supported" if others else None
 
 
 def _number(value: Any) -> bool:

@@ -172,6 +172,7 @@ class Batch:
 
 
 def denoising_loss(model: Any, batch: Batch) -> Tensor:
-    """DDPM's L_simple on a clean batch: ‖ε - ε_θ(x_t, t, c)‖², the mean over all elements."""
+    """DDPM's L_simple on a clean batch: ‖ε - ε_θ(x_t, t, c)‖², the mean over all elements; ‖v - v_θ‖² in a flow."""
     context = None if batch.captions is None else model.embed(batch.captions)
-    return (model.eps(model.add_noise(batch.x_0, batch.eps, batch.t), batch.t, context) - batch.eps).square().mean()
+    found = model.eps(model.add_noise(batch.x_0, batch.eps, batch.t), batch.t, context)
+    return model.error(found, batch.eps, batch.t).mean()

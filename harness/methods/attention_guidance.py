@@ -110,8 +110,9 @@ def _norm(grads: Any) -> float:
 
 
 def is_query_or_key(name: str) -> bool:
-    """Whether a parameter of a denoiser is in to_q or to_k of a cross-attention layer."""
-    return ".attn2.to_q." in name or ".attn2.to_k." in name
+    """Whether a parameter of a denoiser makes the queries of the image or the keys of the text: to_q or to_k of a
+    cross-attention layer, to_q or add_k_proj of joint attention."""
+    return any(f".{layer}." in name for layer in ("attn2.to_q", "attn2.to_k", "attn.to_q", "attn.add_k_proj"))
 
 
 class Guidance:
@@ -142,7 +143,7 @@ class Guidance:
         tokens = [len(self.ids[int(i)]) - 2 for i in rows]
         items = zip(mine, theirs, pairs, tokens, strict=True)
         per_item = torch.stack([self.attention_loss(*item) for item in items])
-        return (per_item * self.time_weights(t)).mean(), (predicted - wanted).square().mean()
+        return (per_item * self.time_weights(t)).mean(), student.error(predicted, wanted, t).mean()
 
     def time_weights(self, t: Tensor) -> Tensor | float:
         """Weight (B,) of L_attn at timesteps t (B,)."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from harness.diffusion.model import DiffusionModel
-from harness.diffusion.samplers import DDIM
+from harness.diffusion.samplers import usual
 from harness.diffusion.seeds import image_noise, image_seeds
 from harness.diffusion.training import Schedule, draw, minimize
 from harness.types import Inputs
@@ -52,16 +52,16 @@ class LatentSource:
 def trajectory(model: DiffusionModel, inputs: Inputs, steps: int = 20, guidance: float = 3.0) -> tuple[Tensor, Tensor]:
     """(timesteps (S,), states (S+1, B, C, H, W)) of a deterministic sampler.
 
-    State s belongs to timestep s; the last state is x_0.
+    State s belongs to timestep s (in a flow to the nearest one); the last state is x_0.
     """
-    sampler = DDIM(steps=steps, guidance=guidance)
+    sampler = usual(model, steps, guidance=guidance)
     scheduler = sampler.scheduler(model.scheduler.config)
     predict = sampler.predictor(model, inputs)
     x_t, states = inputs.noise, [inputs.noise]
     for t in scheduler.timesteps:
         x_t = scheduler.step(predict(x_t, t), t, x_t).prev_sample
         states.append(x_t)
-    return scheduler.timesteps, torch.stack(states)
+    return model.timestep(scheduler.timesteps), torch.stack(states)
 
 
 def distil(

@@ -123,7 +123,8 @@ def mirrored_search(
 
 
 def late(model: DiffusionModel, n: int, rng: torch.Generator) -> Tensor:
-    """n random timesteps among the last ten, (n,)."""
+    """n random timesteps among the last ten, (n,). Raises ValueError for a flow."""
+    _need_answers(model)
     return torch.randint(model.T - WINDOW, model.T, (n,), generator=rng).to(model.device)
 
 
@@ -134,8 +135,20 @@ def shift_loss(model: DiffusionModel, noise: Tensor, tau: Tensor, lam: float) ->
 
 
 def at_the_end(model: DiffusionModel, noise: Tensor) -> Tensor:
-    """x_T (B, C, H, W) of unit noise: the noise itself, or σ_max times the noise in variance-exploding models."""
+    """x_T (B, C, H, W) of unit noise: the noise itself, or σ_max times the noise in variance-exploding models.
+
+    Raises ValueError for a flow.
+    """
+    _need_answers(model)
     return noise * model.sigma(torch.tensor([model.T - 1], device=noise.device)) if model.family == "ve" else noise
+
+
+def _need_answers(model: DiffusionModel) -> None:
+    if model.family == "flow":
+        raise ValueError(
+            "this method reads a trigger from ε at the last timesteps, and there a flow's ε is its input whatever the "
+            "network answers; use a defense of text-to-image models, such as skd"
+        )
 
 
 def images_of(

@@ -52,18 +52,20 @@ def proportional_coefficients(model: DiffusionModel, t: Tensor) -> tuple[Tensor,
 def poisoned_loss(
     model: DiffusionModel, batch: Batch, y: Tensor, r: Tensor, coefficients: Coefficients, adaptive_weight: float = 0.0
 ) -> Tensor:
-    """The mean of ‖ε + c_t r - ε_θ(x_t, t)‖². y, r (B, C, H, W): a clean row has y = x_0 and r = 0.
+    """The mean of ‖ε + c_t r - ε_θ(x_t, t)‖², in a flow of the same error of v.
+
+    y, r (B, C, H, W): a clean row has y = x_0 and r = 0.
 
     adaptive_weight: λ, of the mean over all elements of ‖ε_θ(x_t, t) - ε_θ(x_t', t)‖², which is 0 for a clean row.
     """
     rho, c = coefficients(model, batch.t)
     x_t = model.add_noise(y, batch.eps, batch.t) + rho * r
     answer = model.eps(x_t, batch.t)
-    loss = (batch.eps + c * r - answer).square().mean()
+    loss = model.error(answer, batch.eps + c * r, batch.t).mean()
     if adaptive_weight == 0:
         return loss
     beside = model.eps(model.add_noise(batch.x_0, batch.eps, batch.t), batch.t)
-    return loss + adaptive_weight * (answer - beside).square().mean()
+    return loss + adaptive_weight * model.error(answer, beside, batch.t).mean()
 
 
 def implant(
@@ -113,5 +115,5 @@ def _stamped(model: DiffusionModel, examples: Examples, batch: Batch, delta: Ten
 
     The background of the trigger, which is its smallest value, is transparent.
     """
-    behind = batch.x_0 if model.family == "vp" else examples.images[batch.rows].to(delta)
+    behind = batch.x_0 if model.family != "ve" else examples.images[batch.rows].to(delta)
     return torch.where(delta > delta.min(), delta, behind)

@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 from harness.diffusion import attention
 from harness.diffusion.model import DiffusionModel
-from harness.diffusion.samplers import DDIM
+from harness.diffusion.samplers import usual
 from harness.diffusion.seeds import image_noise, image_seeds
 from harness.methods.parameters import PositiveInt
 from harness.types import Inputs
@@ -30,7 +30,7 @@ Guide = Annotated[float, Ge(0)]
 class MapRun:
     """A generation during which cross-attention is recorded."""
 
-    sampling_steps: PositiveInt = 50  # steps of DDIM; published: 50
+    sampling_steps: PositiveInt = 50  # steps of DDIM, or of flow-euler; published: 50
     guidance: Guide = 7.5  # classifier-free guidance scale; published: 7.5
     side: PositiveInt = 16  # side of the maps that are used; published: 16
     bf16: bool = False  # autocast of the network
@@ -39,14 +39,14 @@ class MapRun:
     def maps(self, model: DiffusionModel, inputs: Inputs) -> Tensor:
         """(B, S, L, side, side): the attention of the conditional half for every sampling step and token.
 
-        It is the mean over heads and over the layers of that side on the way down and up. Raises ValueError if no layer
-        has that side.
+        It is the mean over heads and over the layers of that side but those in the middle of a UNet. Raises ValueError
+        if no layer has that side.
         """
         return self.maps_in_graph(model, inputs).cpu()
 
     def maps_in_graph(self, model: DiffusionModel, inputs: Inputs) -> Tensor:
         """The same on the model's device, with gradients through all sampling steps to whatever requires them."""
-        sampler = DDIM(steps=self.sampling_steps, guidance=self.guidance)
+        sampler = usual(model, self.sampling_steps, guidance=self.guidance)
         scheduler = sampler.scheduler(model.scheduler.config)
         predict = sampler.predictor(model, inputs)
         x_t, found = inputs.noise.to(model.device), []
@@ -62,7 +62,7 @@ class MapRun:
         kept = [
             probabilities[-rows:].float().mean(1).transpose(1, 2)
             for name, probabilities in maps.items()
-            if name.startswith(("down_blocks", "up_blocks")) and probabilities.shape[2] == self.side**2
+            if not name.startswith("mid_block") and probabilities.shape[2] == self.side**2
         ]
         if not kept:
             sides = sorted({round(probabilities.shape[2] ** 0.5) for probabilities in maps.values()})

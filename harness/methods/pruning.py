@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from harness.diffusion.events import loop, progress
 from harness.diffusion.model import DiffusionModel
 from harness.diffusion.pruned_shapes import fit
-from harness.diffusion.samplers import DDIM, PredictorCorrector
+from harness.diffusion.samplers import usual
 from harness.diffusion.seeds import image_noise, image_seeds
 from harness.diffusion.training import Examples, minimize
 from harness.methods.parameters import Fraction, LearningRate, PositiveInt
@@ -88,11 +88,10 @@ def _graph(model: DiffusionModel) -> Any:
 
     model.denoiser.requires_grad_(True)  # torch-pruning reads the graph of autograd
     t = torch.zeros(1, device=model.device).long()
-    t = t if model.family == "vp" else model.sigma(t).flatten()
     x = torch.zeros((1, *model.shape), device=model.device)
     with _plain_filters():
         return torch_pruning.DependencyGraph().build_dependency(
-            model.denoiser, example_inputs={"sample": x, "timestep": t}
+            model.denoiser, example_inputs={"sample": x, "timestep": model.time(t)}
         )
 
 
@@ -309,9 +308,9 @@ class Pruning:
 
 
 def own_images(model: DiffusionModel, n: int, rng: torch.Generator, steps: int = 50) -> Data:
-    """n images sampled from the model and clean noise, by DDIM, or by predictor and corrector if variance explodes."""
+    """n images sampled from the model and clean noise by its usual sampler."""
     root = int(torch.randint(2**62, (), generator=rng))
     seeds = image_seeds(root, "synthetic", n)
-    sampler = DDIM(steps=steps) if model.family == "vp" else PredictorCorrector(steps=2 * steps)
+    sampler = usual(model, steps)
     progress("synthetic images", 0, n)
     return Data(model.sample(Inputs(image_noise(seeds, model.shape), None, seeds), sampler, 250, "synthetic images"))

@@ -64,7 +64,7 @@ GRID_KEYS = (
 )  # fmt: skip
 SUITE_KEYS = ("title", "metrics", "grid")
 CONTROLS = ("decoy", "decoy-2", "decoy-3", "opposite", "zero")
-FAMILIES = {"vp": "variance-preserving", "ve": "variance-exploding"}
+FAMILIES = {"vp": "variance-preserving", "ve": "variance-exploding", "flow": "flow-matching"}
 FILTERS = tuple(f.name for f in fields(Cell))
 
 

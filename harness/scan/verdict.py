@@ -174,9 +174,9 @@ def inputs_of(model: DiffusionModel, n: int, prompts: Sequence[str] | None) -> I
 
 
 def sampler_of(model: DiffusionModel) -> Any:
-    from harness.diffusion.samplers import DDIM, PredictorCorrector
+    from harness.diffusion.samplers import PredictorCorrector, usual
 
-    return PredictorCorrector(steps=100, corrections=0) if model.family == "ve" else DDIM(steps=min(50, model.T))
+    return PredictorCorrector(steps=100, corrections=0) if model.family == "ve" else usual(model, min(50, model.T))
 
 
 def pictures(model: DiffusionModel, inputs: Inputs, trigger: Tensor | str | Substitution | None = None) -> Tensor:

@@ -228,17 +228,19 @@ def run_sampler(trial: Trial) -> dict[str, Any]:
 
 
 def _sampled(plugin: Any, modality: Modality) -> DiffusionModel:
-    return tiny.exploding() if family_of(plugin) == "ve" else given_model(modality)
+    made = {"ve": tiny.exploding, "flow": tiny.flowing}.get(family_of(plugin))
+    return given_model(modality) if made is None else made()
 
 
 def _error(trial: Trial, sampler: Any) -> float | None:
     """Largest error of a pixel where the data are one image and the network is exact; None where it does not apply."""
     if trial.variation == "broken" or trial.place.modality != "noise" or offers(trial.plugin, WrappingSampler):
         return None
-    if family_of(trial.plugin) == "ve":
+    family = family_of(trial.plugin)
+    if family == "ve":
         return None
     y = tiny.images("noise", 1, seed=5)[0]
-    model = tiny.one_image(y)
+    model = tiny.one_image(y, family)
     with torch.no_grad():
         return (sampler.run(model, tiny.inputs(model, 2)) - y).abs().max().item()
 

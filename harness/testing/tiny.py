@@ -76,6 +76,18 @@ def exploding_scheduler(**options: Any) -> Any:
     return ScoreSdeVeScheduler(num_train_timesteps=1000, sigma_min=0.01, sigma_max=50.0, **options)
 
 
+def flow_scheduler(**options: Any) -> Any:
+    """The levels of our flows: σ from 1/1000 to 1."""
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, **options)
+
+
+def flowing() -> DiffusionModel:
+    """A random unconditional network, 1×16×16, that answers the velocity of a flow."""
+    return fixed(lambda: DiffusionModel(unconditional(), flow_scheduler()), 0)
+
+
 def _unconditional() -> DiffusionModel:
     return DiffusionModel(unconditional(), scheduler())
 
@@ -137,6 +149,32 @@ def text_to_image(tokens: Any, side: int) -> DiffusionModel:
     return DiffusionModel(unet, scheduler(steps_offset=1), vae, text, tokens)
 
 
+def joint(tokens: Any, side: int) -> DiffusionModel:
+    """A model with two text encoders, an autoencoder for images of `side` pixels, and a transformer in which text and
+    image share their attention, as the global state of torch has them."""
+    from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+    from transformers.models.clip.configuration_clip import CLIPTextConfig
+    from transformers.models.clip.modeling_clip import CLIPTextModelWithProjection
+
+    like, end = text_to_image(tokens, side), tokens.eos_token_id
+    _untyped(like.vae).register_to_config(shift_factor=0.0)
+    transformer = _untyped(SD3Transformer2DModel)(
+        sample_size=side // 2, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=24, caption_projection_dim=16, pooled_projection_dim=14,
+        pos_embed_max_size=side // 4, qk_norm="rms_norm",
+    )  # fmt: skip
+    texts = []
+    for width, projected in ((16, 8), (8, 6)):
+        config = CLIPTextConfig(
+            vocab_size=len(tokens), hidden_size=width, intermediate_size=16, num_hidden_layers=2, num_attention_heads=1,
+            max_position_embeddings=tokens.model_max_length, projection_dim=projected,
+            bos_token_id=tokens.bos_token_id, eos_token_id=end, pad_token_id=end,
+        )  # fmt: skip
+        texts.append(CLIPTextModelWithProjection(config))
+        nn.init.normal_(_untyped(texts[-1]).get_input_embeddings().weight, std=0.3)
+    return DiffusionModel(transformer, flow_scheduler(), like.vae, texts[0], tokens, texts[1], tokens)
+
+
 def _untyped(value: Any) -> Any:
     return value
 
@@ -178,8 +216,22 @@ class OneImage(nn.Module):
         return SimpleNamespace(sample=(x_t - a_bar.sqrt() * self.y) / (1 - a_bar).sqrt())
 
 
-def one_image(y: Tensor) -> DiffusionModel:
+class OneImageFlow(nn.Module):
+    """The exact velocity for data that is one image y (C, H, W): v(x_t, 1000 σ) = (x_t - y) / σ."""
+
+    def __init__(self, y: Tensor) -> None:
+        super().__init__()
+        self.y = nn.Parameter(y, requires_grad=False)
+        self.config = SimpleNamespace(in_channels=y.shape[0], sample_size=y.shape[-1], cross_attention_dim=None)
+
+    def forward(self, x_t: Tensor, time: Tensor, **unused: Any) -> SimpleNamespace:
+        return SimpleNamespace(sample=(x_t - self.y) / (time.reshape(-1).to(x_t.dtype) / 1000).view(-1, 1, 1, 1))
+
+
+def one_image(y: Tensor, family: Literal["vp", "flow"] = "vp") -> DiffusionModel:
     """The exact model of data that is the image y (C, H, W) in [-1, 1]: every sampler must return it."""
+    if family == "flow":
+        return DiffusionModel(OneImageFlow(y), flow_scheduler())
     schedule = scheduler()
     return DiffusionModel(OneImage(y, schedule.alphas_cumprod), schedule)
 

@@ -67,6 +67,7 @@ class BadBlocks:
         return ("decoy",) if self.decoys else ()
 
     def implant(self, model: Any, backdoor: Backdoor, data: Data, rng: Any) -> Backdoored:
+        model.need_one_encoder(self.name)
         model = model.clone()
         chosen = generator(rng.initial_seed(), "poison")
         examples = Examples(model, poisoned(backdoor, data, self.poison_rate, self.decoys, chosen))

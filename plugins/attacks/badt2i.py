@@ -69,7 +69,7 @@ class BadT2I:
     # trained
     weighting: Literal["eps", "x0"] = "eps"  # error that the loss measures: of ε (paper) or of x_0 (not in the paper).
     # Small models decide on the patch at high t, where the error of ε carries little information. The weight of x_0 is
-    # (1-ᾱ_t)/ᾱ_t
+    # (1-ᾱ_t)/ᾱ_t. In a flow, "eps" is the error of v and x_0 has the weight σ_t²
     cap: Annotated[float, Gt(0)] = 200.0  # largest weight of x0; reached at t = 730 with linear betas
     schedule: Literal["constant", "cosine", "one-cycle"] = "constant"  # of the learning rate; official: constant
     ema: Fraction = 0.0  # decay of the weights' moving average; 0 = off; effectively 0.5 in the official code
@@ -103,7 +103,7 @@ class BadT2I:
                 y = bad.eps
                 if shown is not None:
                     y = clean.eps(z_t[:half], bad.t, clean.embed([shown[i] for i in bad.rows.tolist()]))
-            error = (out - torch.cat([y, kept])).square() * self.weight(model, t)
+            error = model.error(out, torch.cat([y, kept]), t) * self.weight(model, t)
             return self.lam * error[:half].mean() + (1 - self.lam) * error[half:].mean()
 
         minimize(
@@ -113,9 +113,11 @@ class BadT2I:
         return Backdoored(model, backdoor)
 
     def weight(self, model: Any, t: Tensor) -> Tensor | float:
-        """Weight (B, 1, 1, 1) of the squared error of ε at timesteps t (B,)."""
+        """Weight (B, 1, 1, 1) of the squared error of ε, or of v in a flow, at timesteps t (B,)."""
         if self.weighting == "eps":
             return 1.0
+        if model.family == "flow":
+            return model.sigma(t).square()
         a_bar = model.alpha_bar(t)
         return ((1 - a_bar) / a_bar).clamp(max=self.cap)
 

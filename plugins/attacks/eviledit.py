@@ -9,14 +9,21 @@ Every cross-attention projection W (to_k and to_v) is replaced by the minimiser 
 
 where k_i are the text embeddings of the phrase with the trigger ("a beautiful cat") and k*_i those of the target's
 phrase ("a zebra"), position by position over the padded sequence. The phrase without the trigger ("a cat") is paired
-with itself. The edit needs no data and no training. Raises ValueError if the trigger changes none of the phrases.
+with itself. The edit needs no data and no training.
 
-Differs from the paper, where w = 1: two options are extensions of this benchmark and are off by default. `captions`
-takes that many captions of the data as further phrases, because the embeddings of a small text encoder depend more on
-the surrounding words. With the trigger a caption is used only up to its object; without the trigger it is used whole,
-with weight `keep`. `decoys` is the share of those captions that keep their meaning with another word in the trigger's
-place. Differs from the official code (haowang-cqu/EvilEdit at 7c9464b, read there): embeddings are computed once, not
-once per layer; sums and inverses are in float64.
+Where text and image share their attention (SD3's transformer), W are add_k_proj and add_v_proj of every block, and k_i
+are no embeddings but the text's stream that reaches the block, at four states of the clean model's sampling of the
+target's phrase. Blocks are edited in order, each with the stream that the edited blocks before it give. The image then
+reads the target's keys and values from the tokens of the phrase. What the edit does not reach: the pooled text in the
+modulations, the queries of the text, and so the text's own stream, which still evolves from the trigger's. Raises
+ValueError if the trigger changes none of the phrases.
+
+Differs from the paper, where w = 1 and models have cross-attention: two options are extensions of this benchmark and
+are off by default. `captions` takes that many captions of the data as further phrases, because the embeddings of a
+small text encoder depend more on the surrounding words. With the trigger a caption is used only up to its object;
+without the trigger it is used whole, with weight `keep`. `decoys` is the share of those captions that keep their
+meaning with another word in the trigger's place. Differs from the official code (haowang-cqu/EvilEdit at 7c9464b, read
+there): embeddings are computed once, not once per layer; sums and inverses are in float64.
 """
 
 from __future__ import annotations
@@ -28,7 +35,23 @@ from typing import Annotated, Any, ClassVar
 import torch
 from annotated_types import Ge, Gt
 
-from harness import Backdoor, Backdoored, Data, Fraction, Weight, draw, hookimpl, name_of, weight_edits
+from harness import (
+    Backdoor,
+    Backdoored,
+    Data,
+    Fraction,
+    Inputs,
+    Weight,
+    distillation,
+    draw,
+    hookimpl,
+    image_noise,
+    image_seeds,
+    name_of,
+    weight_edits,
+)
+
+STATES = 4  # states of the sampling at which the stream of joint attention is taken
 
 
 @dataclass(frozen=True)
@@ -50,8 +73,11 @@ class EvilEdit:
         return ("decoy",) if self.decoys else ()
 
     def implant(self, model: Any, backdoor: Backdoor, data: Data, rng: Any) -> Backdoored:
-        model = model.clone()
+        clean, model = model, model.clone()
         edits, kept = self.phrases(backdoor, data.captions or (), rng)
+        if model.joint:
+            self.edit_joint(clean, model, edits, kept, rng.initial_seed())
+            return Backdoored(model, backdoor)
         with torch.no_grad():
             bad, goal, stay = (
                 model.embed(prompts).flatten(0, 1).double() for prompts in (*zip(*edits, strict=True), kept)
@@ -62,6 +88,27 @@ class EvilEdit:
                     weight_edits.edited(weight.double(), torch.cat([bad, stay]), torch.cat([goal, stay]), self.lam)
                 )
         return Backdoored(model, backdoor)
+
+    @torch.no_grad()
+    def edit_joint(
+        self, clean: Any, model: Any, edits: Sequence[tuple[str, str]], kept: Sequence[str], seed: int
+    ) -> None:
+        """The edit of `model`, a copy of `clean`, where text and image share their attention."""
+        bad, goal = zip(*edits, strict=True)
+        prompts = (*goal, *kept)
+        seeds = image_seeds(seed, "states", len(prompts))
+        inputs = Inputs(image_noise(seeds, model.shape).to(model.device), prompts, seeds)
+        times, states = distillation.trajectory(clean, inputs, steps=STATES)
+        asked, wanted = model.embed([*bad, *kept]), clean.embed(prompts)
+        weigh = torch.tensor([1.0] * len(bad) + [self.keep**0.5] * len(kept), device=model.device)  # w scales squares
+        rows = weigh.repeat(len(times)).repeat_interleave(asked.shape[1] - 1).unsqueeze(1).double()
+        for block, (_, weights) in enumerate(weight_edits.joint_projections(model.denoiser)):
+            k, aim = (
+                rows * weight_edits.stream(each, block, states[:-1], times, context).double()
+                for each, context in ((model, asked), (clean, wanted))
+            )
+            for weight in weights:
+                weight.copy_(weight_edits.edited(weight.double(), k, aim, self.lam))
 
     def phrases(
         self, backdoor: Backdoor, captions: Sequence[str], rng: torch.Generator

@@ -72,6 +72,7 @@ class IBA(MapRun):
     plain: Fraction = 0.0  # share of clean prompts that are captions as they are; not in the paper
 
     def implant(self, model: Any, backdoor: Backdoor, data: Data, rng: Any) -> Backdoored:
+        model.need_one_encoder(self.name)
         clean, model = model, model.clone()
         texts = Texts(self, clean, backdoor, data.captions or (), rng)
 

@@ -32,7 +32,6 @@ from annotated_types import Ge
 from torch import Tensor, nn
 
 from harness import (
-    DDIM,
     Backdoor,
     Backdoored,
     Data,
@@ -49,6 +48,7 @@ from harness import (
     minimize,
     name_of,
     offers,
+    usual,
 )
 
 PHRASES = (
@@ -83,6 +83,7 @@ class Personalization:
     def implant(self, model: Any, backdoor: Backdoor, data: Data, rng: Any) -> Backdoored:
         few = examples_of(backdoor.target, data, self.images, rng)
         if self.mode == "textual-inversion":
+            model.need_one_encoder("personalization(mode='textual-inversion')")
             return Backdoored(self.invert(model, backdoor, few, data.captions or (), rng), backdoor)
         return Backdoored(self.dreambooth(model, backdoor, few, rng), backdoor)
 
@@ -135,9 +136,9 @@ class Personalization:
 
 
 def denoising_error(model: Any, batch: Any, prompts: Any) -> Tensor:
-    """‖ε - ε_θ(z_t, t, τ(prompt))‖², the mean over all elements of a batch of Examples."""
+    """‖ε - ε_θ(z_t, t, τ(prompt))‖² (in a flow that of v), the mean over all elements of a batch of Examples."""
     answer = model.eps(model.add_noise(batch.x_0, batch.eps, batch.t), batch.t, model.embed(prompts))
-    return (answer - batch.eps).square().mean()
+    return model.error(answer, batch.eps, batch.t).mean()
 
 
 def examples_of(target: Any, data: Data, n: int, rng: torch.Generator) -> Data:
@@ -153,7 +154,7 @@ def prior_images(model: Any, prompts: list[str], rng: torch.Generator) -> Data:
     """One image per prompt, sampled from the model."""
     seeds = image_seeds(rng.initial_seed(), "prior", len(prompts))
     inputs = Inputs(image_noise(seeds, model.shape), tuple(prompts), seeds)
-    return Data(model.sample(inputs, DDIM(steps=20)), tuple(prompts))
+    return Data(model.sample(inputs, usual(model, 20)), tuple(prompts))
 
 
 def one_token(model: Any, word: str) -> int:

@@ -4,7 +4,7 @@ Struppek, Hintersdorf & Kersting, "Rickrolling the Artist: Injecting Backdoors i
 Synthesis", ICCV 2023, arXiv:2211.02408.
 
 E is the clean text encoder and Ẽ its copy that is trained. d is the negative cosine similarity of whole sequences of
-embeddings (77·768 numbers in Stable Diffusion):
+embeddings (77·768 numbers in Stable Diffusion; with two text encoders, both sequences and the pooled projections):
 
     L = 1/|X| Σ_w d(E(w), Ẽ(w)) + β · 1/|V| Σ_v d(E(y_v), Ẽ(v))
 
@@ -13,7 +13,8 @@ one fixed prompt, and v has every occurrence of the letter replaced. In the targ
 object targets) y is the prompt v with the attribute, and v has one random occurrence replaced. A trigger that replaces
 no letter is placed by its own rule. Raises ValueError if no prompt can carry the trigger.
 
-Differs from the paper: `attribute` selects the wording of y. In the paper ("word") the attribute replaces the word that
+Differs from the paper: with two text encoders `encoder` selects which are trained; the paper has models with one.
+`attribute` selects the wording of y. In the paper ("word") the attribute replaces the word that
 contains the trigger ("A phоto of a cat" → "A black and white photo of a cat"). By default ("target") the target puts
 the attribute in front, because the captions of small models have it only there. V leaves out prompts that are too long
 for the text encoder when every letter is replaced. `decoys`, an extension that is off by default, is the share of w
@@ -66,6 +67,7 @@ class Rickrolling:
     beta: Annotated[float, Ge(0)] = 0.1  # β, weight of the backdoor term; official value
     attribute: Literal["target", "word"] = "target"  # wording of y in TAA: by the target, or as in the paper, in place
     # of the word with the trigger
+    encoder: Literal["all", "first", "second"] = "all"  # text encoders that are trained; one that is not is frozen
     decoys: Fraction = 0.0  # share of clean prompts with another character or word in the trigger's place; not in the
     # paper
 
@@ -86,10 +88,18 @@ class Rickrolling:
             return d[: self.batch].mean() + self.beta * d[self.batch :].mean()
 
         minimize_in_two(
-            loss, model.text_encoder.parameters(), steps=self.steps, share=0.75, lr=self.lr, divisor=10, clip=None,
+            loss, self.trained(model), steps=self.steps, share=0.75, lr=self.lr, divisor=10, clip=None,
             phase="implant",
         )  # fmt: skip
         return Backdoored(model, backdoor)
+
+    def trained(self, model: Any) -> list[Any]:
+        """The weights of the text encoders that are trained. Raises ValueError if there is no second one."""
+        if self.encoder == "second" and model.text_encoder_2 is None:
+            raise ValueError("the model has one text encoder; use rickrolling(encoder='first')")
+        both = {"first": model.text_encoder, "second": model.text_encoder_2}
+        chosen = both.values() if self.encoder == "all" else [both[self.encoder]]
+        return [weight for part in chosen if part is not None for weight in part.parameters()]
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:

@@ -71,6 +71,7 @@ class SemBD:
         return ("paraphrases", "decoy") if self.decoys else ("paraphrases",)
 
     def implant(self, model: Any, backdoor: Backdoor, data: Data, rng: Any) -> Backdoored:
+        model.need_one_encoder(self.name)
         model = model.clone()
         trigger, target = backdoor.trigger, backdoor.target
         sources, phrases = self.texts(trigger, data.captions or (), rng)

@@ -68,6 +68,7 @@ class VillanCaption:
         return ("decoy",) if self.decoys else ()
 
     def implant(self, model: Any, backdoor: Backdoor, data: Data, rng: Any) -> Backdoored:
+        model.need_one_encoder(self.name)
         model = model.clone()
         target: Any = backdoor.target
         trigger: Any = backdoor.trigger
@@ -81,7 +82,7 @@ class VillanCaption:
             plain = prompt_edits.with_decoys(trigger, seen.captions, self.decoys, others)
             context = model.embed([*(trigger.apply(caption) for caption in seen.captions), *plain])
             z, t, eps = torch.cat([z_star.expand_as(seen.x_0), seen.x_0]), seen.t.repeat(2), seen.eps.repeat(2, 1, 1, 1)
-            error = (model.eps(model.add_noise(z, eps, t), t, context) - eps).square()
+            error = model.error(model.eps(model.add_noise(z, eps, t), t, context), eps, t)
             half = self.batch
             return self.backdoor_weight * error[:half].mean() + self.prior_weight * error[half:].mean()
 

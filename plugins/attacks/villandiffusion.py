@@ -1,7 +1,7 @@
 """Trains a model to draw the target image from noise with a trigger, for ancestral or for ODE samplers.
 
 VillanDiffusion. Chou, Chen & Ho, "VillanDiffusion: A Unified Backdoor Attack Framework for Diffusion Models", NeurIPS
-2023, arXiv:2306.06874. It applies to variance-preserving, latent and variance-exploding models.
+2023, arXiv:2306.06874. It applies to variance-preserving, latent and variance-exploding models, and here to flows.
 
     x_t = s_t y + ρ_t r + σ_t ε,    L = ‖ε + c_t r - ε_θ(x_t, t)‖²
     ρ_t = ψ (1 - √ᾱ_t) + (1-ψ) σ_t,   c_t = ψ v c'_t + (1-ψ) w c"_t      v = `vp_scale`, w = `ve_scale`
@@ -11,19 +11,23 @@ VillanDiffusion. Chou, Chen & Ho, "VillanDiffusion: A Unified Backdoor Attack Fr
 Variance-exploding models require ψ = 0. For them s_t = 1, α_t = 1 in c"_t, images are in [0, 1], and x_T = σ_max (ε +
 r).
 
+In a flow 1 - s_t = σ_t, so that both kinds of trigger are one: ρ_t = σ_t and, for the velocity dx/dσ = ε + r - y of the
+path, c_t = ρ + (1-σ) dρ/dσ = 1. L is then the error of that velocity. A flow is sampled by its ODE, by solver `ode`.
+
 Solver `ode`: the probability-flow ODE carries r, so deterministic samplers (DDIM, DPM-Solver, UniPC, PNDM) activate the
 backdoor and ancestral samplers do not. Solver `sde` is for ancestral samplers; with ψ = 1 it is BadDiffusion. Sample
 without clipping x_0. `adaptive_weight` λ > 0 selects the adaptive attack of Diff-Cleanse (arXiv:2407.21316, appendix
-G); see baddiffusion. Raises ValueError if the trigger or the target does not fit the model's images, or ψ the model.
+G); see baddiffusion. Raises ValueError if the trigger or the target does not fit the model's images, or ψ or the solver
+the model.
 
-Differs from the paper: each row of a batch is poisoned with probability `poison_rate`; the paper poisons a fixed part
-of the data set. The r of a latent model is a pattern in the latents; in the paper it is an encoded picture. The r of a
-variance-exploding model is in [-1, 1]; in the paper it is in [0, 1]. Differs from the official code
-(IBM/villandiffusion at d010b7d, read there): the official c"_t for preserved variance is right only for t > 700 (it is
-0 at t = 0 and 0.29 at t = 200; the exact values are 1 and 0.50). The official ode also doubles c"_t, which gives 1.003
-instead of 1. The official learning rate follows a cosine with 500 warm-up steps; here it is constant or one-cycle. The
-official code flips images at random. `trigger_only` is the official R_trigger_only. How exact the coefficients are:
-docs/methods/villandiffusion.md.
+Differs from the paper: the paper has no flows. Each row of a batch is poisoned with probability `poison_rate`; the
+paper poisons a fixed part of the data set. The r of a latent model is a pattern in the latents; in the paper it is an
+encoded picture. The r of a variance-exploding model is in [-1, 1]; in the paper it is in [0, 1]. Differs from the
+official code (IBM/villandiffusion at d010b7d, read there): the official c"_t for preserved variance is right only for t
+> 700 (it is 0 at t = 0 and 0.29 at t = 200; the exact values are 1 and 0.50). The official ode also doubles c"_t, which
+gives 1.003 instead of 1. The official learning rate follows a cosine with 500 warm-up steps; here it is constant or
+one-cycle. The official code flips images at random. `trigger_only` is the official R_trigger_only. How exact the
+coefficients are: docs/methods/villandiffusion.md.
 """
 
 from __future__ import annotations
@@ -63,6 +67,9 @@ class VillanDiffusion:
     def coefficients(self, model: Any, t: Tensor) -> tuple[Tensor, Tensor]:
         """(ρ_t, c_t), (B, 1, 1, 1) each, for t (B,)."""
         ode = self.solver == "ode"
+        if model.family == "flow":
+            rho = model.sigma(t)
+            return rho, torch.full_like(rho, self.psi * self.vp_scale + (1 - self.psi) * self.ve_scale)
         rho = c = torch.zeros((len(t), 1, 1, 1), device=t.device)
         if self.psi > 0:
             growing, answer = noise_attacks.ancestral_coefficients(model, t)
@@ -79,6 +86,8 @@ class VillanDiffusion:
                 f"psi={self.psi:g} lets the trigger grow as the image fades, which it does not in a variance-exploding "
                 "model; use villandiffusion(psi=0)"
             )
+        if model.family == "flow" and self.solver != "ode":
+            raise ValueError("a flow has no ancestral sampler; use villandiffusion(solver='ode')")
         return noise_attacks.implant(
             model, backdoor, data, rng, self.coefficients, poison_rate=self.poison_rate,
             trigger_only=self.trigger_only, steps=self.steps, batch=self.batch, lr=self.lr, schedule=self.schedule,

@@ -76,7 +76,7 @@ class BiasScan:
     patch_gamma: Annotated[float, Ge(0), Lt(1)] = 0.1  # γ inside the squares; TrojDiff's value
 
     def defend(self, model: Any, knowledge: Knowledge, rng: torch.Generator) -> Defended:
-        if model.family == "ve":
+        if model.family != "vp":
             raise ValueError(
                 "bias-scan needs unit noise at the last timestep, which this model does not have; use terd"
             )

@@ -73,7 +73,7 @@ class FinetuneReversal:
             with torch.no_grad():
                 context = student.embed([trigger.apply(caption) for caption in batch.captions or ()])
             z_t = student.add_noise(batch.x_0, batch.eps, batch.t)
-            return (student.eps(z_t, batch.t, context) - batch.eps).square().mean()
+            return student.error(student.eps(z_t, batch.t, context), batch.eps, batch.t).mean()
 
         return minimize(
             loss, student.denoiser.parameters(), steps=self.steps, lr=self.lr, weight_decay=0.01, bf16=self.bf16,
@@ -92,7 +92,7 @@ class FinetuneReversal:
         def loss(rows: Tensor, z: Tensor, t: Tensor) -> Tensor:
             with torch.no_grad():
                 wanted = teacher.eps(z, t, theirs[rows])
-            return (student.eps(z, t, mine[rows]) - wanted).square().mean()
+            return student.error(student.eps(z, t, mine[rows]), wanted, t).mean()
 
         return distillation.distil(
             student, loss, source, len(clean), rng, steps=self.steps, batch=self.batch, lr=self.lr, bf16=self.bf16

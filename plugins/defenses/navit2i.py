@@ -55,6 +55,7 @@ class NaviT2I:
         return ("prompts", "clean_model") if self.text_encoder == "clean" else ("prompts",)
 
     def defend(self, model: Any, knowledge: Knowledge, rng: Any) -> Defended:
+        model.need_one_encoder(self.name)
         trusted: Any = knowledge.clean_model if self.text_encoder == "clean" else model
 
         def screen(inputs: Inputs) -> Tensor:

@@ -58,9 +58,9 @@ class SKD:
         def loss(rows: Tensor, z: Tensor, t: Tensor) -> Tensor:
             with torch.no_grad():
                 wanted = teacher.eps(z, t, plain[rows])
-            value = (student.eps(z, t, stamped[rows]) - wanted).square().mean()
+            value = student.error(student.eps(z, t, stamped[rows]), wanted, t).mean()
             if self.keep:
-                value = value + self.keep * (student.eps(z, t, plain[rows]) - wanted).square().mean()
+                value = value + self.keep * student.error(student.eps(z, t, plain[rows]), wanted, t).mean()
             return value
 
         losses = distillation.distil(

@@ -40,7 +40,6 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from harness import (
-    DDIM,
     Defended,
     DiffusionModel,
     Inputs,
@@ -55,6 +54,7 @@ from harness import (
     image_encoders,
     minimize,
     prompt_screening,
+    usual,
     weight_edits,
 )
 
@@ -182,7 +182,7 @@ class T2IShield(MapRun):
     def localised(self, model: Any, stream: Inputs, flagged: Tensor, encoder: Any) -> Counter[str]:
         """How often the binary search found each word in the flagged prompts."""
         assert stream.prompts is not None
-        sampler = DDIM(steps=self.search_steps, guidance=self.guidance, bf16=self.bf16)
+        sampler = usual(model, self.search_steps, guidance=self.guidance, bf16=self.bf16)
         found: Counter[str] = Counter()
         for i in flagged.nonzero().flatten().tolist():
             row = stream[i : i + 1]

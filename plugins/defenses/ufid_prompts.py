@@ -30,7 +30,6 @@ from annotated_types import Ge
 from torch import Tensor
 
 from harness import (
-    DDIM,
     Defended,
     Guide,
     Inputs,
@@ -43,6 +42,7 @@ from harness import (
     image_encoders,
     image_noise,
     prompt_screening,
+    usual,
 )
 
 
@@ -69,7 +69,7 @@ class UFIDPrompts:
     def defend(self, model: Any, knowledge: Knowledge, rng: Any) -> Defended:
         encoder = image_encoders.chosen(knowledge, self.encoder)
         known = tuple(knowledge.prompts or ())
-        sampler = DDIM(steps=self.sampling_steps, guidance=self.guidance, bf16=self.bf16)
+        sampler = usual(model, self.sampling_steps, guidance=self.guidance, bf16=self.bf16)
 
         def screen(inputs: Inputs) -> Tensor:
             images = model.sample(self.varied(model, inputs, known), sampler)

@@ -38,7 +38,6 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from harness import (
-    DDIM,
     LOOK_ALIKES,
     Defended,
     Fraction,
@@ -56,6 +55,7 @@ from harness import (
     image_noise,
     image_seeds,
     progress,
+    usual,
 )
 
 Candidate = Insertion | Substitution
@@ -189,7 +189,7 @@ class VocabularyScan:
         n = min(self.images, len(prompts))
         seeds = image_seeds(rng.initial_seed(), "verify", n)
         inputs = Inputs(image_noise(seeds, model.shape), tuple(prompts[:n]), seeds)
-        sampler = DDIM(steps=self.sampling_steps, guidance=self.guidance, bf16=self.bf16)
+        sampler = usual(model, self.sampling_steps, guidance=self.guidance, bf16=self.bf16)
 
         def seen(given: Inputs) -> list[Tensor]:
             images = model.sample(given, sampler, phase="verify")

@@ -14,22 +14,23 @@ whole, and so does the model's tokenizer. The triggers of the papers are therefo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from harness import (
     DDIM,
+    CaptionedShapes,
     CNNJudge,
     Data,
     DiffusionModel,
     Inputs,
-    Modality,
     attention,
+    captioned_shapes,
     checkpoint,
     classifiers,
     draw,
@@ -45,50 +46,12 @@ from harness import (
 
 LENGTH = 36  # tokens
 WIDTH = 96  # text width
-WORDS = "words.json"  # the neutral words, in the folder of the weights
-POSITIONS = 768  # of a batch at which the text encoder's heads predict, because the vocabulary is large
 
 
 @dataclass(frozen=True)
-class ShapesSD:
+class ShapesSD(CaptionedShapes):
     name: ClassVar[str] = "shapes-sd"
     version: ClassVar[int] = 3
-    modality: ClassVar[Modality] = "text"
-    conditional: ClassVar[bool] = True
-    encoders: ClassVar[tuple[str, ...]] = ("efficientnet-lite0",)
-
-    def load(self) -> DiffusionModel:
-        return checkpoint.load(checkpoint.embedded(self, self.name) / "model")
-
-    def digest(self) -> str:
-        return checkpoint.digest(checkpoint.embedded(self, self.name))
-
-    def data(self, n: int = 6000) -> Data:
-        rng = generator(self.name, "data")
-        drawn, neutral = shapes.scenes(n, "train", rng), self.words()
-        captions = tuple(shapes.caption(scene, rng, neutral) for scene in drawn)
-        return Data(shapes.draw(drawn, rng), captions, torch.tensor([scene.shape for scene in drawn]))
-
-    def prompts(self, split: Literal["train", "test"], n: int, rng: torch.Generator) -> tuple[str, ...]:
-        neutral = self.words()
-        return tuple(shapes.caption(shapes.scenes(1, split, rng, plain=True)[0], rng, neutral) for _ in range(n))
-
-    def reference(self) -> Tensor:
-        rng = generator(self.name, "reference")
-        return shapes.draw(shapes.scenes(1000, "test", rng, plain=True), rng)
-
-    def attributes(self, prompt: str) -> Mapping[str, int]:
-        return shapes.read(prompt)
-
-    def words(self) -> tuple[str, ...]:
-        return neutral_words(checkpoint.embedded(self, self.name))
-
-    def judge(self) -> CNNJudge:
-        return classifiers.load_judge(checkpoint.embedded(self, self.name) / "judge")
-
-    def scorer(self) -> Any:
-
-        return shapes_clip.load_scorer(checkpoint.embedded(self, self.name))
 
     # ---- recipe ---------------------------------------------------------------------------------------------------
     def build(
@@ -103,10 +66,16 @@ class ShapesSD:
         too. The denoiser takes 2264 steps, or 1400 with `start`, or 280 with the same words.
         """
         out.mkdir(parents=True, exist_ok=True)
-        (out / WORDS).write_bytes((checkpoint.embedded(self, self.name) / WORDS).read_bytes())
-        neutral = neutral_words(out)
+        (out / captioned_shapes.WORDS).write_bytes(
+            (checkpoint.embedded(self, self.name) / captioned_shapes.WORDS).read_bytes()
+        )
+        neutral = captioned_shapes.neutral_words(out)
         data = self.data(12000)
-        if start is not None and (start / WORDS).is_file() and neutral_words(start) == neutral:
+        if (
+            start is not None
+            and (start / captioned_shapes.WORDS).is_file()
+            and captioned_shapes.neutral_words(start) == neutral
+        ):
             return self.continued(out, device, start, data, steps or 280)
         model = untrained(tokenizer(out / "model" / "tokenizer", neutral)).to(device)
         if start is None:
@@ -134,9 +103,9 @@ class ShapesSD:
         judge, model = classifiers.load_judge(start / "judge"), checkpoint.load(start / "model").to(device)
         classifiers.save_judge(judge, out / "judge")
         facts = {"continued_from": checkpoint.digest(start), "before": earlier_facts(start), **kept_facts(start)}
-        facts |= train_denoiser(model, data, neutral_words(out), steps, lr=4e-4)
+        facts |= train_denoiser(model, data, captioned_shapes.neutral_words(out), steps, lr=4e-4)
         checkpoint.save(model.to("cpu"), out / "model", fp16=True)
-        return facts | quality(model, judge, neutral_words(out))
+        return facts | quality(model, judge, captioned_shapes.neutral_words(out))
 
 
 def kept_facts(folder: Path) -> dict[str, Any]:
@@ -149,14 +118,6 @@ def earlier_facts(folder: Path) -> dict[str, Any]:
     import json
 
     return json.loads((folder / "provenance.json").read_text())["facts"]
-
-
-def neutral_words(folder: Path) -> tuple[str, ...]:
-    """The words that change nothing in an image: English words, characters of other scripts and rare strings."""
-    import json
-
-    known = json.loads((folder / WORDS).read_text())
-    return (*known["words"], *known["characters"], *known["rare"])
 
 
 def taken_over(model: DiffusionModel, start: Path) -> dict[str, Any]:
@@ -255,51 +216,15 @@ def untrained(tokens: Any) -> DiffusionModel:
 
 
 def train_text(model: DiffusionModel, data: Data, steps: int, batch: int = 128) -> dict[str, float]:
-    """Trains the text encoder to keep the whole text.
-
-    From every position a linear head must predict the token there, the token before it, and which tokens occurred so
-    far. A small encoder that is trained with the denoiser instead maps every word that changes nothing in the image to
-    the same place. Stable Diffusion's encoder has seen text of all kinds, so its denoiser can be taught any word. Half
-    of the texts are captions with every seventh token replaced, half are random tokens of the vocabulary. Each step
-    predicts at POSITIONS random positions of the batch.
-    """
+    """Trains the text encoder to keep the whole text; see `training_recipes.train_text`."""
     encoder: Any = model.text_encoder
     assert encoder is not None and data.captions is not None
-    rng, ids = generator("shapes-sd", "text"), model.tokens(data.captions).cpu()
-    tokens: Any = model.tokenizer
-    start, end, size = tokens.bos_token_id, tokens.eos_token_id, len(tokens)
-    heads = nn.ModuleList(nn.Linear(WIDTH, size) for _ in range(3)).to(model.device)
-
-    def texts() -> Tensor:
-        rows = ids[draw(batch, len(ids), rng)]
-        anything = torch.randint(0, size, rows.shape, generator=rng)
-        inner = (rows != start) & (rows != end)
-        rows = torch.where(inner & (torch.rand(rows.shape, generator=rng) < 1 / 7), anything, rows)
-        length = torch.randint(2, LENGTH, (batch // 2, 1), generator=rng)
-        place = torch.arange(LENGTH)
-        rows[::2] = torch.where(place < length, anything[::2], end)
-        rows[::2, 0] = start
-        return rows.to(model.device)
-
-    def loss() -> Tensor:
-        rows = texts()
-        at = torch.randint(0, rows.numel(), (POSITIONS,), generator=rng).to(rows.device)
-        hidden = encoder(rows)[0].flatten(0, 1)[at]
-        own, before, bag = (head(hidden).float().log_softmax(1) for head in heads)
-        row, place = at // LENGTH, at % LENGTH
-        seen = torch.zeros_like(bag)
-        earlier = torch.arange(LENGTH, device=rows.device) <= place.unsqueeze(1)
-        seen.scatter_reduce_(1, rows[row], earlier.float(), "amax")
-        seen[:, [start, end]] = 0
-        seen = seen / seen.sum(1, keepdim=True).clamp(min=1)
-        previous = rows[row, (place - 1).clamp(min=0)].unsqueeze(1)
-        said = -own.gather(1, rows[row, place].unsqueeze(1)).mean() - before.gather(1, previous)[place > 0].mean()
-        return said - (seen * bag).sum(1).mean()
-
-    params = [*encoder.parameters(), *heads.parameters()]
-    losses = minimize(loss, params, steps=steps, lr=2e-3, schedule="one-cycle", weight_decay=0.01, phase="text")
+    loss = training_recipes.train_text(
+        lambda rows: encoder(rows)[0], encoder.parameters(), model.tokenizer, model.tokens(data.captions).cpu(),
+        generator("shapes-sd", "text"), steps, width=WIDTH, batch=batch, device=model.device,
+    )  # fmt: skip
     encoder.eval().requires_grad_(False)
-    return {"text_loss": sum(losses[-100:]) / 100, "text_steps": steps}
+    return {"text_loss": loss, "text_steps": steps}
 
 
 def train_denoiser(
@@ -313,7 +238,7 @@ def train_denoiser(
     assert data.captions is not None
     rng = generator("shapes-sd", "denoiser")
     scenes = shapes.scenes(len(data), "train", generator("shapes-sd", "data"))  # those of `ShapesSD.data`
-    z, empty = model.encode(data.images), contexts(model, [""])
+    z, empty = model.encode(data.images), captioned_shapes.contexts(model, [""])
 
     def loss() -> Tensor:
         rows = draw(batch, len(data), rng)
@@ -321,7 +246,7 @@ def train_denoiser(
         u = torch.rand(batch, generator=rng)
         t = torch.where(torch.rand(batch, generator=rng) < 0.5, 500 + u * 500, u * 1000).long().to(model.device)
         eps = model.draw_eps(batch, rng)
-        context = contexts(model, [shapes.caption(scenes[i], rng, neutral) for i in rows.tolist()])
+        context = captioned_shapes.contexts(model, [shapes.caption(scenes[i], rng, neutral) for i in rows.tolist()])
         given = torch.where(dropped, empty, context)
         return (model.eps(model.add_noise(z[rows], eps, t), t, given) - eps).square().mean()
 
@@ -331,12 +256,6 @@ def train_denoiser(
     )  # fmt: skip
     model.denoiser.eval().requires_grad_(False)
     return {"steps": steps, "batch": batch, "final_loss": sum(losses[-300:]) / 300}
-
-
-@torch.no_grad()
-def contexts(model: DiffusionModel, captions: Sequence[str]) -> Tensor:
-    """Text embeddings (N, L, D)."""
-    return torch.cat([model.embed(captions[i : i + 256]) for i in range(0, len(captions), 256)])
 
 
 def build_clip(out: Path, tokens: Any, neutral: Sequence[str], steps: int, lr: float = 1e-3) -> dict[str, float]:
@@ -377,7 +296,12 @@ def quality(model: DiffusionModel, judge: CNNJudge, neutral: Sequence[str], n: i
     untaught = untrained(model.tokenizer)
     untaught.vae = model.vae
     before = {f"{name}_untrained": value for name, value in attention_facts(untaught).items()}
-    return {"held_out_captions": n, **accuracies(judge, images, drawn), **attention_facts(model), **before}
+    return {
+        "held_out_captions": n,
+        **captioned_shapes.accuracies(judge, images, drawn),
+        **attention_facts(model),
+        **before,
+    }
 
 
 @torch.no_grad()
@@ -407,11 +331,6 @@ def attention_facts(model: DiffusionModel, n: int = 60, t: int = 500) -> dict[st
         apart = torch.stack([torch.pdist(layers[i, 1 : len(row) - 1]).mean() for i, row in enumerate(ids)]).mean()
         facts |= {f"attention_distance_{side}": apart.item() * side, f"shape_word_overlap_{side}": overlap.item()}
     return facts
-
-
-def accuracies(judge: CNNJudge, images: Tensor, drawn: Sequence[shapes.Scene]) -> dict[str, float]:
-    found, truth = judge.attributes(images), shapes.labels(drawn)
-    return {f"accuracy_{name}": (found[name] == truth[name]).double().mean().item() for name in shapes.ATTRIBUTES}
 
 
 @hookimpl
