@@ -1,10 +1,12 @@
 """The names of the public face and where each of them lives. `harness` reads this file when a name is asked for."""
 
 from harness.capabilities import (
+    AddedTrigger as AddedTrigger,
     AttackersSampler as AttackersSampler,
     BatchedMethod as BatchedMethod,
     BuildableModel as BuildableModel,
     CheckpointedModel as CheckpointedModel,
+    ComputedTrigger as ComputedTrigger,
     ConditionalTarget as ConditionalTarget,
     CountedData as CountedData,
     DecoyTrigger as DecoyTrigger,
@@ -53,6 +55,7 @@ from harness.diffusion import (
     attention as attention,
     checkpoint as checkpoint,
     interrupted as interrupted,
+    kept_tensors as kept_tensors,
 )
 from harness.diffusion.events import (
     loop as loop,

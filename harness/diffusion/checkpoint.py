@@ -48,6 +48,7 @@ def save(model: DiffusionModel, directory: Path, labels: dict[str, str] | None =
     """
     import diffusers
 
+
     library: Any = diffusers
     if model.conditional:
         pipeline: Any = library.StableDiffusionPipeline(
@@ -257,6 +258,11 @@ def embedded(owner: object, name: str) -> Path:
     package = type(owner).__module__.rpartition(".")[0]
     if not package:
         raise CheckpointError(f"model '{name}' is defined in a file outside a package, which has no embedded weights")
+    return weights_in(package, name)
+
+
+def weights_in(package: str, name: str) -> Path:
+    """The directory `weights/<name>` of a package. Raises CheckpointError where it is missing."""
     path = Path(str(resources.files(package))) / "weights" / name
     if not path.is_dir():
         raise CheckpointError(f"{path}: the weights of '{name}' are missing; `bench build {name}` makes them")
