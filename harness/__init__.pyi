@@ -52,6 +52,7 @@ from harness.capabilities import (
     offers as offers,
 )
 from harness.diffusion import (
+    adapters as adapters,
     attention as attention,
     checkpoint as checkpoint,
     interrupted as interrupted,

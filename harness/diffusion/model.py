@@ -14,7 +14,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from harness.capabilities import name_of
 from harness.diffusion import attention
 from harness.diffusion.events import progress
 from harness.types import Family, Inputs, Sampler
+
+if TYPE_CHECKING:
+    from harness.diffusion.adapters import Adapter
 
 BATCH = 64  # images that an autoencoder gets at once, at most
 PIXELS = 2**20  # of all of them
@@ -34,7 +37,8 @@ class DiffusionModel:
 
     denoiser: a diffusers UNet. scheduler: a diffusers scheduler whose config contains betas and prediction type. For a
     variance-exploding model it is a ScoreSdeVeScheduler; the denoiser then takes σ instead of t and returns the score
-    -ε/σ of images in [0, 1], as in diffusers' ScoreSdeVePipeline.
+    -ε/σ of images in [0, 1], as in diffusers' ScoreSdeVePipeline. adapter: the low-rank adapter that is a part of the
+    networks' weights (harness.diffusion.adapters), None for a model without one.
     """
 
     denoiser: nn.Module
@@ -42,6 +46,7 @@ class DiffusionModel:
     vae: Any | None = None
     text_encoder: Any | None = None
     tokenizer: Any | None = None
+    adapter: Adapter | None = None
     _alpha_bar: Tensor = field(init=False, repr=False)
     _sigmas: Tensor = field(init=False, repr=False)
 
@@ -132,7 +137,9 @@ class DiffusionModel:
     def clone(self) -> DiffusionModel:
         """A copy that shares no trainable tensor."""
         vae, text_encoder = copy.deepcopy(self.vae), copy.deepcopy(self.text_encoder)
-        return DiffusionModel(copy.deepcopy(self.denoiser), self.scheduler, vae, text_encoder, self.tokenizer)
+        return DiffusionModel(
+            copy.deepcopy(self.denoiser), self.scheduler, vae, text_encoder, self.tokenizer, self.adapter
+        )
 
     def to(self, device: torch.device | str) -> DiffusionModel:
         for part in self.components().values():
