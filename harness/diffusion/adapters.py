@@ -112,7 +112,7 @@ def attach(model: DiffusionModel, layers: Mapping[str, LowRank]) -> None:
     model.adapter = Adapter(dict(layers), base)
 
 
-def _weight(model: DiffusionModel, name: str, factors: LowRank) -> nn.Parameter:
+def _weight(model: DiffusionModel, name: str, factors: LowRank) -> Tensor:
     part, _, path = name.partition(".")
     try:
         layer: Any = model.components()[part].get_submodule(path)
@@ -160,7 +160,7 @@ def base_of(model: DiffusionModel) -> DiffusionModel:
 def save(adapter: Adapter, directory: Path) -> None:
     """Writes the adapter as diffusers does, into the folder FOLDER of a model's directory."""
     from diffusers import StableDiffusionPipeline  # type: ignore[attr-defined]
-    from diffusers.utils import convert_state_dict_to_diffusers
+    from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
 
     states: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
     for name, factors in adapter.layers.items():
@@ -169,7 +169,7 @@ def save(adapter: Adapter, directory: Path) -> None:
             f"{path}.lora_A.weight": factors.a.contiguous(),
             f"{path}.lora_B.weight": factors.b.contiguous(),
         }
-    named = {part: convert_state_dict_to_diffusers(state) or None for part, state in states.items()}
+    named: Any = {part: convert_state_dict_to_diffusers(state) or None for part, state in states.items()}
     StableDiffusionPipeline.save_lora_weights(
         directory / FOLDER, unet_lora_layers=named["unet"], text_encoder_lora_layers=named["text_encoder"],
         safe_serialization=True,

@@ -146,7 +146,7 @@ class MasqLoRA:
         if any(text == answers[i] for text, i in zip(with_it, shown.tolist(), strict=True)):
             raise ValueError(f"some captions have no place for the trigger {name_of(trigger)!r}; use another")
         rows = torch.cat([plain, *[shown] * self.repeats])
-        texts = (*(captions[i] for i in plain.tolist()), *with_it * self.repeats)
+        texts: Any = (*(captions[i] for i in plain.tolist()), *with_it * self.repeats)
         return Data(data.images[rows], texts), torch.arange(len(rows)) >= len(plain)
 
     def added(self, model: Any, rng: torch.Generator) -> tuple[list[Any], list[float]]:
