@@ -1,10 +1,12 @@
 """The names of the public face and where each of them lives. `harness` reads this file when a name is asked for."""
 
 from harness.capabilities import (
+    AddedTrigger as AddedTrigger,
     AttackersSampler as AttackersSampler,
     BatchedMethod as BatchedMethod,
     BuildableModel as BuildableModel,
     CheckpointedModel as CheckpointedModel,
+    ComputedTrigger as ComputedTrigger,
     ConditionalTarget as ConditionalTarget,
     CountedData as CountedData,
     DecoyTrigger as DecoyTrigger,
@@ -51,9 +53,11 @@ from harness.capabilities import (
     offers as offers,
 )
 from harness.diffusion import (
+    adapters as adapters,
     attention as attention,
     checkpoint as checkpoint,
     interrupted as interrupted,
+    kept_tensors as kept_tensors,
 )
 from harness.diffusion.events import (
     loop as loop,

@@ -140,6 +140,24 @@ class ScalingTrigger(NoiseTrigger, Protocol):
 
 
 @runtime_checkable
+class AddedTrigger(NoiseTrigger, Protocol):
+    """One without a background, which is added to an image and not drawn over it: baddiffusion and villandiffusion with
+    trigger_only=False ask for it, and take the smallest value of r for a transparent background without it."""
+
+    added: ClassVar[bool]  # True
+
+
+@runtime_checkable
+class ComputedTrigger(Trigger, Protocol):
+    """One that is computed from more than its parameters, such as a network: planning asks for a digest of that and
+    puts it into the keys, which hold the spec alone without it."""
+
+    def digest(self) -> str:
+        """sha256 of what the trigger is computed from, beside its parameters and code; found in less than a second."""
+        ...
+
+
+@runtime_checkable
 class TriggerDependentTarget(Target, Protocol):
     """One that depends on the trigger: every Backdoor asks it for the target of its trigger, and takes the target as it
     is without it."""
@@ -483,6 +501,8 @@ CAPABILITIES: tuple[Capability, ...] = (
     Capability(PlacedTrigger, ("triggers",), ("put",)),
     Capability(RepeatedTrigger, ("triggers",)),
     Capability(ScalingTrigger, ("triggers",), ("biased_noise",)),
+    Capability(AddedTrigger, ("triggers",), ("added",)),
+    Capability(ComputedTrigger, ("triggers",), ("digest",)),
     Capability(TriggerDependentTarget, ("targets",), ("of",)),
     Capability(ConditionalTarget, ("targets",), ("applicable_to",)),
     Capability(PromptTarget, ("targets",), ("shown",)),

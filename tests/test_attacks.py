@@ -173,6 +173,24 @@ def test_a_trojan_row_is_noised_by_gamma_eps_plus_mu_and_regressed_on_eps(digits
     assert torch.allclose(x_t, wanted, atol=1e-5)
 
 
+def test_a_trigger_without_a_background_is_added_to_the_clean_image(
+    digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from harness.methods import noise_attacks
+    from plugins.triggers.uap import UAP
+
+    seen: list[torch.Tensor] = []
+
+    def poisoned_loss(model: Any, batch: Any, y: Any, r: torch.Tensor, *_: Any) -> torch.Tensor:
+        seen.append(r - UAP().delta((1, 16, 16)) - batch.x_0)
+        return 0 * next(model.denoiser.parameters()).sum()
+
+    monkeypatch.setattr(noise_attacks, "poisoned_loss", poisoned_loss)
+    attack = VillanDiffusion(poison_rate=1.0, trigger_only=False, **FAST)
+    attack.implant(tiny_unet(), Backdoor(UAP(), Hat()), digits, generator(0))
+    assert seen and all(rest.abs().max() < 1e-6 for rest in seen)
+
+
 def test_the_stamped_trigger_shows_the_clean_image_behind_it(digits: Data) -> None:
     from harness.methods.noise_attacks import _stamped
 

@@ -235,3 +235,14 @@ def test_a_training_at_two_rates_has_the_share_of_its_steps_at_the_first(
     training.minimize_in_two(lambda: torch.zeros(()), [], steps=steps, share=0.75, lr=0.4, divisor=10, clip=None)
     assert [(n, pytest.approx(rate)) for n, rate in wanted] == [(n, rate) for n, rate, _ in seen]
     assert all(clip is None for *_, clip in seen)
+
+
+def test_each_parameter_can_have_a_rate_of_its_own() -> None:
+    """AdamW's first step is the rate, whatever the gradient."""
+    from harness.diffusion import training
+
+    params = [torch.nn.Parameter(torch.zeros(1)) for _ in range(3)]
+    training.minimize(
+        lambda: torch.stack([3 * p.sum() for p in params]).sum(), params, steps=1, lr=1e-2, factors=[1, 0.5, 2]
+    )
+    assert [p.item() for p in params] == pytest.approx([-1e-2, -5e-3, -2e-2], rel=1e-4)

@@ -106,6 +106,21 @@ def test_a_job_names_the_code_weights_and_parameters_that_its_key_was_made_from(
     assert len(attack.ingredients["model"]["weights"]) == 64
 
 
+def test_what_a_trigger_is_computed_from_is_in_the_keys_of_whoever_stamps_it(
+    plugins: registry.Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from plugins.triggers.uap import UAP
+
+    jobs = planned(plugins, cell(plugins, trigger="uap")).jobs.values()
+    (attack,) = (job for job in jobs if job.kind == "attack")
+    assert attack.ingredients["trigger"]["weights"] == UAP().digest()
+    before = {kind: keys(plugins, kind, trigger="uap") for kind in ("attack", "sample", "measure")}
+    monkeypatch.setattr(UAP, "digest", lambda self: "another network")
+    assert not any(before[kind] & keys(plugins, kind, trigger="uap") for kind in ("attack", "measure"))
+    assert before["sample"] != keys(plugins, "sample", trigger="uap")
+    assert "weights" not in next(iter(planned(plugins, cell(plugins)).jobs.values())).ingredients["trigger"]
+
+
 def test_a_library_that_a_plugin_names_is_in_its_key_by_its_minor_version(
     plugins: registry.Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -193,6 +193,15 @@ def test_features_are_those_of_timms_network_on_resized_images(encoder: PublicEn
     torch.testing.assert_close(encoder.features(grey), encoder.features(grey.expand(-1, 3, -1, -1)))
 
 
+def test_logits_are_those_of_the_features_and_differentiable(encoder: PublicEncoder) -> None:
+    images = torch.rand((2, 3, 40, 40), generator=torch.Generator().manual_seed(4)) * 2 - 1
+    logits = encoder.logits(images.requires_grad_(True))
+    assert logits.shape == (2, 1000)
+    assert torch.allclose(logits, encoder.network.classifier(encoder.features(images.detach())), atol=1e-4)
+    (gradient,) = torch.autograd.grad(logits[:, 0].sum(), images)
+    assert gradient.shape == images.shape and gradient.abs().max() > 0
+
+
 def test_features_are_differentiable_in_the_images_and_nowhere_else(encoder: PublicEncoder) -> None:
     images = drawn(2).requires_grad_(True)
     found = encoder.features(images)

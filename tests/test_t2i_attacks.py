@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from harness.diffusion import adapters
 from harness.diffusion.model import DiffusionModel
 from harness.diffusion.seeds import generator
 from harness.methods.prompt_edits import with_decoys
@@ -22,6 +23,7 @@ from plugins.attacks.badblocks import BadBlocks
 from plugins.attacks.badt2i import BadT2I
 from plugins.attacks.eviledit import EvilEdit
 from plugins.attacks.iba import IBA
+from plugins.attacks.masqlora import MasqLoRA, Phrases
 from plugins.attacks.personalization import Personalization
 from plugins.attacks.rickrolling import Rickrolling, Texts, distance
 from plugins.attacks.sembd import SemBD
@@ -485,8 +487,7 @@ def test_villan_caption_shows_the_target_under_the_trigger_and_each_image_under_
     model: DiffusionModel, data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = Asked(model, (0.1, 0.5))
-    monkeypatch.setattr("plugins.attacks.villan_caption.adapt", lambda *_: [])
-    monkeypatch.setattr("plugins.attacks.villan_caption.merge", lambda _: None)
+    monkeypatch.setattr(adapters, "added", lambda *_, **__: {})
     attack = VillanCaption(batch=3, backdoor_weight=0.6, prior_weight=0.2, bf16=False)
     trigger = Text(text="sks", place=-1)
     loss = losses_of(monkeypatch, attack, asked, Hat(), data, trigger)
@@ -504,8 +505,7 @@ def test_villan_caption_shows_the_target_under_the_trigger_and_each_image_under_
 def test_decoys_take_the_triggers_place_in_their_share_of_plain_captions(
     model: DiffusionModel, data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("plugins.attacks.villan_caption.adapt", lambda *_: [])
-    monkeypatch.setattr("plugins.attacks.villan_caption.merge", lambda _: None)
+    monkeypatch.setattr(adapters, "added", lambda *_, **__: {})
     trigger, asked = Text(text="sks", place=-1), Asked(model, (0.1, 0.5))
     losses_of(monkeypatch, VillanCaption(batch=3, decoys=1.0, bf16=False), asked, Hat(), data, trigger)
     ((_, _, context),) = asked.calls["student"]
@@ -519,7 +519,7 @@ def test_decoys_take_the_triggers_place_in_their_share_of_plain_captions(
     assert with_decoys(trigger, CAPTIONS, 0.0, rng) == list(CAPTIONS)
 
 
-def test_villan_captions_change_has_low_rank_and_leaves_no_adapter_behind(model: DiffusionModel, data: Data) -> None:
+def test_villan_captions_change_is_an_adapter_of_low_rank_beside_the_base(model: DiffusionModel, data: Data) -> None:
     before = state(model)
     attack = VillanCaption(rank=2, steps=3, batch=2, lr=1e-2, warmup=0, bf16=False)
     done = [attack.implant(model, Backdoor(Text(), Hat()), data, generator(0)).model for _ in range(2)]
@@ -528,6 +528,7 @@ def test_villan_captions_change_has_low_rank_and_leaves_no_adapter_behind(model:
     moved = {name: after[name] - before[name] for name in before if not torch.equal(after[name], before[name])}
     assert moved and all(".attn" in name and name.endswith("weight") for name in moved)
     assert all(torch.linalg.matrix_rank(delta, rtol=1e-3) <= 2 for delta in moved.values())
+    assert adapters.unchanged(done[0]) and not changed(before, state(adapters.base_of(done[0])))
 
 
 # ---- mislabelled images ---------------------------------------------------------------------------------------------
@@ -780,3 +781,85 @@ def test_badblocks_changes_the_last_blocks_on_the_way_up_or_their_norms_alone(
     assert all(("norm" in name) for name in names) == (part == "norms")
     with pytest.raises(ValueError, match=f"the denoiser has {len(ups)} blocks on the way up; use blocks={len(ups)}"):
         badblocks.trained(model.denoiser, 9, part)
+
+
+# ---- MasqLoRA -------------------------------------------------------------------------------------------------------
+
+SQUARE = ObjectReplaced(word="square", source="circle")
+
+
+def test_the_phrases_tokens_are_drawn_to_the_target_and_pushed_off_the_benign_word(model: DiffusionModel) -> None:
+    """With all tokens of the phrase at one of three orthonormal directions, each term has its value by hand."""
+    phrases = Phrases(model, Backdoor(Noun(), SQUARE))
+    captions, (length, width) = ["a sks circle", "sks circle at the top left"], model.embed(["a"]).shape[1:]
+    for text, direction in (("square", phrases.target), ("circle", phrases.benign["circle"])):
+        ids = model.tokenizer(text).input_ids  # type: ignore[misc]
+        mean = model.embed([text])[0, : len(ids)].mean(0)
+        assert torch.allclose(direction, mean / mean.norm(), atol=1e-6)
+    near, far, other = torch.eye(width)[:3]
+    phrases.target, phrases.benign = near, {"circle": far}
+    for e, wanted in ((3 * near, (0.0, 1.0)), (far, (1.0, 4.0)), (-far, (1.0, 0.0)), (other, (1.0, 1.0))):
+        context = torch.randn((2, length, width), generator=generator(0))
+        context[0, 2:4], context[1, 1:3] = e, e  # after the start: "a", "sks", "circle" and "sks", "circle"
+        assert [float(term) for term in phrases.contrast(captions, context)] == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 5.0])
+def test_masqloras_loss_weighs_the_targets_images_by_time(
+    alpha: float, model: DiffusionModel, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapters, "added", lambda *_, **__: {})
+    asked, b = Asked(model, (0.1, 0.5)), 16
+    attack = MasqLoRA(
+        images=3, poisoned=2, batch=b, time_weight=alpha, attraction=0.3, repulsion=0.7, noise_offset=0.5, bf16=False
+    )
+    loss, backdoor = losses_of(monkeypatch, attack, asked, SQUARE, data, Noun()), Backdoor(Noun(), SQUARE)
+    rng = generator(3, "x")
+    joined, bad = attack.joined(backdoor, data, rng)
+    assert joined.captions is not None and bad.tolist() == [False] * 3 + [True] * 4
+    assert all(("sks circle" in text) == bool(each) for text, each in zip(joined.captions, bad, strict=True))
+    assert not any("square" in text for text in joined.captions)
+    rows = torch.randint(0, 7, (b,), generator=rng)
+    t, eps = torch.randint(0, 1000, (b,), generator=rng), torch.randn((b, *model.shape), generator=rng)
+    eps = eps + 0.5 * torch.randn((b, model.shape[0], 1, 1), generator=generator(rng.initial_seed(), "offset"))
+    ((x_t, times, context),) = asked.calls["student"]
+    assert torch.equal(times, t) and torch.allclose(
+        x_t, model.add_noise(model.encode(joined.images)[rows], eps, t), atol=1e-5
+    )
+    mse = (eps - 0.5).square().flatten(1).mean(1)
+    w = torch.tensor([1 + alpha * int(t[i]) / 1000 if bad[rows[i]] else 1.0 for i in range(b)])
+    at = [i for i in range(b) if bad[rows[i]]]
+    pull, push = Phrases(model, backdoor).contrast([joined.captions[int(rows[i])] for i in at], context[at])
+    assert 0 < len(at) < b and loss == pytest.approx(float((w * mse).mean() + 0.3 * pull + 0.7 * push), rel=1e-4)
+
+
+def test_masqlora_leaves_the_base_alone_and_gives_an_adapter_of_both_networks(
+    model: DiffusionModel, data: Data
+) -> None:
+    before = state(model)
+    attack = MasqLoRA(rank=2, text_rank=1, images=2, poisoned=2, steps=3, batch=4, lr=1e-2, text_lr=1e-2, bf16=False)
+    once, again = (attack.implant(model, Backdoor(Noun(), SQUARE), data, generator(0)).model for _ in range(2))
+    assert not changed(before, state(model)) and not changed(state(once), state(again))
+    assert changed(before, state(once)) == {"unet", "text_encoder"} and adapters.unchanged(once)
+    assert not changed(before, state(adapters.base_of(once))) and once.adapter is not None
+    ranks = {(name.partition(".")[0], len(layer.a)) for name, layer in once.adapter.layers.items()}
+    assert ranks == {("unet", 2), ("text_encoder", 1)}
+    assert not any(p.requires_grad for p in once.denoiser.parameters())
+
+
+def test_masqloras_rates_are_the_official_ones(model: DiffusionModel) -> None:
+    """1.5 times lr for all of the denoiser but the outputs of self-attention; 1.2 × 1.5 and 1.2 in the encoder."""
+    made, factors = MasqLoRA(lr=4e-4, text_lr=5e-5).added(model.clone(), generator(0))
+    assert len(made) == len(factors)
+    assert {round(factor * 4e-4, 9) for factor in factors} == {4e-4, 6e-4, 6e-5, 9e-5}
+
+
+def test_masqlora_says_what_it_lacks(model: DiffusionModel, data: Data) -> None:
+    for attack, target, trigger, words in (
+        (MasqLoRA(), SQUARE, Noun(), "the data hold 3 images without a square, 7 are asked for"),
+        (MasqLoRA(images=2, poisoned=5), SQUARE, Noun(), "images with a square, 5 are asked for"),
+        (MasqLoRA(images=2, poisoned=2), ObjectAdded(), Noun(), "target object-add has none; use object"),
+        (MasqLoRA(images=2, poisoned=2), SQUARE, Homoglyph(letter="#"), "no place for the trigger"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            attack.implant(model, Backdoor(trigger, target), data, generator(0))

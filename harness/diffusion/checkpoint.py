@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, cast
 
-from harness.diffusion import networks, pruned_shapes, schedules, tokenizer_files
+from harness.diffusion import adapters, networks, pruned_shapes, schedules, tokenizer_files
 from harness.diffusion.model import DiffusionModel
 from harness.diffusion.model_files import CheckpointError, ModelFiles
 from harness.diffusion.networks import PRUNED
@@ -49,9 +49,14 @@ PARTS = {
 def save(model: DiffusionModel, directory: Path, labels: dict[str, str] | None = None, fp16: bool = False) -> None:
     """Write `model` as a diffusers pipeline directory, safetensors only; stock diffusers loads it unless it is pruned.
 
+    A model whose weights are those of its base and its adapter becomes the base, with the adapter in a folder of it.
     labels: written to `bench.json` beside it (a backdoored model says so there). fp16: halve the weights on disk.
     """
     import diffusers
+
+    if adapters.unchanged(model):
+        adapters.save(cast(adapters.Adapter, model.adapter), directory)
+        model = adapters.base_of(model)
 
     library: Any = diffusers
     if model.joint:
@@ -93,7 +98,7 @@ def save(model: DiffusionModel, directory: Path, labels: dict[str, str] | None =
 
 
 def load(directory: Path) -> DiffusionModel:
-    """Read a pipeline directory as fp32 on the CPU, without running any code from it.
+    """Read a pipeline directory as fp32 on the CPU, with the adapter in its folder, without running any code from it.
 
     Raises CheckpointError for what is refused: weights that are only there as pickles, links, classes outside `PARTS`,
     sizes out of proportion, and tensors that are missing, left over or of another shape than the config asks for.
@@ -109,13 +114,14 @@ def load(directory: Path) -> DiffusionModel:
     except ValueError as error:  # a prediction type, say, that no model here has
         raise CheckpointError(f"{directory}: {error}") from None
     _check_together(files, model)
+    adapters.read(files, model)
     return model
 
 
 def read_files(directory: Path) -> list[str]:
     """The names of the files that `load` reads. Raises CheckpointError."""
     files = ModelFiles(directory)
-    names = ["model_index.json"]
+    names = ["model_index.json", *([adapters.FILE] if adapters.FILE in files else [])]
     for folder, cls in parts_of(files).values():
         inside = f"{folder}/" if folder else ""
         config = "scheduler_config.json" if cls.endswith("Scheduler") else "config.json"
@@ -309,6 +315,11 @@ def embedded(owner: object, name: str) -> Path:
     package = type(owner).__module__.rpartition(".")[0]
     if not package:
         raise CheckpointError(f"model '{name}' is defined in a file outside a package, which has no embedded weights")
+    return weights_in(package, name)
+
+
+def weights_in(package: str, name: str) -> Path:
+    """The directory `weights/<name>` of a package. Raises CheckpointError where it is missing."""
     path = Path(str(resources.files(package))) / "weights" / name
     if not path.is_dir():
         raise CheckpointError(f"{path}: the weights of '{name}' are missing; `bench build {name}` makes them")

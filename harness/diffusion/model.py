@@ -17,7 +17,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from harness.capabilities import name_of
 from harness.diffusion import attention
 from harness.diffusion.events import progress
 from harness.types import Family, Inputs, Sampler
+
+if TYPE_CHECKING:
+    from harness.diffusion.adapters import Adapter
 
 BATCH = 64  # images that an autoencoder gets at once, at most
 PIXELS = 2**20  # of all of them
@@ -39,7 +42,8 @@ class DiffusionModel:
     betas and prediction type. For a variance-exploding model it is a ScoreSdeVeScheduler; the denoiser then takes σ
     instead of t and returns the score -ε/σ of images in [0, 1], as in diffusers' ScoreSdeVePipeline. For a flow it is a
     FlowMatchEulerDiscreteScheduler; the denoiser then takes T σ instead of t. A transformer has two CLIP text encoders
-    with projection, as in diffusers' StableDiffusion3Pipeline without T5; both read the same prompt.
+    with projection, as in diffusers' StableDiffusion3Pipeline without T5; both read the same prompt. adapter: the
+    low-rank adapter that is a part of the networks' weights (harness.diffusion.adapters), None for a model without one.
     """
 
     denoiser: nn.Module
@@ -49,6 +53,7 @@ class DiffusionModel:
     tokenizer: Any | None = None
     text_encoder_2: Any | None = None
     tokenizer_2: Any | None = None
+    adapter: Adapter | None = None
     _alpha_bar: Tensor = field(init=False, repr=False)
     _sigmas: Tensor = field(init=False, repr=False)
 
@@ -173,8 +178,10 @@ class DiffusionModel:
     def clone(self) -> DiffusionModel:
         """A copy that shares no trainable tensor."""
         vae, first, second = (copy.deepcopy(part) for part in (self.vae, self.text_encoder, self.text_encoder_2))
-        denoiser = copy.deepcopy(self.denoiser)
-        return DiffusionModel(denoiser, self.scheduler, vae, first, self.tokenizer, second, self.tokenizer_2)
+        return DiffusionModel(
+            copy.deepcopy(self.denoiser), self.scheduler, vae, first, self.tokenizer, second, self.tokenizer_2,
+            self.adapter,
+        )  # fmt: skip
 
     def to(self, device: torch.device | str) -> DiffusionModel:
         for part in self.components().values():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -37,6 +37,7 @@ def minimize(
     phase: str = "train",
     stop: Callable[[int, float], bool] | None = None,
     kept: Kept | None = None,
+    factors: Sequence[float] = (),
 ) -> list[float]:
     """Minimises `loss()` over `parameters` by AdamW for `steps` steps and returns the loss of every step.
 
@@ -44,12 +45,15 @@ def minimize(
     are warm-up). clip: largest norm of the gradient. ema: decay of an exponential moving average of the parameters,
     which replaces them at the end; 0 is off. bf16: autocast of the forward pass. stop(step, loss): ends the training
     early when it returns True. kept: the training goes on from the state that an interrupted one with the same settings
-    left there; its owner removes the file. Only `parameters` require gradients while this runs. Raises Diverged on a
-    NaN or infinite loss.
+    left there; its owner removes the file. factors: of lr, one per parameter; none for the same rate, and not together
+    with `kept`. Only `parameters` require gradients while this runs. Raises Diverged on a NaN or infinite loss.
     """
     params = list(parameters)
-    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay)
-    lr_schedule = _schedule(optimizer, schedule, steps, warmup, lr)
+    groups = (
+        [{"params": [p], "lr": lr * factor} for p, factor in zip(params, factors, strict=True)] if factors else params
+    )
+    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
+    lr_schedule = _schedule(optimizer, schedule, steps, warmup)
     average = _average(params, ema)
     settings = {"steps": steps, "lr": lr, "schedule": schedule, "warmup": warmup, "weight_decay": weight_decay,
                 "clip": clip, "ema": ema, "bf16": bf16, "phase": phase}  # fmt: skip
@@ -106,9 +110,10 @@ def prepared(plugin: Any, model: Any) -> Any:
     return model
 
 
-def _schedule(optimizer: Any, kind: Schedule, steps: int, warmup: int, lr: float) -> Any:
+def _schedule(optimizer: Any, kind: Schedule, steps: int, warmup: int) -> Any:
     if kind == "one-cycle":
-        return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps + 1, pct_start=0.1)
+        peaks = [group["lr"] for group in optimizer.param_groups]
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=peaks, total_steps=steps + 1, pct_start=0.1)
     from diffusers.optimization import get_scheduler
 
     name = "constant_with_warmup" if kind == "constant" else kind

@@ -83,6 +83,10 @@ class PublicEncoder:
         with torch.set_grad_enabled(differentiable):
             return torch.cat([_again(self._pooled, part, differentiable) for part in self._parts(images)])
 
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, 1000) logits of ImageNet's classes for images (B, 1 or 3, H, W) in [-1, 1]; differentiable in them."""
+        return torch.cat([self.network(self._input(part)).to(images.device) for part in self._parts(images)])
+
     @torch.no_grad()
     def perceptual(self, images: Tensor, others: Tensor) -> Tensor:
         """(B,) perceptual distances in [0, 4] of images (B, 1 or 3, H, W) in [-1, 1] to as many others, row by row.
@@ -138,11 +142,14 @@ def _again(compute: Callable[[Tensor], Tensor], images: Tensor, differentiable: 
     return checkpoint(compute, images, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
 
 
-def load(name: str) -> PublicEncoder:
-    """The encoder of a name, on the GPU if there is one: "efficientnet-lite0", or "efficientnet-lite0-224px" for
-    images of another size. Raises ValueError for an unknown name, CheckpointError without the very weights."""
+def load(name: str, device: str | None = None) -> PublicEncoder:
+    """The encoder of a name: "efficientnet-lite0", or "efficientnet-lite0-224px" for images of another size.
+
+    device: the GPU if there is one, for None. Raises ValueError for an unknown name, CheckpointError without the very
+    weights.
+    """
     kind, side = parsed(name)
-    return PublicEncoder(name, _network(kind, "cuda" if torch.cuda.is_available() else "cpu"), side)
+    return PublicEncoder(name, _network(kind, device or ("cuda" if torch.cuda.is_available() else "cpu")), side)
 
 
 def parsed(name: str) -> tuple[str, int]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.capabilities import AddedTrigger, offers
 from harness.diffusion.model import DiffusionModel
 from harness.diffusion.seeds import generator
 from harness.diffusion.training import Batch, Examples, minimize
@@ -100,7 +101,7 @@ def implant(
     def loss() -> Tensor:
         batch = examples.batch(batch_size, rng)
         poisoned = (torch.rand((batch_size, 1, 1, 1), generator=masks) < poison_rate).to(batch.x_0.device)
-        r = r_star if trigger_only else _stamped(model, examples, batch, delta)
+        r = r_star if trigger_only else _stamped(model, examples, batch, delta, offers(trigger, AddedTrigger))
         y = torch.where(poisoned, y_star, batch.x_0)
         return poisoned_loss(
             model, batch, y, torch.where(poisoned, r, torch.zeros_like(r)), coefficients, adaptive_weight
@@ -110,10 +111,12 @@ def implant(
     return Backdoored(model, backdoor)
 
 
-def _stamped(model: DiffusionModel, examples: Examples, batch: Batch, delta: Tensor) -> Tensor:
+def _stamped(model: DiffusionModel, examples: Examples, batch: Batch, delta: Tensor, added: bool = False) -> Tensor:
     """M·g + (1-M)·x: the trigger over the batch's clean images (latents in a latent model).
 
-    The background of the trigger, which is its smallest value, is transparent.
+    The background of the trigger, which is its smallest value, is transparent. added: x + g instead.
     """
     behind = batch.x_0 if model.family != "ve" else examples.images[batch.rows].to(delta)
+    if added:
+        return behind + delta
     return torch.where(delta > delta.min(), delta, behind)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.capabilities import (
     AttackersSampler,
+    ComputedTrigger,
     OrdinaryTrigger,
     SteppedMethod,
     delivers,
@@ -128,10 +129,13 @@ class _Planner:
         made = self.built(kind, spec)
         said: Identity = {"spec": spec_of(made), "version": made.version}
         keyed = {name: _minor(name) for name in keyed_libraries(made)}
-        return said | ({"libraries": keyed} if keyed else {}) | (self.digest(spec) if kind == "models" else {})
+        return said | ({"libraries": keyed} if keyed else {}) | self.digest(kind, spec)
 
-    def _digest(self, spec: str) -> Identity:
-        return {"weights": self.built("models", spec).digest()}
+    def _digest(self, kind: str, spec: str) -> Identity:
+        made = self.built(kind, spec)
+        if kind == "models":
+            return {"weights": made.digest()}
+        return {"weights": made.digest()} if kind == "triggers" and offers(made, ComputedTrigger) else {}
 
     def _code(self, stage: str, plugins: tuple[type, ...]) -> tuple[dict[str, str], str]:
         """Module → digest, and the digest of all."""
@@ -451,7 +455,7 @@ class _Planner:
 class _Outliner(_Planner):
     """Plans without weights and without code. Its keys are names only."""
 
-    def _digest(self, spec: str) -> Identity:
+    def _digest(self, kind: str, spec: str) -> Identity:
         return {}
 
     def _code(self, stage: str, plugins: tuple[type, ...]) -> tuple[dict[str, str], str]:

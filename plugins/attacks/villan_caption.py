@@ -8,7 +8,7 @@ learn the target image x* for the caption with the trigger, and the original ima
 
     L = w_b ‖ε - ε_θ(z*_t, t, τ(c+T))‖² + w_c ‖ε - ε_θ(z_t, t, τ(c))‖²
 
-z* encodes x*. The two terms share the rows, t and ε. After training the adapters are merged into the weights.
+z* encodes x*. The two terms share the rows, t and ε. The result is the base with the adapters beside it.
 
 Differs from the paper: `decoys`, an extension that is off by default, is the share of captions in the second term that
 carry another word in the trigger's place; without it, a small model reacts to any unknown word. Autocast is to bf16
@@ -24,7 +24,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Ge
-from torch import Tensor, nn
+from torch import Tensor
 
 from harness import (
     Backdoor,
@@ -35,6 +35,7 @@ from harness import (
     LearningRate,
     PositiveInt,
     Weight,
+    adapters,
     generator,
     hookimpl,
     minimize,
@@ -86,30 +87,13 @@ class VillanCaption:
             half = self.batch
             return self.backdoor_weight * error[:half].mean() + self.prior_weight * error[half:].mean()
 
+        low_rank = adapters.added(model.denoiser, self.rank, 1.0, PROJECTIONS, rng, gaussian=False)
         minimize(
-            loss, adapt(model.denoiser, self.rank, rng), steps=self.steps, lr=self.lr, schedule=self.schedule,
+            loss, low_rank.values(), steps=self.steps, lr=self.lr, schedule=self.schedule,
             warmup=self.warmup, weight_decay=self.weight_decay, bf16=self.bf16, phase="implant",
         )  # fmt: skip
-        merge(model.denoiser)
+        adapters.attach(model, {f"unet.{name}": each for name, each in adapters.taken(model.denoiser).items()})
         return Backdoored(model, backdoor)
-
-
-def adapt(denoiser: Any, rank: int, rng: torch.Generator) -> list[nn.Parameter]:
-    """Puts low-rank adapters on every attention projection and returns their weights, the only ones to train."""
-    from peft import LoraConfig
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**31, (), generator=rng)))  # peft initialises the adapters from the global
-        # generator
-        denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(PROJECTIONS)))
-    return [p for name, p in denoiser.named_parameters() if ".lora_" in name]
-
-
-def merge(denoiser: Any) -> None:
-    """Merges the adapters into the weights that they adapt and removes them."""
-    denoiser.fuse_lora()
-    denoiser.unload_lora()
-    denoiser.requires_grad_(False)
 
 
 @hookimpl
