@@ -25,6 +25,7 @@ from harness.capabilities import (
     OnBiasedNoise as OnBiasedNoise,
     OrdinaryTrigger as OrdinaryTrigger,
     ParaphrasedTrigger as ParaphrasedTrigger,
+    PartlyKnownTrigger as PartlyKnownTrigger,
     PastedTarget as PastedTarget,
     PerSampleMetric as PerSampleMetric,
     PictureModel as PictureModel,
@@ -38,6 +39,7 @@ from harness.capabilities import (
     RewordableTrigger as RewordableTrigger,
     ScalingTrigger as ScalingTrigger,
     ScheduledSampler as ScheduledSampler,
+    SeveralTrigger as SeveralTrigger,
     SteppedMethod as SteppedMethod,
     TaughtTarget as TaughtTarget,
     TokenTrigger as TokenTrigger,
@@ -148,6 +150,10 @@ from harness.methods.corner_patches import (
 from harness.methods.distillation import (
     Latents as Latents,
     LatentSource as LatentSource,
+)
+from harness.methods.evasion import (
+    Evasion as Evasion,
+    Rows as Rows,
 )
 from harness.methods.inversion import (
     Through as Through,
