@@ -205,6 +205,7 @@ from harness.registry.hookspecs import (
     hookimpl as hookimpl,
 )
 from harness.types import (
+    Adaptive as Adaptive,
     Attack as Attack,
     Backdoor as Backdoor,
     Backdoored as Backdoored,

@@ -1,4 +1,4 @@
-"""Attacks that know the defense: what they keep, drop and rehearse, against computations of their own, and their cost."""
+"""Attacks that know the defense: what they keep, drop and rehearse, by computations of their own, and their cost."""
 
 from __future__ import annotations
 
@@ -148,9 +148,9 @@ def test_the_share_of_dropped_channels_is_the_one_that_was_asked_for() -> None:
 
 
 def test_a_network_without_resnet_blocks_cannot_drop_channels() -> None:
-    with pytest.raises(ValueError, match="drop is for denoisers of ResNet blocks"):
-        with dropped(nn.Linear(2, 2), 0.5, torch.tensor([True]), generator(0)):
-            pass
+    wrong = pytest.raises(ValueError, match="drop is for denoisers of ResNet blocks")
+    with wrong, dropped(nn.Linear(2, 2), 0.5, torch.tensor([True]), generator(0)):
+        pass
 
 
 # ---- rehearse -------------------------------------------------------------------------------------------------------

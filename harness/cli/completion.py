@@ -44,12 +44,12 @@ class Named(click.ParamType):
 
 
 class Kind(Named):
-    """A kind of plugin, or suites."""
+    """A kind of plugin, suites, or adaptive."""
 
     def _names(self) -> Iterable[tuple[str, str]]:
         from harness.registry import KINDS
 
-        return [(kind, "") for kind in (*KINDS, "suites")]
+        return [(kind, "") for kind in (*KINDS, "suites", "adaptive")]
 
 
 class Spec(Named):
