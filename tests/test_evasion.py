@@ -260,9 +260,9 @@ def test_an_adaptive_attack_takes_at_most_half_as_much_again_as_the_plain_one(
 def test_drop_and_rehearse_refuse_a_model_that_computes_activations_again(digits: Data) -> None:
     model = tiny_unet()
     model.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
-    for options in ({"drop": 0.1}, {"rehearse": 2}):
+    for options in (Evasion(drop=0.1), Evasion(rehearse=2)):
         with pytest.raises(ValueError, match="use checkpointing=False"):
-            training(Evasion(**options), model, digits)
+            training(options, model, digits)
     training(Evasion(spare=10), model, digits)
 
 

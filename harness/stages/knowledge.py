@@ -109,7 +109,7 @@ def draw(
 
 
 def known_part(trigger: Trigger | None) -> Trigger | None:
-    """What a defender is told who is given a trigger: the part of it that is known, if it is known in part."""
+    """The trigger that a defender gets who is given `trigger`: the known part, of one that is known in part."""
     return trigger.known() if offers(trigger, PartlyKnownTrigger) else trigger
 
 
