@@ -28,6 +28,7 @@ from harness.capabilities import (
     OnBiasedNoise as OnBiasedNoise,
     OrdinaryTrigger as OrdinaryTrigger,
     ParaphrasedTrigger as ParaphrasedTrigger,
+    PartlyKnownTrigger as PartlyKnownTrigger,
     PastedTarget as PastedTarget,
     PerSampleMetric as PerSampleMetric,
     PictureModel as PictureModel,
@@ -41,6 +42,7 @@ from harness.capabilities import (
     RewordableTrigger as RewordableTrigger,
     ScalingTrigger as ScalingTrigger,
     ScheduledSampler as ScheduledSampler,
+    SeveralTrigger as SeveralTrigger,
     SteppedMethod as SteppedMethod,
     TaughtTarget as TaughtTarget,
     TokenTrigger as TokenTrigger,
@@ -158,6 +160,10 @@ from harness.methods.distillation import (
     Latents as Latents,
     LatentSource as LatentSource,
 )
+from harness.methods.evasion import (
+    Evasion as Evasion,
+    Rows as Rows,
+)
 from harness.methods.inversion import (
     Through as Through,
 )
@@ -212,6 +218,7 @@ from harness.registry.hookspecs import (
     hookimpl as hookimpl,
 )
 from harness.types import (
+    Adaptive as Adaptive,
     Attack as Attack,
     Backdoor as Backdoor,
     Backdoored as Backdoored,

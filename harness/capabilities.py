@@ -158,6 +158,24 @@ class ComputedTrigger(Trigger, Protocol):
 
 
 @runtime_checkable
+class SeveralTrigger(NoiseTrigger, Protocol):
+    """One of several patterns, any of which activates the backdoor; `delta` is the first: attacks on noise ask for it,
+    to train each poisoned row on one of them, and train on `delta` without it."""
+
+    def patterns(self, shape: Sequence[int]) -> Tensor:
+        """(K, C, H, W)."""
+        ...
+
+
+@runtime_checkable
+class PartlyKnownTrigger(Trigger, Protocol):
+    """One that is told in part: the harness asks for the trigger that a defender who is given the trigger gets, and
+    gives the whole trigger without it."""
+
+    def known(self) -> Trigger: ...
+
+
+@runtime_checkable
 class TriggerDependentTarget(Target, Protocol):
     """One that depends on the trigger: every Backdoor asks it for the target of its trigger, and takes the target as it
     is without it."""
@@ -503,6 +521,8 @@ CAPABILITIES: tuple[Capability, ...] = (
     Capability(ScalingTrigger, ("triggers",), ("biased_noise",)),
     Capability(AddedTrigger, ("triggers",), ("added",)),
     Capability(ComputedTrigger, ("triggers",), ("digest",)),
+    Capability(SeveralTrigger, ("triggers",), ("patterns",)),
+    Capability(PartlyKnownTrigger, ("triggers",), ("known",)),
     Capability(TriggerDependentTarget, ("targets",), ("of",)),
     Capability(ConditionalTarget, ("targets",), ("applicable_to",)),
     Capability(PromptTarget, ("targets",), ("shown",)),

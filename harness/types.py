@@ -259,6 +259,21 @@ class Doubt:
 
 
 @dataclass(frozen=True)
+class Adaptive:
+    """The attack that knows a defense, as a plugin's hook `adaptive` declares it.
+
+    defense: the name of the defense. attack: a spec; "" if there is none. because: one sentence that says what the
+    attack exploits, or why there is none. trigger, target: specs that belong to it; "" = any that the attack accepts.
+    """
+
+    defense: str
+    attack: str
+    because: str
+    trigger: str = ""
+    target: str = ""
+
+
+@dataclass(frozen=True)
 class Cell:
     """One experiment, as specs with all defaults filled in.
 

@@ -9,6 +9,7 @@ import torch
 
 from harness.diffusion.seeds import generator
 from harness.diffusion.training import Examples
+from harness.methods.evasion import Evasion
 from harness.methods.noise_attacks import ancestral_coefficients
 from harness.types import Backdoor, Data
 from plugins.attacks.baddiffusion import BadDiffusion
@@ -113,7 +114,8 @@ def test_an_adaptive_weight_of_zero_is_the_plain_attack(digits: Data, monkeypatc
     """As it was before there was such a weight: the formula written out, under the same seed."""
     from harness.methods import noise_attacks
 
-    def plain(model, batch, y, r, coefficients, adaptive_weight):
+    def plain(training, batch, y, r, poisoned, coefficients, adaptive_weight):
+        model = training.model
         rho, c = coefficients(model, batch.t)
         x_t = model.add_noise(y, batch.eps, batch.t) + rho * r
         return (batch.eps + c * r - model.eps(x_t, batch.t)).square().mean()
@@ -136,7 +138,9 @@ def test_the_adaptive_penalty_is_the_distance_of_the_two_answers(digits: Data) -
     t, eps = torch.tensor([10, 400, 700, 999]), torch.randn((4, 1, 16, 16), generator=generator(0, "eps"))
     batch = Batch(torch.arange(4), images, t, eps, None)
     y, r = Hat().image((1, 16, 16)).expand(4, -1, -1, -1), Box().delta((1, 16, 16)).expand(4, -1, -1, -1)
-    loss = [poisoned_loss(model, batch, y, r, ancestral_coefficients, weight) for weight in (0.0, 0.3)]
+    training = Evasion().training(model, model, Examples(model, digits), generator(0, "x"))
+    every = torch.ones(4, dtype=torch.bool)
+    loss = [poisoned_loss(training, batch, y, r, every, ancestral_coefficients, weight) for weight in (0.0, 0.3)]
     a_bar = scheduler().alphas_cumprod[t].view(-1, 1, 1, 1)
     noisy = [a_bar.sqrt() * x_0 + (1 - a_bar).sqrt() * eps for x_0 in (images, y)]
     clean, bad = model.denoiser(noisy[0], t).sample, model.denoiser(noisy[1] + (1 - a_bar.sqrt()) * r, t).sample
@@ -197,7 +201,7 @@ def test_the_stamped_trigger_shows_the_clean_image_behind_it(digits: Data) -> No
     delta, model = Box(size=5).delta((1, 16, 16)), tiny_unet()
     examples = Examples(model, digits)
     batch = examples.batch(12, generator(0, "x"))
-    r = _stamped(model, examples, batch, delta)
+    r = _stamped(model, examples, batch, delta.expand(12, -1, -1, -1))
     assert torch.equal(r[:, :, 10:15, 10:15], torch.zeros(12, 1, 5, 5))
     assert torch.equal(r[:, :, :10], digits.images[batch.rows, :, :10])
 

@@ -82,7 +82,7 @@ def test_what_is_completed_is_not_checked() -> None:
 
 def test_completion_knows_every_suite_and_every_kind() -> None:
     assert set(completed("bench run ")) == set(suites())
-    assert set(completed("bench list ")) == {*KINDS, "presets", "suites"}
+    assert set(completed("bench list ")) == {*KINDS, "presets", "suites", "adaptive"}
 
 
 def schema(name: str, *files: Path) -> None:

@@ -12,7 +12,7 @@ from harness import registry
 from harness.capabilities import OrdinaryTrigger, offers
 from harness.diffusion.seeds import generator, image_noise, image_seeds
 from harness.judges import shapes
-from harness.methods.trigger_placement import scale_of
+from harness.methods.trigger_placement import patterns_of, scale_of
 from harness.types import Backdoor, Inputs, TargetContext
 from plugins.models.digits_ddpm import DigitsDDPM
 from plugins.models.shapes_sd import ShapesSD
@@ -54,7 +54,10 @@ def test_a_trigger_stamps_gamma_eps_plus_mu_and_leaves_its_inputs_alone(trigger:
     made = trigger.stamp(given)
     mu, gamma = trigger.delta(shape), scale_of(trigger, shape)
     assert mu.shape == gamma.shape == shape and mu.min() >= -1 and mu.max() <= 1
-    assert torch.equal(made.noise, gamma * before + mu)
+    patterns = patterns_of(trigger, shape)
+    assert torch.equal(patterns[0], mu)
+    for seed, noise, found in zip(made.seeds, before, made.noise, strict=True):
+        assert torch.equal(found, gamma * noise + patterns[seed % len(patterns)])
     assert torch.equal(given.noise, before) and (made.prompts, made.seeds) == (given.prompts, given.seeds)
     assert torch.equal(trigger.delta(shape), trigger.delta(shape))
 

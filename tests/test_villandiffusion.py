@@ -11,7 +11,8 @@ import torch
 from harness.diffusion.model import DiffusionModel
 from harness.diffusion.samplers import DDIM, DDPM, FlowEuler, FlowHeun
 from harness.diffusion.seeds import generator, image_noise, image_seeds
-from harness.diffusion.training import Batch
+from harness.diffusion.training import Batch, Examples
+from harness.methods.evasion import Evasion
 from harness.methods.noise_attacks import ancestral_coefficients, poisoned_loss
 from harness.types import Backdoor, Data, Inputs
 from plugins.attacks.villandiffusion import VillanDiffusion
@@ -109,7 +110,9 @@ def test_the_ve_loss_is_that_of_the_papers_score() -> None:
     eps = torch.randn((4, 1, 16, 16), generator=generator("eps"))
     y = (Hat().image((1, 16, 16)).expand(4, -1, -1, -1) + 1) / 2
     r = Box().delta((1, 16, 16)).expand(4, -1, -1, -1)
-    loss = poisoned_loss(model, Batch(torch.arange(4), y, t, eps, None), y, r, VillanDiffusion(psi=0).coefficients)
+    training = Evasion().training(model, model, Examples(model, Data(2 * y - 1)), generator(0, "x"))
+    batch, every = Batch(torch.arange(4), y, t, eps, None), torch.ones(4, dtype=torch.bool)
+    loss = poisoned_loss(training, batch, y, r, every, VillanDiffusion(psi=0).coefficients)
     sigma = (0.01 * 5000 ** (t.double() / 999)).float().view(-1, 1, 1, 1)
     score = model.denoiser(y + sigma * (eps + r), sigma.flatten()).sample
     assert loss.item() == pytest.approx((eps + 0.502131 * r + sigma * score).square().mean().item(), rel=1e-4)

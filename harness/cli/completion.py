@@ -47,12 +47,12 @@ class Named(click.ParamType):
 
 
 class Kind(Named):
-    """A kind of plugin, suites or presets."""
+    """A kind of plugin, suites, presets or adaptive."""
 
     def _names(self) -> Iterable[tuple[str, str]]:
         from harness.registry import KINDS
 
-        return [(kind, "") for kind in (*KINDS, "presets", "suites")]
+        return [(kind, "") for kind in (*KINDS, "presets", "suites", "adaptive")]
 
 
 class Spec(Named):

@@ -24,15 +24,19 @@ from harness.cli.completion import Kind, Named
 from harness.registry import KINDS, Entry, kind_of, presets, unknown_name
 
 
-@click.command("list", short_help="Models, attacks, defenses ... and suites.")
+@click.command("list", short_help="Models, attacks, defenses ..., suites, adaptive attacks.")
 @click.argument("kind", required=False, type=Kind())
 @plugin_files
 @as_json
 def list_(kind: str | None, files: tuple[Path, ...], as_json: bool) -> None:
-    """List plugins of KIND: models, triggers, targets, attacks, defenses, metrics, samplers; or suites, or presets.
+    """List plugins of KIND: models, triggers, targets, attacks, defenses, metrics, samplers; or suites; or presets; or
+    adaptive, the attacks that know a defense.
 
     Without KIND, list every plugin.
     """
+    if kind == "adaptive":
+        _list_adaptive(files, as_json)
+        return
     if kind in ("suite", "suites"):
         _list_suites(as_json)
         return
@@ -49,6 +53,15 @@ def list_(kind: str | None, files: tuple[Path, ...], as_json: bool) -> None:
         if kind is None:
             echo(f"{'' if i == 0 else chr(10)}{each}")
         echo(columns(rows, "  " if kind is None else "") or "none")
+
+
+def _list_adaptive(files: tuple[Path, ...], as_json: bool) -> None:
+    known = index_of(files).adaptive
+    if as_json:
+        print_json(known)
+        return
+    parts = [(each.defense, ", ".join(filter(None, (each.attack, each.trigger, each.target))), each) for each in known]
+    echo(columns([(name, specs or "none", each.because) for name, specs, each in parts]) or "none")
 
 
 def _list_suites(as_json: bool) -> None:

@@ -8,7 +8,8 @@ variance-exploding model it is in [-1, 1], as all triggers here, although the im
 
 The adaptive attack of Diff-Cleanse (arXiv:2407.21316, appendix G) adds λ ‖ε_θ(x_t, t) - ε_θ(x_t', t)‖², so that
 backdoored inputs excite the network as clean inputs do. x_t' is the noised clean image of the same row, with the same ε
-and t. The paper specifies neither the inputs that are compared nor the norm, and it has no code for this attack.
+and t. The paper specifies neither the inputs that are compared nor the norm, and it has no code for this attack. What
+else an attacker who knows the defense may do is in `evasion`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from harness.capabilities import AddedTrigger, offers
 from harness.diffusion.model import DiffusionModel
 from harness.diffusion.seeds import generator
 from harness.diffusion.training import Batch, Examples, minimize
+from harness.methods import trigger_placement
+from harness.methods.evasion import Evasion, EvasiveTraining, Rows
 from harness.types import Backdoor, Backdoored, Data
 
 Coefficients = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
@@ -51,22 +54,30 @@ def proportional_coefficients(model: DiffusionModel, t: Tensor) -> tuple[Tensor,
 
 
 def poisoned_loss(
-    model: DiffusionModel, batch: Batch, y: Tensor, r: Tensor, coefficients: Coefficients, adaptive_weight: float = 0.0
+    training: EvasiveTraining,
+    batch: Batch,
+    y: Tensor,
+    r: Tensor,
+    poisoned: Tensor,
+    coefficients: Coefficients,
+    adaptive_weight: float = 0.0,
 ) -> Tensor:
     """The mean of ‖ε + c_t r - ε_θ(x_t, t)‖², in a flow of the same error of v.
 
-    y, r (B, C, H, W): a clean row has y = x_0 and r = 0.
+    y, r (B, C, H, W): a clean row has y = x_0 and r = 0. poisoned (B,) bool.
 
-    adaptive_weight: λ, of the mean over all elements of ‖ε_θ(x_t, t) - ε_θ(x_t', t)‖², which is 0 for a clean row.
+    adaptive_weight: λ, of the mean over all elements of ‖ε_θ(x_t, t) - ε_θ(x_t', t)‖², which is 0 for a clean row and
+    is evaluated on poisoned rows alone.
     """
+    model = training.model
     rho, c = coefficients(model, batch.t)
-    x_t = model.add_noise(y, batch.eps, batch.t) + rho * r
-    answer = model.eps(x_t, batch.t)
-    loss = model.error(answer, batch.eps + c * r, batch.t).mean()
-    if adaptive_weight == 0:
-        return loss
-    beside = model.eps(model.add_noise(batch.x_0, batch.eps, batch.t), batch.t)
-    return loss + adaptive_weight * model.error(answer, beside, batch.t).mean()
+    rows = Rows(model.add_noise(y, batch.eps, batch.t) + rho * r, batch.t, batch.eps + c * r, poisoned)
+    if adaptive_weight == 0 or not poisoned.any():
+        return training.loss(rows)
+    answer = training.answers(rows)
+    beside = model.eps(model.add_noise(batch.x_0, batch.eps, batch.t)[poisoned], batch.t[poisoned])
+    gap = model.error(answer[poisoned], beside, batch.t[poisoned]).sum() / answer.numel()
+    return model.error(answer, training.wanted(rows), batch.t).mean() + adaptive_weight * gap
 
 
 def implant(
@@ -75,6 +86,7 @@ def implant(
     data: Data,
     rng: torch.Generator,
     coefficients: Coefficients,
+    evasion: Evasion,
     *,
     poison_rate: float,
     trigger_only: bool,
@@ -83,40 +95,43 @@ def implant(
 ) -> Backdoored:
     """Fine-tunes a copy of `model` so that ε + r leads to the target image.
 
-    poison_rate: probability with which each row of a batch is poisoned. trigger_only: r is the trigger alone; otherwise
-    r is the trigger stamped on the clean image of the row (pixels of the trigger's background, those at its minimum,
-    show the image). adaptive_weight: λ of the adaptive attack. training: batch, and the arguments of
+    evasion: what the attacker does about defenses. poison_rate: probability with which each row of a batch is poisoned.
+    trigger_only: r is the trigger alone; otherwise r is the trigger stamped on the clean image of the row (pixels of
+    the trigger's background, those at its minimum, show the image). Of a trigger with several patterns, each poisoned
+    row gets one at random. adaptive_weight: λ of the adaptive attack. training: batch, and the arguments of
     `harness.diffusion.training.minimize`.
     """
-    model = model.clone()
+    clean, model = model, model.clone()
     batch_size = training.pop("batch")
     examples, masks = Examples(model, data), generator(rng.initial_seed(), "poison")
+    evasive = evasion.training(clean, model, examples, rng)
     image_shape = data.images.shape[1:]
     target: Any = backdoor.target
     trigger: Any = backdoor.trigger
     target_image = target.image(image_shape)
-    delta = trigger.delta(model.shape).to(model.device)
-    y_star, r_star = model.encode(target_image.unsqueeze(0)).to(model.device), delta.unsqueeze(0)
+    patterns = trigger_placement.patterns_of(trigger, model.shape).to(model.device)
+    which = generator(rng.initial_seed(), "patterns")
+    y_star = model.encode(target_image.unsqueeze(0)).to(model.device)
 
     def loss() -> Tensor:
-        batch = examples.batch(batch_size, rng)
+        batch = evasive.batch(batch_size)
         poisoned = (torch.rand((batch_size, 1, 1, 1), generator=masks) < poison_rate).to(batch.x_0.device)
-        r = r_star if trigger_only else _stamped(model, examples, batch, delta, offers(trigger, AddedTrigger))
+        delta = trigger_placement.drawn(patterns, batch_size, which)
+        r = delta if trigger_only else _stamped(model, examples, batch, delta, offers(trigger, AddedTrigger))
         y = torch.where(poisoned, y_star, batch.x_0)
-        return poisoned_loss(
-            model, batch, y, torch.where(poisoned, r, torch.zeros_like(r)), coefficients, adaptive_weight
-        )
+        r = torch.where(poisoned, r, torch.zeros_like(r))
+        return poisoned_loss(evasive, batch, y, r, poisoned.flatten(), coefficients, adaptive_weight)
 
     minimize(loss, model.denoiser.parameters(), phase="implant", **training)
     return Backdoored(model, backdoor)
 
 
 def _stamped(model: DiffusionModel, examples: Examples, batch: Batch, delta: Tensor, added: bool = False) -> Tensor:
-    """M·g + (1-M)·x: the trigger over the batch's clean images (latents in a latent model).
+    """M·g + (1-M)·x: the trigger (B, C, H, W) over the batch's clean images (latents in a latent model).
 
     The background of the trigger, which is its smallest value, is transparent. added: x + g instead.
     """
     behind = batch.x_0 if model.family != "ve" else examples.images[batch.rows].to(delta)
     if added:
         return behind + delta
-    return torch.where(delta > delta.min(), delta, behind)
+    return torch.where(delta > delta.amin((1, 2, 3), keepdim=True), delta, behind)

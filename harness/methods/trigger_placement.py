@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from harness.capabilities import scales_noise
+from harness.capabilities import SeveralTrigger, offers, scales_noise
 from harness.methods.prompt_edits import Substitution
 from harness.types import Inputs, NoiseTrigger
 
@@ -26,6 +26,20 @@ PLACES: tuple[Place, ...] = ("bottom right", "top left", "top right", "bottom le
 def scale_of(trigger: object, shape: Sequence[int]) -> Tensor:
     """γ (C, H, W) of a trigger; 1 if the trigger does not scale the noise."""
     return trigger.scale(shape) if scales_noise(trigger) else torch.ones(tuple(shape))
+
+
+def patterns_of(trigger: NoiseTrigger, shape: Sequence[int]) -> Tensor:
+    """(K, C, H, W) the patterns any of which activates the backdoor; one for most triggers."""
+    if offers(trigger, SeveralTrigger):
+        return trigger.patterns(shape)
+    return trigger.delta(shape).unsqueeze(0)
+
+
+def drawn(patterns: Tensor, n: int, rng: torch.Generator) -> Tensor:
+    """(n, C, H, W): a random one of the patterns (K, C, H, W) for each of n rows. Of one pattern nothing is drawn."""
+    if len(patterns) == 1:
+        return patterns.expand(n, -1, -1, -1)
+    return patterns[torch.randint(0, len(patterns), (n,), generator=rng).to(patterns.device)]
 
 
 def stamped(trigger: NoiseTrigger, inputs: Inputs) -> Inputs:

@@ -15,6 +15,7 @@ from typing import Any
 from harness.registry.entry_points import file_of
 from harness.registry.errors import PluginError
 from harness.registry.specs import literal
+from harness.types import Adaptive
 
 FACTS = (
     "modality", "conditional", "kind", "accepts_models", "accepts_triggers", "accepts_targets", "needs", "delivers",
@@ -82,10 +83,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Index:
-    """Every plugin that loads, and every module that does not."""
+    """Every plugin that loads, every module that does not, and the attacks that know a defense."""
 
     entries: tuple[Entry, ...]
     warnings: tuple[PluginWarning, ...] = ()
+    adaptive: tuple[Adaptive, ...] = ()
 
     def of_kind(self, kind: str) -> tuple[Entry, ...]:
         return tuple(entry for entry in self.entries if entry.kind == kind)

@@ -42,3 +42,8 @@ def metrics() -> list[type]:  # type: ignore[empty-body]
 @hookspec
 def samplers() -> list[type]:  # type: ignore[empty-body]
     """Samplers beside the built-in ones: for a suite's `sampler` axis, or delivered by a defense."""
+
+
+@hookspec
+def adaptive() -> list[object]:  # type: ignore[empty-body]
+    """Attacks that know a defense, one `harness.Adaptive` each. Either plugin may come from another distribution."""

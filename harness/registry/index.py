@@ -19,8 +19,9 @@ from harness.registry.descriptions import Entry, Field, Index, PluginWarning
 from harness.registry.entry_points import OWN, installed
 from harness.registry.errors import PluginError
 from harness.registry.kept import cache_file, write_atomically
+from harness.types import Adaptive
 
-INDEX_VERSION = 3
+INDEX_VERSION = 4
 FATAL = "BENCH_FATAL_PLUGINS"  # JSON: module → why it is not imported
 PATIENCE = 300.0  # seconds for importing all plugins
 
@@ -91,7 +92,8 @@ def _read_index(path: Path, key: str) -> Index | None:
 
 def _index_from(document: Mapping[str, Any]) -> Index:
     entries = [Entry(**{**e, "fields": tuple(Field(**f) for f in e["fields"])}) for e in document["entries"]]
-    return Index(tuple(entries), tuple(PluginWarning(**w) for w in document["warnings"]))
+    known = tuple(Adaptive(**each) for each in document["adaptive"])
+    return Index(tuple(entries), tuple(PluginWarning(**w) for w in document["warnings"]), known)
 
 
 def _derived() -> dict[str, Any]:
@@ -147,7 +149,7 @@ def write_index(path: Path, begun: Path | None = None) -> None:
     being imported, so that whoever finds this process dead knows which one ended it."""
     from harness.registry.loading import load
 
-    document: dict[str, Any] = {"entries": [], "warnings": [], "error": None}
+    document: dict[str, Any] = {"entries": [], "warnings": [], "adaptive": [], "error": None}
     try:
         document |= dataclasses.asdict(load(begun=begun).index())
     except PluginError as error:

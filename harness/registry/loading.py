@@ -26,8 +26,11 @@ from harness.registry.entry_points import OWN, file_of, installed, source_of
 from harness.registry.errors import KINDS, PluginError, RegistryError, UnknownName, did_you_mean, kind_of
 from harness.registry.specs import parse_spec, spec_of
 from harness.registry.validation import make
+from harness.types import Adaptive
 
 HOOKS = KINDS
+ADAPTIVE = "adaptive"  # the hook whose values are declarations, not classes
+UNDECLARED = "No plugin declares an attack that knows it."
 YOURS = "for a plugin of your own: pip install -e DIR, or --plugin-file FILE"
 
 T = TypeVar("T")
@@ -47,6 +50,7 @@ class Registry:
         self.warnings: list[PluginWarning] = []
         self.files: list[Path] = []
         self._classes: dict[str, dict[str, tuple[Any, str]]] = {kind: {} for kind in HOOKS}
+        self._adaptive: dict[Adaptive, tuple[str, str]] = {}
         self._seen: set[str] = set()
         self._manager = pluggy.PluginManager(hookspecs.PROJECT)
         self._manager.add_hookspecs(hookspecs)
@@ -80,6 +84,26 @@ class Registry:
         kind = kind_of(kind)
         return self._classes[kind][name][1] if name in self._classes[kind] else OWN
 
+    def adaptive(self) -> tuple[Adaptive, ...]:
+        """The attacks that know a defense, in the order of the defenses' names; every defense is named.
+
+        A declaration that names no defense, or whose specs cannot be built, is left out with a warning.
+        """
+        for each, (module, distribution) in list(self._adaptive.items()):
+            if self._try(distribution, module, partial(self._built, each)) is None:
+                del self._adaptive[each]
+        known = {each.defense for each in self._adaptive}
+        rest = [Adaptive(name, "", UNDECLARED) for name in self.classes("defenses") if name not in known]
+        return tuple(sorted([*self._adaptive, *rest], key=lambda each: each.defense))
+
+    def _built(self, each: Adaptive) -> bool:
+        """True, or the error of a declaration that names no defense or a spec that cannot be built."""
+        self.find("defenses", each.defense)
+        for kind in ("attack", "trigger", "target"):
+            if spec := getattr(each, kind):
+                self.build(f"{kind}s", spec)
+        return True
+
     def index(self) -> Index:
         """What the lists show, read from the loaded classes and their sources."""
         found = [(kind, name, cls) for kind in KINDS for name, cls in self.classes(kind).items()]
@@ -88,7 +112,8 @@ class Registry:
             describe(kind, cls, self.distribution_of(kind, name), alone=inhabitants[cls.__module__] == 1)
             for kind, name, cls in found
         ]
-        return Index(tuple(entries), tuple(self.warnings))
+        adaptive = self.adaptive()
+        return Index(tuple(entries), tuple(self.warnings), adaptive)
 
     def load_installed(self) -> None:
         """Load every entry point of the group; one that names a package means each module below it."""
@@ -140,8 +165,8 @@ class Registry:
         callers = self._manager.get_hookcallers(plugin) or []
         for caller in callers:
             if not caller.has_spec():
-                hint = did_you_mean(caller.name, HOOKS)
-                says = f"no hook '{caller.name}'{hint} hooks: {', '.join(HOOKS)}; rename the function"
+                hint = did_you_mean(caller.name, (*HOOKS, ADAPTIVE))
+                says = f"no hook '{caller.name}'{hint} hooks: {', '.join((*HOOKS, ADAPTIVE))}; rename the function"
                 raise PluginError(f"{name} of {distribution}: {says} ({file_of(name) or 'no file'})")
         if alone and not callers:
             self._try(distribution, name, _no_hook)
@@ -151,6 +176,10 @@ class Registry:
                     self._take(caller.name, implementation.function, name, distribution)
 
     def _take(self, kind: str, hook: Callable[[], Any], module: str, distribution: str) -> None:
+        if kind == ADAPTIVE:
+            for each in self._try(distribution, module, lambda: _declared(hook)) or []:
+                self._adaptive[each] = (module, distribution)
+            return
         for cls in self._try(distribution, module, lambda: _returned(kind, hook)) or []:
             if self._try(distribution, module, partial(_checked_class, kind, cls)) is not None:
                 self._add(kind, cls, distribution)
@@ -218,6 +247,16 @@ def _returned(kind: str, hook: Callable[[], Any]) -> list[Any]:
     found = hook()
     if not isinstance(found, list):
         raise TypeError(f"hook {kind} returned {type(found).__name__}, not a list of classes")
+    return found
+
+
+def _declared(hook: Callable[[], Any]) -> list[Adaptive]:
+    found = hook()
+    if not isinstance(found, list) or not all(isinstance(each, Adaptive) for each in found):
+        raise TypeError(f"hook {ADAPTIVE} returned {found!r:.60}, not a list of harness.Adaptive")
+    empty = [each.defense for each in found if not each.because]
+    if empty:
+        raise ValueError(f"hook {ADAPTIVE} says of {', '.join(empty)} not what the attack exploits; fill `because`")
     return found
 
 

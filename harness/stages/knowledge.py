@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.capabilities import encoders_of
+from harness.capabilities import PartlyKnownTrigger, encoders_of, offers
 from harness.diffusion.seeds import generator
 from harness.judges import public_encoders
 from harness.types import KNOWLEDGE, PUBLIC_ENCODERS, Data, Defense, Knowledge, Model, Trigger
@@ -98,7 +98,7 @@ def draw(
     """
     given = given or Given()
     return Knowledge(
-        trigger=given.trigger if "trigger" in needs else None,
+        trigger=known_part(given.trigger) if "trigger" in needs else None,
         data=(given.data or _data(plugin, seed)) if "data" in needs else None,
         prompts=(given.prompts or _prompts(plugin, seed)) if "prompts" in needs else None,
         clean_model=plugin.load().to(device) if plugin is not None and "clean_model" in needs else None,
@@ -106,6 +106,11 @@ def draw(
         encoder=encoder(plugin) if plugin is not None and "encoder" in needs else None,
         public_encoder=public_encoders.load(PUBLIC_ENCODERS[0]) if "public_encoder" in needs else None,
     )
+
+
+def known_part(trigger: Trigger | None) -> Trigger | None:
+    """The trigger that a defender gets who is given `trigger`: the known part, of one that is known in part."""
+    return trigger.known() if offers(trigger, PartlyKnownTrigger) else trigger
 
 
 def _data(plugin: Model | None, seed: int) -> Data | None:

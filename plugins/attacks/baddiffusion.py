@@ -27,11 +27,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from harness import Backdoor, Backdoored, Data, Fraction, LearningRate, PositiveInt, Weight, hookimpl, noise_attacks
+from harness import (
+    Backdoor,
+    Backdoored,
+    Data,
+    Evasion,
+    Fraction,
+    LearningRate,
+    PositiveInt,
+    Weight,
+    hookimpl,
+    noise_attacks,
+)
 
 
 @dataclass(frozen=True)
-class BadDiffusion:
+class BadDiffusion(Evasion):
     name: ClassVar[str] = "baddiffusion"
     version: ClassVar[int] = 1
     accepts_triggers: ClassVar[tuple[str, ...]] = ("noise",)
@@ -54,7 +65,7 @@ class BadDiffusion:
 
     def implant(self, model: Any, backdoor: Backdoor, data: Data, rng: Any) -> Backdoored:
         return noise_attacks.implant(
-            model, backdoor, data, rng, noise_attacks.ancestral_coefficients, poison_rate=self.poison_rate,
+            model, backdoor, data, rng, noise_attacks.ancestral_coefficients, self, poison_rate=self.poison_rate,
             trigger_only=self.trigger_only, steps=self.steps, batch=self.batch, lr=self.lr, schedule=self.schedule,
             ema=self.ema, bf16=self.bf16, adaptive_weight=self.adaptive_weight,
         )  # fmt: skip

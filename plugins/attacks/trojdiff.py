@@ -38,19 +38,23 @@ from harness import (
     Backdoor,
     Backdoored,
     Data,
+    Evasion,
     Examples,
     Fraction,
     LearningRate,
     PositiveInt,
+    Rows,
+    SeveralTrigger,
     generator,
     hookimpl,
     minimize,
+    offers,
     trigger_placement,
 )
 
 
 @dataclass(frozen=True)
-class TrojDiff:
+class TrojDiff(Evasion):
     name: ClassVar[str] = "trojdiff"
     version: ClassVar[int] = 1
     accepts_triggers: ClassVar[tuple[str, ...]] = ("noise",)
@@ -68,8 +72,14 @@ class TrojDiff:
     def implant(self, model: Any, backdoor: Backdoor, data: Data, rng: Any) -> Backdoored:
         if model.family != "vp":
             raise ValueError("trojdiff is for variance-preserving models; its reverse process has no other form")
-        model = model.clone()
+        if offers(backdoor.trigger, SeveralTrigger):
+            raise ValueError(
+                f"the reverse process of trojdiff subtracts one pattern, and {backdoor.trigger.name} has several; use "
+                "baddiffusion or villandiffusion"
+            )
+        clean, model = model, model.clone()
         examples, poison = Examples(model, data), generator(rng.initial_seed(), "poison")
+        evasive = self.training(clean, model, examples, rng)
         trigger: Any = backdoor.trigger
         mu, gamma = (
             f.to(model.device) for f in (trigger.delta(model.shape), trigger_placement.scale_of(trigger, model.shape))
@@ -77,12 +87,12 @@ class TrojDiff:
         targets = model.encode(target_images(backdoor.target, data, poison)).to(model.device)
 
         def loss() -> Tensor:
-            batch = examples.batch(self.batch, rng)
+            batch = evasive.batch(self.batch)
             trojan = (torch.rand((self.batch, 1, 1, 1), generator=poison) < self.poison_rate).to(model.device)
             rows = torch.randint(0, len(targets), (self.batch,), generator=poison)
             x_0 = torch.where(trojan, targets[rows.to(model.device)], batch.x_0)
             noise = torch.where(trojan, gamma * batch.eps + mu, batch.eps)
-            return (model.eps(model.add_noise(x_0, noise, batch.t), batch.t) - batch.eps).square().mean()
+            return evasive.loss(Rows(model.add_noise(x_0, noise, batch.t), batch.t, batch.eps, trojan.flatten()))
 
         minimize(
             loss, model.denoiser.parameters(), steps=self.steps, lr=self.lr, schedule=self.schedule, ema=self.ema,

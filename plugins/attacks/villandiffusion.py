@@ -39,11 +39,22 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from harness import Backdoor, Backdoored, Data, Fraction, LearningRate, PositiveInt, Weight, hookimpl, noise_attacks
+from harness import (
+    Backdoor,
+    Backdoored,
+    Data,
+    Evasion,
+    Fraction,
+    LearningRate,
+    PositiveInt,
+    Weight,
+    hookimpl,
+    noise_attacks,
+)
 
 
 @dataclass(frozen=True)
-class VillanDiffusion:
+class VillanDiffusion(Evasion):
     name: ClassVar[str] = "villandiffusion"
     version: ClassVar[int] = 1
     accepts_triggers: ClassVar[tuple[str, ...]] = ("noise",)
@@ -89,7 +100,7 @@ class VillanDiffusion:
         if model.family == "flow" and self.solver != "ode":
             raise ValueError("a flow has no ancestral sampler; use villandiffusion(solver='ode')")
         return noise_attacks.implant(
-            model, backdoor, data, rng, self.coefficients, poison_rate=self.poison_rate,
+            model, backdoor, data, rng, self.coefficients, self, poison_rate=self.poison_rate,
             trigger_only=self.trigger_only, steps=self.steps, batch=self.batch, lr=self.lr, schedule=self.schedule,
             ema=self.ema, bf16=self.bf16, adaptive_weight=self.adaptive_weight,
         )  # fmt: skip
