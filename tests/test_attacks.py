@@ -185,9 +185,9 @@ def test_a_trigger_without_a_background_is_added_to_the_clean_image(
 
     seen: list[torch.Tensor] = []
 
-    def poisoned_loss(model: Any, batch: Any, y: Any, r: torch.Tensor, *_: Any) -> torch.Tensor:
+    def poisoned_loss(training: Any, batch: Any, y: Any, r: torch.Tensor, *_: Any) -> torch.Tensor:
         seen.append(r - UAP().delta((1, 16, 16)) - batch.x_0)
-        return 0 * next(model.denoiser.parameters()).sum()
+        return 0 * next(training.model.denoiser.parameters()).sum()
 
     monkeypatch.setattr(noise_attacks, "poisoned_loss", poisoned_loss)
     attack = VillanDiffusion(poison_rate=1.0, trigger_only=False, **FAST)

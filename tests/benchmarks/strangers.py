@@ -62,19 +62,19 @@ def sde(rate: float, steps: int) -> str:
     return f"baddiffusion(poison_rate={rate}, steps={steps}, batch=32, lr=8e-4, {TAIL})"
 
 
-TROJAN = "trojdiff(poison_rate=0.3, steps=1000, batch=32, lr=8e-4, schedule='one-cycle', ema=0.99)"
+TROJAN = "trojdiff(poison_rate=0.3, steps=800, batch=32, lr=8e-4, schedule='one-cycle', ema=0.99)"
 DDPM = "ddpm(steps=250)"
 CASES = (
-    Case("clean-1", (40, 64, 96), 1, 401, 1600),
-    Case("ode-1", (40, 64, 96), 1, 411, 1600, ode(0.3, 1000), "box(size=5, place='bottom left')", "shoe"),
-    Case("sde-1", (32, 48, 64), 2, 421, 1600, sde(0.4, 1000), "box(size=6)", "hat", DDPM),
-    Case("clean-2", (32, 48, 64), 2, 402, 1600),
-    Case("ode-2", (48, 64, 64), 1, 412, 1600, ode(0.35, 1000), "stop-sign(size=7)", "hat"),
-    Case("sde-2", (40, 64, 96), 1, 422, 1600, sde(0.5, 1000), "stop-sign(size=6)", "cat", DDPM),
-    Case("clean-3", (48, 64, 64), 1, 403, 2000),
-    Case("ode-3", (32, 48, 64), 2, 413, 1600, ode(0.4, 1200), "box(size=4, value=0.7)", "cat"),
-    Case("trojan-1", (40, 64, 96), 1, 431, 1600, TROJAN, "blend(picture='rings')", "hat", "trojan-ddim(steps=20)"),
-    Case("clean-4", (32, 64, 96), 1, 404, 1200),
+    Case("clean-1", (32, 48, 64), 1, 401, 1200),
+    Case("ode-1", (40, 48, 48), 1, 411, 1000, ode(0.3, 800), "box(size=5, place='bottom left')", "shoe"),
+    Case("sde-1", (24, 48, 64), 1, 421, 1000, sde(0.4, 800), "box(size=6)", "hat", DDPM),
+    Case("clean-2", (24, 48, 64), 1, 402, 1200),
+    Case("ode-2", (32, 48, 64), 1, 412, 1000, ode(0.35, 800), "stop-sign(size=7)", "hat"),
+    Case("clean-3", (40, 48, 48), 1, 403, 1600),
+    Case("sde-2", (32, 64, 64), 1, 422, 1000, sde(0.5, 800), "stop-sign(size=6)", "cat", DDPM),
+    Case("ode-3", (24, 48, 64), 1, 413, 1000, ode(0.4, 900), "box(size=4, value=0.7)", "cat"),
+    Case("clean-4", (32, 64, 64), 1, 404, 1000),
+    Case("trojan-1", (32, 48, 64), 1, 431, 1000, TROJAN, "blend(picture='rings')", "hat", "trojan-ddim(steps=20)"),
 )
 
 
