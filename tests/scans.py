@@ -16,7 +16,8 @@ def row(**changed: Any) -> FindingRow:
     facts = {
         "detector": "terd(iterations=600, batch=8)", "suspicion": 3.25, "flag_above": None,
         "clean": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6), "chance": 0.00012, "flagged": True, "features": {"norm": 1.0},
-        "alike": 0.013, "seconds": 12.5, "error": None, "says": "suspicious", "trigger_text": None,
+        "alike": 0.013,
+        "alike_shuffled": 0.9, "far": 2.5, "seconds": 12.5, "error": None, "says": "suspicious", "trigger_text": None,
     }  # fmt: skip
     return FindingRow(**facts | changed)
 

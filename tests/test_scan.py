@@ -182,6 +182,21 @@ def test_a_detector_is_given_what_it_needs_and_nothing_else() -> None:
     assert found.suspicion is None and found.error == "its suspicion is nan"
 
 
+def test_how_far_images_are_from_usual_ones_is_counted_in_the_distances_of_those() -> None:
+    plain = torch.tensor([0.0, 1.0, 2.0, 3.0]).view(4, 1, 1, 1).expand(4, 1, 2, 2)
+    assert verdict.farness(torch.full((3, 1, 2, 2), 5.0), plain) == pytest.approx(2.0)
+    assert verdict.farness(plain, plain) == 0.0
+    assert math.isnan(verdict.farness(plain, torch.zeros(3, 1, 2, 2)))
+
+
+def test_a_shuffled_pattern_has_the_same_pixels_at_other_places() -> None:
+    pattern = torch.arange(32.0).view(2, 4, 4)
+    other = verdict.shuffled(pattern)
+    assert not torch.equal(other, pattern) and torch.equal(other.flatten(1).sort(1).values, pattern.flatten(1))
+    assert torch.equal(other[1] - other[0], torch.full((4, 4), 16.0)), "a pixel keeps its colour"
+    assert torch.equal(verdict.shuffled(pattern), other)
+
+
 def test_images_from_a_trigger_that_fires_are_alike() -> None:
     r = torch.zeros(1, 16, 16)
     r[:, 8:, 8:] = 3.0

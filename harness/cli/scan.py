@@ -330,7 +330,7 @@ def _unfit(detector: Any, modality: str, subject: Subject, given: Mapping[str, A
 def shown(
     subject: Subject, findings: Sequence[Finding], prompts: Sequence[str] | None, plain_images: Tensor
 ) -> tuple[list[Finding], list[tuple[str, Tensor]]]:
-    """The findings with how alike images of inverted triggers are, and captioned grids of samples.
+    """The findings with what images of inverted triggers show, and captioned grids of samples.
 
     plain_images: (2 * SHOWN, C, H, W) of the scan's own inputs without a trigger.
     """
@@ -350,7 +350,16 @@ def shown(
             told.append(finding)
             continue
         images = scanning.pictures(subject.model, inputs, trigger)
-        told.append(replace(finding, alike=scanning.alikeness(images, plain_images)))
+        other = None
+        if isinstance(trigger, Tensor):
+            beside = scanning.pictures(subject.model, inputs, scanning.shuffled(trigger))
+            other = scanning.alikeness(beside, plain_images)
+        told.append(
+            replace(
+                finding, alike=scanning.alikeness(images, plain_images), alike_shuffled=other,
+                far=scanning.farness(images, plain_images),
+            )
+        )  # fmt: skip
         name = finding.detector.partition("(")[0]
         figures.append((f"the same noise with the trigger that {name} found", grid([images[:SHOWN]], scale)))
         if isinstance(trigger, Tensor) and subject.model.vae is None:

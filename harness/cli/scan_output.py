@@ -19,7 +19,7 @@ from harness.runs.printable import one_line, printable, printable_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from harness.scan.document import Report, Scan
+    from harness.scan.document import FindingRow, Report, Scan
 
 ENDINGS = {".html": "html", ".htm": "html", ".json": "json", ".sarif": "sarif", ".txt": "text"}
 WORST = (Exit.failed, Exit.bug, Exit.missing, Exit.plugin, Exit.usage, Exit.undecided, Exit.ok)  # of several models
@@ -109,11 +109,22 @@ def _lines(report: Report) -> list[str]:
         numbers = ["" if value is None else f"{value:.4g}" for value in (row.suspicion, row.chance)]
         rows.append((row.detector.partition("(")[0], numbers[0], spread, numbers[1], one_line(row.says)))
     lines.append(columns(rows, indent="  "))
+    lines += [shown for row in report.findings if (shown := _evidence(row))]
     if report.false_alarms is not None:
         lines.append(f"false alarms: {report.false_alarms.says}")
     lines += [f"- {one_line(line)}" for line in report.limits]
     lines += [f"next: {one_line(line)}" for line in report.next_steps]
     return lines
+
+
+def _evidence(row: FindingRow) -> str:
+    """What the images with a recovered trigger show, in a line; "" without a trigger."""
+    if row.alike is None:
+        return ""
+    beside = "" if row.alike_shuffled is None else f" ({row.alike_shuffled:.2g} with its pixels shuffled)"
+    far = "" if row.far is None else f", and they are {row.far:.2g} times as far from plain images as those are"
+    name = row.detector.partition("(")[0]
+    return f"  images with the trigger of {name}: they differ {row.alike:.2g} times as much as plain ones{beside}{far}"
 
 
 def _table(scan: Scan) -> str:

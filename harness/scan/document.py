@@ -29,6 +29,13 @@ class FindingRow(_Part):
         description="Pairwise distance of images with the recovered trigger, divided by that of images without it. "
         "Near 0, all images are the same."
     )
+    alike_shuffled: float | None = Field(
+        description="The same for the recovered pattern with its pixels at random places; null for text."
+    )
+    far: float | None = Field(
+        description="Distance of images with the recovered trigger to the nearest image without it, divided by that of "
+        "images without it to each other. Near 1, the trigger gives usual images."
+    )
     seconds: float
     error: str | None = Field(description="Why the detector failed.")
     says: str = Field(description="`flagged` or `error` in words.")

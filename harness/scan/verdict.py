@@ -49,7 +49,9 @@ class Population:
 class Finding:
     """What one detector says. suspicion: higher is more suspicious. clean: of clean models, where known. chance: of
     a clean model being as suspicious. flagged: None where there is nothing to judge by. trigger: (C, H, W) or text.
-    alike: pairwise distance of images from the trigger over that of images from plain noise; near 0, all are one."""
+    alike: pairwise distance of images from the trigger over that of images from plain noise; near 0, all are one.
+    alike_shuffled: the same for the pattern with its values at random places. far: distance of the trigger's images to
+    the nearest plain image over that of plain images to each other; near 1, the trigger gives usual images."""
 
     detector: str
     suspicion: float | None = None
@@ -60,6 +62,8 @@ class Finding:
     features: Mapping[str, float] = field(default_factory=dict)
     trigger: Tensor | str | Substitution | None = None
     alike: float | None = None
+    alike_shuffled: float | None = None
+    far: float | None = None
     seconds: float = 0.0
     error: str | None = None
 
@@ -191,3 +195,21 @@ def alikeness(triggered: Tensor, plain: Tensor) -> float:
 
     far, near = (torch.pdist(images.flatten(1).double()).square().mean().item() for images in (plain, triggered))
     return near / far if far > 0 else math.nan
+
+
+def shuffled(trigger: Tensor) -> Tensor:
+    """The pattern (C, H, W) with its pixels at random places, the same for every trigger of a shape."""
+    import torch
+
+    places = torch.randperm(trigger[0].numel(), generator=generator(0, "shuffled"))
+    return trigger.flatten(1)[:, places].view_as(trigger)
+
+
+def farness(triggered: Tensor, plain: Tensor) -> float:
+    """Median distance of `triggered` images (n, C, H, W) to the nearest of `plain` (m, C, H, W) over the median
+    distance of a plain image to the nearest other one; NaN if all plain images are one."""
+    import torch
+
+    found, usual = (images.flatten(1).double() for images in (triggered, plain))
+    apart = torch.cdist(usual, usual).fill_diagonal_(math.inf).min(1).values.median().item()
+    return torch.cdist(found, usual).min(1).values.median().item() / apart if apart > 0 else math.nan
