@@ -80,6 +80,13 @@ def adaptive() -> list[Adaptive]:
         Adaptive(
             "ufid-prompts", "", "No attack is written: its target would have to let the images of one trigger vary.",
         ),
+        Adaptive(
+            "blackmirror", "badt2i", "It names attributes of drawn shapes, and a patch is none of them.",
+            trigger="text(text='sks')", target="patch",
+        ),
+        Adaptive(
+            "tnc", "", "No attack is written: its loss would have to keep the prediction steady from step to step.",
+        ),
         Adaptive("clip", "", "No attack is written: the backdoor would have to stay within the range of images."),
         Adaptive("none", "", "It defends against nothing."),
     ]  # fmt: skip
