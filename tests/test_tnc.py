@@ -81,6 +81,7 @@ def test_segments_are_running_means_of_k_changes(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(TNC, "changes", lambda self, model, inputs: changes)
     found = TNC(segment=3).segments(None, noises(2))
     assert found.tolist() == [[3.0, 4.0, pytest.approx(10 / 3)], [1.0, 2.0, 3.0]]
+    assert TNC(segment=9).segments(None, noises(2)).tolist() == [[pytest.approx(2.6)], [pytest.approx(1.8)]]
 
 
 def test_the_score_is_the_largest_z_over_segments() -> None:
@@ -154,7 +155,7 @@ def test_it_judges_each_prompt_by_itself_and_flags_one_benign_prompt_of_four(sd:
 def test_what_it_cannot_do_it_says(sd: DiffusionModel) -> None:
     flow = one_image_flow(torch.zeros(1, 16, 16))
     for spec, model, words in (
-        (TNC(sampling_steps=5), tiny_unet(), "needs more than 5 sampling steps"),
+        (TNC(sampling_steps=1), tiny_unet(), r"use tnc\(sampling_steps=2\)"),
         (TNC(), tiny_ncsn(), r"use ufid\(sampler='ve-pc'\)"),
         (TNC(eta=1.0), flow, r"use tnc\(eta=0\)"),
         (TNC(), sd, "at least 3 clean prompts to compare with, and has 2"),

@@ -82,8 +82,8 @@ class TNC:
         return Defended(screen=screen, screen_above=above, notes={"clean_scores": scores.tolist()})
 
     def check(self, model: Any) -> None:
-        if self.segment >= self.sampling_steps:
-            raise ValueError(f"tnc(segment={self.segment}) needs more than {self.sampling_steps} sampling steps")
+        if self.sampling_steps < 2:
+            raise ValueError("tnc compares adjacent steps; use tnc(sampling_steps=2) or more")
         if model.family == "ve":
             raise ValueError("tnc follows the runs of ddim and of flow-euler; for this model use ufid(sampler='ve-pc')")
         if model.family == "flow" and self.eta:
@@ -100,9 +100,9 @@ class TNC:
         return prompt_screening.benign(model, prompts, rng)
 
     def segments(self, model: Any, inputs: Inputs) -> Tensor:
-        """D (B, S - k) float64 of any number of inputs."""
+        """D (B, S - k) float64 of any number of inputs; a run of k steps or fewer is one segment, (B, 1)."""
         changes = prompt_screening.screened(lambda part: self.changes(model, part), inputs)
-        return changes.unfold(1, self.segment, 1).mean(2)
+        return changes.unfold(1, min(self.segment, changes.shape[1]), 1).mean(2)
 
     @torch.no_grad()
     def changes(self, model: Any, inputs: Inputs) -> Tensor:
