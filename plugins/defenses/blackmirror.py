@@ -98,9 +98,11 @@ class BlackMirror:
 
         if not self.calibrate:
             return Defended(screen=screen, screen_above=math.nextafter(self.published, 0))
-        scores = prompt_screening.screened(screen, prompt_screening.benign(model, knowledge.prompts or (), rng))
+        clean = prompt_screening.benign(model, knowledge.prompts or (), rng)
+        scores = prompt_screening.screened(screen, clean)
         above = prompt_screening.threshold(scores, self.false_positives)
-        return Defended(screen=screen, screen_above=above, notes={"clean_scores": scores.tolist()})
+        notes = {"clean_scores": scores.tolist(), "clean_seeds": list(clean.seeds)}
+        return Defended(screen=screen, screen_above=above, notes=notes)
 
     def varied(self, inputs: Inputs, prompts: list[str], rows: list[int]) -> Inputs:
         """`images` queries for each of the named rows, with its prompt. A noise is a function of the query's seed."""

@@ -135,8 +135,8 @@ class Elijah:
         return tuple(name for name, on in (("model", self.steps > 0), ("suspicion", self.detect)) if on)
 
     def defend(self, model: Any, knowledge: Knowledge, rng: torch.Generator) -> Defended:
-        given: Any = knowledge.trigger
         if not self.invert:
+            given: Any = knowledge.trigger
             gamma = trigger_placement.scale_of(given, model.shape).to(model.device)
             found = [Shift(given.delta(model.shape).to(model.device), gamma)]
         else:
