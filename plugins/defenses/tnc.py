@@ -14,10 +14,11 @@ threshold is a quantile of the scores of the clean inputs, each of which is comp
 
 The defense needs clean prompts. For an unconditional model it needs nothing and draws `noises` clean noises. It returns
 a screen. It costs one sampling per query, which is the one that draws the image if the sampler is the same. Raises
-ValueError for a segment that is longer than the run, for a model whose variance explodes, and for `eta` on a flow.
+ValueError for a run of one step, for a model whose variance explodes, and for `eta` on a flow.
 
-After the abstract: the text and the code of the paper were not available. The paper's rule of decision ("naive" or
-"dynamic-k" in its code) is not known. The segments, their length, the z-values, the quantile and the sampler are ours.
+Differs from the paper: it was written after the abstract, because text and code were not available. The paper's rule of
+decision ("naive" or "dynamic-k" in its code) is not known. The segments, their length, the z-values, the quantile and
+the sampler are ours.
 The mean square as a measure of change, and the comparison of adjacent steps, are those of the abstract and of the
 code's description. For networks that predict a velocity, e_s is that velocity. The detoxification is not implemented.
 """
