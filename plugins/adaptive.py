@@ -79,6 +79,9 @@ def adaptive() -> list[Adaptive]:
         Adaptive(
             "ufid-prompts", "", "No attack is written: its target would have to let the images of one trigger vary.",
         ),
+        Adaptive(
+            "set", "", "No attack is written: its loss would have to cover attention that is scaled.",
+        ),
         Adaptive("clip", "", "No attack is written: the backdoor would have to stay within the range of images."),
         Adaptive("none", "", "It defends against nothing."),
     ]  # fmt: skip
