@@ -87,6 +87,9 @@ def adaptive() -> list[Adaptive]:
         Adaptive(
             "tnc", "", "No attack is written: its loss would have to keep the prediction steady from step to step.",
         ),
+        Adaptive(
+            "set", "", "No attack is written: its loss would have to cover attention that is scaled.",
+        ),
         Adaptive("clip", "", "No attack is written: the backdoor would have to stay within the range of images."),
         Adaptive("none", "", "It defends against nothing."),
     ]  # fmt: skip

@@ -7,8 +7,9 @@ AttnProcessor2_0 and JointAttnProcessor2_0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,29 +18,48 @@ from torch import Tensor, nn
 Maps = dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Scaling:
+    """What `scaled` does to attention. chosen: from a layer's name, whether it is cross-attention and its number of
+    queries. outputs: of the chosen layers, by name."""
+
+    factor: float
+    chosen: Callable[[str, bool, int], bool]
+    outputs: Maps = field(default_factory=dict)
+
+
 class AttentionProcessor:
     """Plain multi-head attention of transformer blocks (no masks, no norms inside).
 
     While `maps` is a dict, cross-attention writes its probabilities to it under the name of the layer: (B, heads,
-    queries, tokens), in the graph, rows summing to 1.
+    queries, tokens), in the graph, rows summing to 1. While there is a `scaling`, the layers that it chooses multiply
+    what they give to the softmax by its factor, and write their outputs to it.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.maps: Maps | None = None
+        self.scaling: Scaling | None = None
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **unused: Any
     ) -> Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         q, k, v = (_heads(x, attn.heads) for x in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)))
+        cross = encoder_hidden_states is not None
+        scaling = self.scaling
+        if scaling is not None and not scaling.chosen(self.name, cross, q.shape[2]):
+            scaling = None
+        scale = attn.scale if scaling is None else attn.scale * scaling.factor
         with torch.autocast(q.device.type, enabled=False):
-            if self.maps is not None and encoder_hidden_states is not None:
-                probabilities = (q @ k.transpose(-1, -2) * attn.scale).softmax(-1)
+            if self.maps is not None and cross:
+                probabilities = (q @ k.transpose(-1, -2) * scale).softmax(-1)
                 self.maps[self.name] = probabilities
                 out = probabilities @ v
             else:
-                out = nn.functional.scaled_dot_product_attention(q, k, v, scale=attn.scale)
+                out = nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+        if scaling is not None:
+            scaling.outputs[self.name] = out
         out = out.transpose(1, 2).flatten(2)
         return attn.to_out[1](attn.to_out[0](out))
 
@@ -151,3 +171,28 @@ def capture(denoiser: nn.Module, whole: bool = False) -> Iterator[Maps]:
             processor.maps = None
         for block in checkpointed:
             block.gradient_checkpointing = True
+
+
+@contextmanager
+def scaled(denoiser: nn.Module, factor: float, chosen: Callable[[str, bool, int], bool]) -> Iterator[Maps]:
+    """Multiplies QKᵀ/√d by `factor` before the softmax of the chosen layers of a UNet while the block runs.
+
+    chosen: from a layer's name, whether it is cross-attention and its number of queries. Yields the outputs P V of
+    these layers by name, (B, heads, queries, channels) each; each forward pass overwrites the last. Raises TypeError
+    for a denoiser whose text does not enter by cross-attention.
+    """
+    found: list[Any] = [
+        p for p in getattr(denoiser, "attn_processors", {}).values() if isinstance(p, AttentionProcessor)
+    ]
+    if not found:
+        raise TypeError(
+            f"{type(denoiser).__name__} has no attention that could be scaled; it must be a text-to-image UNet"
+        )
+    scaling = Scaling(factor, chosen)
+    for processor in found:
+        processor.scaling = scaling
+    try:
+        yield scaling.outputs
+    finally:
+        for processor in found:
+            processor.scaling = None
