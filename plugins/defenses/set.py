@@ -17,8 +17,8 @@ The defense needs clean prompts, for the encoder and for the threshold, which is
 returns a screen. A query costs 1 + (number of scales) evaluations with guidance per step, 30 as published.
 
 Differs from the official code, known from notes and not read: the code also scales every self-attention, as
-`layers='all'` does; the paper's abstract speaks of cross-attention. That P_1 V is from a run of its own follows from the
-number of evaluations in these notes. Ours are: the prompts per step of training; R², which is the (1-ν) quantile of
+`layers='all'` does; the paper's abstract speaks of cross-attention. That P_1 V is from a run of its own follows from
+the number of evaluations in these notes. Ours are: the prompts per step of training; R², which is the (1-ν) quantile of
 ‖z - c‖², set before each epoch after the warm-up, as in Deep SVDD; the loss of the warm-up, mean ‖z - c‖²; and
 `held_out`. Of the paper only the abstract was available.
 """
