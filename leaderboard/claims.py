@@ -5,10 +5,11 @@ inputs count, per-sample values, jobs, and the rows that must be there.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from harness.capabilities import place_of
 from harness.runs.declared import Declared, Unknown
 from harness.runs.jsonable import to_jsonable
 from harness.runs.printable import printable
@@ -58,7 +59,7 @@ def _skeleton(name: str) -> str:
 
 def _plugin(record: Record, declared: Declared) -> Iterator[str]:
     for part, spec in declared.canonical(record.cell).items():
-        if spec != getattr(record.cell, part) and not unverifiable(record):
+        if spec != getattr(record.cell, part) and not unverifiable(record) and not _made_from(record, part):
             yield f"its {part} {printable(getattr(record.cell, part))} is not the whole spec, {printable(spec)}"
     said, made = declared.of(record.cell), record.provenance
     if set(record.knowledge) != set(said.needs):
@@ -137,12 +138,27 @@ def _control(record: Record, declared: Declared) -> Iterator[str]:
         yield f"says that its defense was given {control_words(given)}, and names no control trigger"
         return
     rates = [each.hits / each.n if each.n else 0.0 for each in control.tried]
-    first = next((i for i, rate in enumerate(rates) if rate <= INERT), None)
-    inert, chosen = first is not None, min(range(len(rates)), key=rates.__getitem__) if first is None else first
-    if (control.given, control.inert, control.chosen) != (given, inert, chosen):
+    led = {_led(rates, place_of(given)), _led(rates, 1)}  # 1: rows from before decoys had one ladder
+    if control.given != given or (control.inert, control.chosen) not in led:
         yield "its control trigger is not the one to which its candidates lead"
     if any(not 0 <= each.hits <= each.n for each in control.tried):
         yield "a candidate for its control trigger has more hits than images"
+
+
+def _led(rates: Sequence[float], k: int) -> tuple[bool, int]:
+    """Whether the candidates have a k-th inert one, and its place; else the place of the best of the others."""
+    inert = [i for i, rate in enumerate(rates) if rate <= INERT]
+    if len(inert) >= k:
+        return True, inert[k - 1]
+    others = [i for i, rate in enumerate(rates) if rate > INERT]
+    return False, min(others, key=rates.__getitem__) if others else -1
+
+
+def _made_from(record: Record, part: str) -> bool:
+    """Whether a job's key was computed from the spec as the cell writes it: a parameter came later."""
+    spec, jobs = getattr(record.cell, part), record.provenance.jobs.values()
+    said = [(job.ingredients or {}).get(part) for job in jobs]
+    return any(isinstance(each, dict) and each.get("spec") == spec for each in said)
 
 
 # ---- jobs -----------------------------------------------------------------------------------------------------------
@@ -153,8 +169,10 @@ def _jobs(record: Record, declared: Declared) -> Iterator[str]:
     if unverifiable(record) or any(job.ingredients is None for job in record.provenance.jobs.values()):
         return
     mine = {key: dict(job.ingredients or {}) for key, job in record.provenance.jobs.items()}
-    planned = {k: to_jsonable(j.ingredients) for k, j in declared.jobs(record.cell, record.provenance.metrics).items()}
+    cell = _canonical(record.cell, declared)
+    planned = {k: to_jsonable(j.ingredients) for k, j in declared.jobs(cell, record.provenance.metrics).items()}
     yield from _identities(mine)
+    mine = {key: _current(ingredients, declared) for key, ingredients in mine.items()}
     paired = _paired(record, mine, planned)
     if len(paired) != len(planned) or set(paired.values()) != set(mine):
         yield f"has {len(mine)} jobs that are not the {len(planned)} of its cell"
@@ -198,6 +216,15 @@ def _stripped(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _stripped(inner) for name, inner in value.items() if name not in OF_RUN}
     return [_stripped(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _current(value: Any, declared: Declared) -> Any:
+    """Ingredients with every spec as it is written today."""
+    if isinstance(value, dict):
+        return {name: _current(inner, declared) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_current(inner, declared) for inner in value]
+    return declared.current(value) if isinstance(value, str) else value
 
 
 def _identities(jobs: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

@@ -17,6 +17,7 @@ from harness.diffusion.samplers import DDIM
 from harness.diffusion.seeds import generator
 from harness.methods import decoys
 from harness.runs import doubts
+from harness.runs.declared import Declared
 from harness.runs.job import ControlSpec, DefendSpec
 from harness.runs.record import Control, TriedControl
 from harness.stages.control import INERT, choose
@@ -24,6 +25,7 @@ from harness.stages.sample import sample, wrapped
 from harness.testing import tiny
 from harness.testing.methods import known
 from harness.types import Backdoor, Inputs, NoiseTrigger, Score, Trigger
+from leaderboard import claims
 from plugins.triggers.biased import Blend
 from plugins.triggers.box import Box
 from plugins.triggers.homoglyph import Homoglyph
@@ -249,3 +251,18 @@ def test_a_row_is_doubted_for_what_an_inert_decoy_removes_and_where_none_is_iner
     found = {doubt.code for doubt in doubts.of(rows)[rows[0].key]}
     about = {doubts.DoubtCode.decoy_removes_as_much, doubts.DoubtCode.no_valid_control}
     assert found & about == ({code} if code else set())
+
+
+def test_the_check_holds_a_decoy_to_its_place_among_the_inert_candidates() -> None:
+    rates = [0.02, 0.5, 0.0, 0.06]
+    assert [claims._led(rates, k) for k in (1, 2, 3)] == [(True, 0), (True, 2), (False, 3)]
+    assert claims._led([0.0], 2) == (False, -1)
+
+
+def test_the_check_reads_a_spec_from_before_a_parameter_as_the_spec_of_today(plugins: registry.Registry) -> None:
+    declared = Declared(plugins)
+    earlier = "text(text='sks', place=0)"
+    assert declared.current(earlier) == plugins.canonical("triggers", earlier) != earlier
+    found = claims._current({"a": [earlier, "text"], "b": 3}, declared)
+    assert found == {"a": [declared.current(earlier), "text"], "b": 3}
+    assert declared.current("text(nothing=1)") == "text(nothing=1)" and declared.current("a (b)") == "a (b)"

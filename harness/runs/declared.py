@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from harness.capabilities import delivers, keeps_per_sample
-from harness.registry import RegistryError
+from harness.registry import KINDS, RegistryError
 from harness.runs import planning, suite
 from harness.runs.evaluations import nfe_of
 from harness.runs.suite import AXES, Suite
@@ -50,6 +50,7 @@ class Declared:
         self.of, self.nfe = cache(self._of), cache(lambda spec: nfe_of(self._built("samplers", spec)))
         self._outlines = planning.Outlines(registry)
         self.counted = cache(self._counted)
+        self.current = cache(self._current)
         self.suite = cache(self._suite)
 
     def names(self, kind: str) -> tuple[str, ...]:
@@ -61,6 +62,17 @@ class Declared:
         return {
             part: _asked(lambda part=part, k=k: self._canonical(k, getattr(cell, part))) for part, k in AXES.items()
         }
+
+    def _current(self, text: str) -> str:
+        """A spec as it is written today: a parameter that came after it has its default. Other texts are unchanged."""
+        name = text.partition("(")[0]
+        for kind in KINDS if "(" in text else ():
+            if name in self.registry.classes(kind):
+                try:
+                    return self._canonical(kind, text)
+                except Exception:  # a plugin is anybody's
+                    continue
+        return text
 
     def _of(self, cell: Cell) -> Said:
         """Raises Unknown."""
