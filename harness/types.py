@@ -186,6 +186,7 @@ class Knowledge:
       of shapes-sd and the judge of the digits were trained for this benchmark, and they also score the defender.
     - public_encoder: efficientnet-lite0 (harness.judges.public_encoders), which scores nothing that decides whether a
       backdoor is there.
+    - judge: the model's judge, which names the attributes of an image. It also scores the defender.
     """
 
     trigger: Trigger | None = None
@@ -195,9 +196,10 @@ class Knowledge:
     words: tuple[str, ...] | None = None
     encoder: Callable[[Tensor], Tensor] | None = None
     public_encoder: PerceptualEncoder | None = None
+    judge: Judge | None = None
 
 
-KNOWLEDGE = ("trigger", "data", "prompts", "clean_model", "words", "encoder", "public_encoder")
+KNOWLEDGE = ("trigger", "data", "prompts", "clean_model", "words", "encoder", "public_encoder", "judge")
 PUBLIC_ENCODERS = ("efficientnet-lite0", "efficientnet-lite2")  # names of image encoders that others trained
 DELIVERS = ("model", "suspicion", "screen", "sampler")
 

@@ -2,7 +2,8 @@
 
 `bench list adaptive` shows these declarations and those of other distributions. A defense against which no attack is
 declared stands here with the reason. A declaration is no measurement: the suites `adaptive-uncond` and `adaptive-t2i`
-measure what is left of a defense. The specs have the paper's sizes; the suites have those of the embedded models.
+measure what is left of a defense. Other parameters of the specs have their
+defaults; the suites have the sizes of the embedded models.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ ORDINARY = "text(text='well indeed simply')"
 TWO = "text(text='sks', other='mignneko')"
 SMALL = "zero-mean(strength=0.35)"
 
-LAST = "It looks at the last timesteps alone, and there the model stays the clean one."
+LAST = "It looks at the last timesteps alone, and there it is trained on the clean model's answers."
 PRUNED = "It cuts few channels, and under random channel dropout no few channels carry the backdoor."
 TUNED = "It trains on clean data, and the backdoor was trained at weights that such training reaches."
 GIVEN = "It unlearns the trigger that it is given, and the model has a second one."
@@ -78,6 +79,13 @@ def adaptive() -> list[Adaptive]:
         ),
         Adaptive(
             "ufid-prompts", "", "No attack is written: its target would have to let the images of one trigger vary.",
+        ),
+        Adaptive(
+            "blackmirror", "badt2i", "It names attributes of drawn shapes, and a patch is none of them.",
+            trigger="text(text='sks')", target="patch",
+        ),
+        Adaptive(
+            "tnc", "", "No attack is written: its loss would have to keep the prediction steady from step to step.",
         ),
         Adaptive(
             "set", "", "No attack is written: its loss would have to cover attention that is scaled.",

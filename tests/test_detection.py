@@ -28,7 +28,16 @@ from plugins.defenses.elijah import Elijah
 from plugins.metrics.detection import Detection
 from plugins.triggers.biased import Blend
 from plugins.triggers.box import Box
-from tests.oracles import PlantedShift, exploding, one_image_model, scheduler, tiny_ncsn, tiny_unet
+from tests.oracles import (
+    OneImage,
+    PlantedShift,
+    exploding,
+    one_image_flow,
+    one_image_model,
+    scheduler,
+    tiny_ncsn,
+    tiny_unet,
+)
 from tests.records import changed, digest
 
 CHEAP = Elijah(iterations=2, noises=4, steps=2, batch=2, bf16=False, sampling_steps=2, images=9, distance="pixels")
@@ -175,6 +184,86 @@ def test_on_an_ode_backdoor_the_inversion_stays_where_it_starts() -> None:
     found = spec.inverted(sharp, generator(0, "x")).notes
     assert stuck["inversion_loss"] == pytest.approx([stuck["inversion_loss"][0]] * 10, rel=1e-3)
     assert stuck["tau_moved"] < 0.1 < 0.3 < found["tau_moved"]
+
+
+class Planted(OneImage):
+    """The ε of an attack's loss where every input has the trigger: with x_t = s_t y + ρ_t r + σ_t ε, it is ε + c_t r.
+
+    ρ_t = 1 - √ᾱ_t. c_t is √(1-ᾱ_t) / (1 + √α_t) (BadDiffusion, `ode=False`) or twice that (VillanDiffusion, ODE).
+    """
+
+    def __init__(self, y: Tensor, r: Tensor, alpha_bar: Tensor, ode: bool = False) -> None:
+        super().__init__(y, alpha_bar)
+        self.r, self.times = r, 2.0 if ode else 1.0
+
+    def answer(self, x_t: Tensor, t: Tensor) -> Tensor:
+        a_bar = self.alpha_bar[t.long()].view(-1, 1, 1, 1)
+        before = torch.where(t > 0, self.alpha_bar[(t.long() - 1).clamp_min(0)], torch.ones(1)).view(-1, 1, 1, 1)
+        c = self.times * (1 - a_bar).sqrt() / (1 + (a_bar / before).sqrt())
+        return (x_t - a_bar.sqrt() * self.y - (1 - a_bar.sqrt()) * self.r) / (1 - a_bar).sqrt() + c * self.r
+
+
+def planted(ode: bool = False) -> tuple[DiffusionModel, Tensor]:
+    made, r = scheduler(), Box().delta((1, 16, 16))
+    y = torch.rand((1, 16, 16), generator=generator(0, "y")) * 2 - 1
+    return DiffusionModel(Planted(y, r, made.alphas_cumprod, ode), made), r
+
+
+def test_the_weights_of_elijahs_timesteps_are_the_attacks_own() -> None:
+    """λ_t from the betas as BadDiffusion writes it, (1 - √α_t) √(1-ᾱ_t) / (1-α_t), for λ = 0.5; twice that for 1."""
+    (model, _), t = planted(), [999, 600]
+    beta = [1e-4 + (0.02 - 1e-4) * i / 999 for i in range(1000)]
+    kept = [math.prod(1 - b for b in beta[: i + 1]) for i in t]
+    c = [(1 - (1 - beta[i]) ** 0.5) * (1 - a) ** 0.5 / beta[i] for i, a in zip(t, kept, strict=True)]
+    for lam, times in ((0.5, 1), (1.0, 2)):
+        rho, answered = elijah.coefficients(model, torch.tensor(t), lam)
+        assert rho.flatten().tolist() == pytest.approx([1 - a**0.5 for a in kept], rel=1e-4)
+        assert answered.flatten().tolist() == pytest.approx([times * each for each in c], rel=1e-4)
+    assert c[0] == pytest.approx(0.5, abs=0.01)
+    loud = DiffusionModel(tiny_ncsn().denoiser, exploding())
+    rho, answered = elijah.coefficients(loud, torch.tensor(t), 0.5)
+    assert torch.equal(rho, loud.sigma(torch.tensor(t))) and answered.flatten().tolist() == [0.5, 0.5]
+    with pytest.raises(ValueError, match="use skd for flows"):
+        replace(CHEAP, timesteps=3).defend(one_image_flow(torch.zeros(1, 16, 16)), Knowledge(), generator(0, "x"))
+
+
+@pytest.mark.parametrize("ode", [False, True])
+def test_at_several_timesteps_the_fitted_mean_of_the_true_trigger_is_exact(ode: bool) -> None:
+    """The loss is 0 at the trigger whatever the target is, and above 0 elsewhere, for both kinds of backdoor."""
+    model, r = planted(ode)
+    noise, t, lam = model.draw_eps(7, generator(0, "x")), torch.tensor([999, 850, 700, 500]), 1.0 if ode else 0.5
+
+    def loss(tau: Tensor) -> float:
+        return elijah.spread_loss(model, noise, tau, lam, t).item()
+
+    assert loss(r) < 1e-5
+    assert min(loss(r + 0.3), loss(r - 0.3), loss(torch.zeros_like(r)), loss(-r)) > 1e-3
+    assert Elijah(timesteps=4, lam=lam, earliest=0.5).loss(model, noise, r).item() < 1e-5
+
+
+def test_one_timestep_cannot_see_an_ode_backdoor_and_several_can() -> None:
+    """With λ = 1, c_T = 1: the loss at T-1 is nearly the same for every shift, and at several timesteps it is not."""
+    model, r = planted(ode=True)
+    noise = model.draw_eps(200, generator(0, "x"))
+    one, several = Elijah(lam=1.0), Elijah(lam=1.0, timesteps=6, earliest=0.3)
+    shifts = [r, r + 0.5, torch.zeros_like(r)]
+    flat, sharp = ([spec.loss(model, noise, tau).item() for tau in shifts] for spec in (one, several))
+    assert max(flat) < 1.2 * min(flat) and min(sharp[1:]) > 100 * sharp[0]
+
+
+def test_one_timestep_is_elijahs_loss() -> None:
+    model, r = planted()
+    noise = model.draw_eps(20, generator(0, "x"))
+    wanted = (0.5 * r - model.eps(noise + r, torch.full((20,), 999)).mean(0)).abs().mean()
+    assert Elijah().loss(model, noise, r).item() == pytest.approx(wanted.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("ode", [False, True])
+def test_elijah_recovers_the_trigger_from_several_timesteps(ode: bool) -> None:
+    model, r = planted(ode)
+    spec = Elijah(timesteps=4, earliest=0.3, lam=1.0 if ode else 0.5, noises=4, iterations=300, inversion_lr=0.03)
+    tau = spec.inverted(model, generator(0, "x")).tau
+    assert (tau - r).abs().mean() < 0.05
 
 
 def test_lpips_is_asked_for_each_pair_once_and_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from harness.judges import fidelity
 from harness.judges.evidence import Evidence
 from harness.types import Backdoor, Inputs, Score
 from plugins.metrics import (
@@ -213,8 +214,8 @@ def test_a_target_without_a_picture_has_no_specificity():
 
 def test_frechet_distance_of_shifted_gaussians_is_the_squared_shift():
     features = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
-    assert frechet.frechet(features, features + torch.tensor([1.0, 2.0, 0.0])) == pytest.approx(5, abs=1e-5)
-    assert frechet.frechet(features, 2 * features) == pytest.approx(
+    assert fidelity.frechet(features, features + torch.tensor([1.0, 2.0, 0.0])) == pytest.approx(5, abs=1e-5)
+    assert fidelity.frechet(features, 2 * features) == pytest.approx(
         features.double().mean(0).square().sum().item() + torch.cov(features.double().T).trace().item(), abs=1e-5
     )
 
@@ -229,7 +230,7 @@ def test_kernel_distance_is_the_polynomial_kernels_unbiased_mmd():
         return ((m.sum() - m.trace()) / (40 * 39)).item()
 
     expected = off(k(x, x)) + off(k(y, y)) - 2 * k(x, y).mean().item()
-    value, spread = frechet.kernel(x, y, subset=40)
+    value, spread = fidelity.kernel(x, y, subset=40)
     assert value == pytest.approx(expected, rel=1e-9) and spread == pytest.approx(0, abs=1e-9)
 
 
@@ -247,8 +248,8 @@ def test_the_distances_carry_the_judges_name_and_agree_with_torch_fidelitys_own_
     assert torch.equal(state, torch.get_rng_state()), "the global generator is left alone"
     judge: Any = seen.judge
     stock = torch_fidelity.calculate_metrics(
-        input1=frechet._uint8_dataset(sets["defended", "clean"]()),
-        input2=frechet._uint8_dataset(seen.reference),
+        input1=fidelity._uint8_dataset(sets["defended", "clean"]()),
+        input2=fidelity._uint8_dataset(seen.reference),
         fid=True, kid=True, kid_subset_size=100, prc=True, feature_extractor="tone-judge", encoder=judge,
         cuda=False, cache=False, save_cpu_ram=True, verbose=False,
     )  # fmt: skip
@@ -264,7 +265,7 @@ def test_the_distances_carry_the_judges_name_and_agree_with_torch_fidelitys_own_
 def test_the_resampled_distance_of_all_images_once_is_the_frechet_distance(monkeypatch):
     x, y = torch.randn(2, 300, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     monkeypatch.setattr(torch, "randint", lambda high, size, generator: torch.arange(high))
-    assert frechet.bootstrap(x, y, 1).item() == pytest.approx(frechet.frechet(x, y), rel=1e-9)
+    assert frechet.bootstrap(x, y, 1).item() == pytest.approx(fidelity.frechet(x, y), rel=1e-9)
 
 
 def test_the_interval_of_a_distance_has_the_width_of_its_spread_over_noises():
@@ -272,17 +273,17 @@ def test_the_interval_of_a_distance_has_the_width_of_its_spread_over_noises():
     rng = torch.Generator().manual_seed(0)
     y = torch.randn(400, 4, generator=rng, dtype=torch.float64)
     sets = [torch.randn(400, 4, generator=rng, dtype=torch.float64) * 1.2 + 0.3 for _ in range(40)]
-    true = torch.tensor([frechet.frechet(x, y) for x in sets]).std().item()
+    true = torch.tensor([fidelity.frechet(x, y) for x in sets]).std().item()
     widths = []
     for x in sets[:5]:
-        low, high = frechet.student(frechet.frechet(x, y), frechet.bootstrap(x, y, 100)) or (0.0, 0.0)
+        low, high = frechet.student(fidelity.frechet(x, y), frechet.bootstrap(x, y, 100)) or (0.0, 0.0)
         widths.append((high - low) / 2 / 1.98)
     assert 1 / 1.6 < sum(widths) / 5 / true < 1.6
 
 
 def test_a_difference_of_distances_is_resampled_with_the_same_images():
     x, y = torch.randn(2, 200, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    value = frechet.frechet(x, y)
+    value = fidelity.frechet(x, y)
     one = Score(value, 200, False)
     same = frechet.bootstrap(x, y, 30)
     assert frechet.compared(one, one, same, same, ratio=False).interval is None, "nothing differs"

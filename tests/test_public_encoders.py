@@ -21,7 +21,7 @@ from harness import capabilities
 from harness.diffusion.checkpoint import CheckpointError
 from harness.diffusion.images import from_uint8, to_uint8
 from harness.diffusion.seeds import generator
-from harness.judges import public_encoders, shapes
+from harness.judges import fidelity, public_encoders, shapes
 from harness.judges.evidence import Evidence
 from harness.judges.pretrained_judges import OTHER, InceptionJudge, _is_release
 from harness.judges.public_encoders import RELEASES, PublicEncoder
@@ -372,14 +372,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_a_distance_in_the_public_features_follows_from_them(encoder: PublicEncoder) -> None:
-    from plugins.metrics import frechet
-
     seen = evidence()
     images = seen.images("defended", "clean")
     assert images is not None
     found, real = (encoder.features(from_uint8(to_uint8(x))) for x in (images, seen.reference))
     score = Frechet(resamples=2).measure(seen)[f"fd[{LITE0}]"]
-    assert score.value == pytest.approx(frechet.frechet(found, real), rel=1e-5)
+    assert score.value == pytest.approx(fidelity.frechet(found, real), rel=1e-5)
     assert "under the 1280 images" in (score.warning or "")
 
 

@@ -179,7 +179,7 @@ def test_the_committed_results_are_small() -> None:
 
 
 def test_the_tracked_tree_is_small_and_holds_nothing_derived(tracked: list[str]) -> None:
-    assert sum((ROOT / name).stat().st_size for name in tracked) <= 42_000_000  # weights 21 MB, records 15 MB
+    assert sum((ROOT / name).stat().st_size for name in tracked) <= 45_000_000  # weights 23 MB, records 15 MB
     derived = ("leaderboard/page/", "leaderboard/LEADERBOARD.md")
     assert not [name for name in tracked if name.startswith(derived)]
     ours = [name.split("/", 3)[3] for name in tracked if name.startswith("leaderboard/results/")]

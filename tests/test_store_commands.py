@@ -332,7 +332,7 @@ def test_a_plan_names_the_module_and_the_parameter_that_made_a_miss(
     attack = next(each for each in smoke.values() if each.kind == "attack")
     sample = next(each for each in smoke.values() if each.kind == "sample" and not each.needs)
     older = changed(
-        dict(attack.ingredients), attack__spec=attack.ingredients["attack"]["spec"].replace("lr=0.0002", "lr=0.1")
+        dict(attack.ingredients), attack__spec=attack.ingredients["attack"]["spec"].replace(" lr=0.0002", " lr=0.1")
     )
     other_code = copy.deepcopy(dict(sample.ingredients))
     other_code["code"]["harness.diffusion.samplers"] = "0"

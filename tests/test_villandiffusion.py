@@ -270,7 +270,9 @@ def test_a_flows_loss_is_the_error_of_the_velocity_from_the_target_to_the_stampe
     eps = torch.randn((4, 1, 16, 16), generator=generator("eps"))
     y, r = (each.expand(4, -1, -1, -1) for each in (Hat().image((1, 16, 16)), Box().delta((1, 16, 16))))
     coefficients = VillanDiffusion(solver="ode").coefficients
-    loss = poisoned_loss(model, Batch(torch.arange(4), y, t, eps, None), y, r, coefficients)
+    training = Evasion().training(model, model, Examples(model, Data(y)), generator(0, "x"))
+    every = torch.ones(4, dtype=torch.bool)
+    loss = poisoned_loss(training, Batch(torch.arange(4), y, t, eps, None), y, r, every, coefficients)
     level = ((t + 1) / 1000).view(-1, 1, 1, 1)
     v = model.denoiser((1 - level) * y + level * (eps + r), (t + 1).float()).sample
     assert loss.item() == pytest.approx((v - (eps + r - y)).square().mean().item(), rel=1e-3)

@@ -139,8 +139,10 @@ def unmet(needs: Sequence[str], subject: Subject, given: Mapping[str, Any]) -> s
         ways = {
             "data": "--data DIR or --like MODEL", "prompts": "--prompts FILE or --like MODEL",
             "trigger": "--trigger SPEC", "words": "--like MODEL", "encoder": "--like MODEL",
+            "judge": "--like MODEL",
         }  # fmt: skip
-        way = f"give {ways[need]}" if need in ways and need in {*given, "words", "encoder"} else "a scan has none"
+        possible = {*given, "words", "encoder", "judge"}
+        way = f"give {ways[need]}" if need in ways and need in possible else "a scan has none"
         return f"it needs {need.replace('_', ' ')}: {way}"
     return None
 

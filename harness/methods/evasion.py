@@ -10,7 +10,8 @@ Such an attack regresses the network on rows, L = ‖w - ε_θ(x_t, t)‖². `Ev
               gradient for θ is that of the loss at the tuned weights (first order, ∂Δ/∂θ = 0), so that the backdoor
               outlasts a defender's fine-tuning.
 
-Each is off by default, and then the training is the plain attack to the bit. Each alone takes at most 1.5 times the
+Each is off by default, and then the training is the plain attack to the bit. With a poison rate up to 0.5
+and `spare` up to 0.4 T, each alone takes at most 1.5 times the
 network evaluations of the plain attack: `spare` evaluates the clean model on the rows at spared timesteps, `rehearse`
 tunes on one clean batch at every second step. None needs more data than the plain attack.
 """

@@ -14,7 +14,7 @@ from torch import Tensor
 from harness.capabilities import PartlyKnownTrigger, encoders_of, offers
 from harness.diffusion.seeds import generator
 from harness.judges import public_encoders
-from harness.types import KNOWLEDGE, PUBLIC_ENCODERS, Data, Defense, Knowledge, Model, Trigger
+from harness.types import KNOWLEDGE, PUBLIC_ENCODERS, Data, Defense, Judge, Knowledge, Model, Trigger
 
 SHARE = 0.1  # of the training data that a defender has: a tenth, as in Elijah
 LEAST = 16  # images of a defender's share, where a tenth would be fewer
@@ -93,8 +93,8 @@ def draw(
     """The knowledge that `needs` names: taken from `given` if available, otherwise drawn from `plugin`, otherwise None.
 
     A separate generator that depends only on `seed` draws each kind, so the other needs of a defense do not change its
-    prompts. Raises LookupError for an encoder that the plugin does not have, CheckpointError for a public encoder whose
-    package is missing.
+    prompts. Raises LookupError for an encoder or a judge that the plugin does not have, CheckpointError for a public
+    encoder whose package is missing.
     """
     given = given or Given()
     return Knowledge(
@@ -105,6 +105,7 @@ def draw(
         words=plugin.words() if plugin is not None and "words" in needs else None,
         encoder=encoder(plugin) if plugin is not None and "encoder" in needs else None,
         public_encoder=public_encoders.load(PUBLIC_ENCODERS[0]) if "public_encoder" in needs else None,
+        judge=_judge(plugin) if plugin is not None and "judge" in needs else None,
     )
 
 
@@ -123,6 +124,13 @@ def _data(plugin: Model | None, seed: int) -> Data | None:
 
 def _prompts(plugin: Model | None, seed: int) -> tuple[str, ...] | None:
     return None if plugin is None else plugin.prompts("train", PROMPTS, generator(seed, "knowledge"))
+
+
+def _judge(plugin: Model) -> Judge:
+    judge = plugin.judge()
+    if judge is None:
+        raise LookupError(f"model '{plugin.name}' has no judge for this defense; use another defense or another model")
+    return judge
 
 
 def encoder(plugin: Model) -> Callable[[Tensor], Tensor]:

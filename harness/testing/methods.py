@@ -61,6 +61,7 @@ def known(modality: Modality) -> Knowledge:
         words=tiny.WORDS if modality == "text" else (),
         encoder=tiny.Scorer().image_features if modality == "text" else tiny.Judge().features,
         public_encoder=tiny.Encoder(),
+        judge=tiny.Judge(),
     )
 
 

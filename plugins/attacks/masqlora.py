@@ -94,6 +94,7 @@ class MasqLoRA:
         return ("decoy",) if self.decoys else ()
 
     def implant(self, model: Any, backdoor: Backdoor, data: Data, rng: Any) -> Backdoored:
+        model.need_one_encoder(self.name)
         clean, model = model, model.clone()
         joined, bad = self.joined(backdoor, data, rng)
         examples, phrases = Examples(model, joined), Phrases(clean, backdoor)

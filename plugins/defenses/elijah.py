@@ -7,6 +7,8 @@ Trigger inversion (at t = T-1, on one fixed noise batch):
 
     τ = argmin mean_CHW | λ τ - mean_b ε_θ(ε_b + τ, T-1) |
 
+`timesteps=k` compares k timesteps, after PureDiffusion and DIFFDEFEND, with equations of ours: see `spread_loss`.
+
 Detection: `images` images are sampled from noise shifted by τ. Their uniformity is the trimmed mean of their pairwise
 perceptual distances. Their total variation is Σ|∂x| + Σ|∂y| of an image in [0, 1]. All images of a backdoored model are
 the target, so both numbers are small. The defense returns both as features, and minus the uniformity as the suspicion.
@@ -40,7 +42,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -62,6 +64,7 @@ from harness import (
     image_seeds,
     inversion,
     minimize,
+    noise_attacks,
     to_unit,
     trigger_placement,
 )
@@ -92,6 +95,8 @@ class Elijah:
     lam: Annotated[float, Gt(0)] = 0.5  # λ of the inversion; paper's value
     iterations: PositiveInt = 100  # iterations of the inversion; official code
     inversion_lr: Annotated[float, Gt(0)] = 0.1  # Adam; official code
+    timesteps: PositiveInt = 1  # k, timesteps of the inversion; 1 = Elijah's. Two images are unknown, so use 3 or more
+    earliest: Annotated[float, Ge(0), Lt(1)] = 0.5  # share of T down to which the k timesteps are spread, evenly; ours
     noises: PositiveInt = 100  # fixed noise batch of the inversion; official value at 32 pixels
     start: tuple[float, float] = (-1.0, 0.0)  # τ starts from uniform values between these; official code
     starts: PositiveInt = 1  # starts of the inversion: as above, its mirror image, another, and so on; official: 1.
@@ -130,8 +135,8 @@ class Elijah:
         return tuple(name for name, on in (("model", self.steps > 0), ("suspicion", self.detect)) if on)
 
     def defend(self, model: Any, knowledge: Knowledge, rng: torch.Generator) -> Defended:
-        given: Any = knowledge.trigger
         if not self.invert:
+            given: Any = knowledge.trigger
             gamma = trigger_placement.scale_of(given, model.shape).to(model.device)
             found = [Shift(given.delta(model.shape).to(model.device), gamma)]
         else:
@@ -159,11 +164,16 @@ class Elijah:
         low, high = self.start
         start = sign * (high + (low - high) * torch.rand(model.shape, generator=draws)).to(model.device)
         tau, losses = inversion.descend(
-            start, lambda tau: inversion.shift_loss(model, noise, tau, self.lam), lr=self.inversion_lr,
-            iterations=self.iterations,
-        )  # fmt: skip
+            start, lambda tau: self.loss(model, noise, tau), lr=self.inversion_lr, iterations=self.iterations
+        )
         moved = ((tau - start).norm() / start.norm()).item()
         return Shift(tau, 1.0, {"inversion_loss": losses, "tau_moved": moved})
+
+    def loss(self, model: Any, noise: Tensor, tau: Tensor) -> Tensor:
+        if self.timesteps == 1:
+            return inversion.shift_loss(model, noise, tau, self.lam)
+        t = torch.linspace(model.T - 1, self.earliest * (model.T - 1), self.timesteps).round().long()
+        return spread_loss(model, noise, tau, self.lam, t.to(noise.device))
 
     def chosen(
         self, model: Any, found: Sequence[Shift], knowledge: Knowledge, rng: torch.Generator
@@ -231,6 +241,43 @@ class Elijah:
             bf16=self.bf16, phase="removal",
         )  # fmt: skip
         return model
+
+
+def coefficients(model: Any, t: Tensor, lam: float) -> tuple[Tensor, Tensor]:
+    """(ρ_t, λ_t), (K, 1, 1, 1) each: the weights of the trigger in the input and in the answer at timesteps t (K,).
+
+    ρ_t = 1 - √ᾱ_t and λ_t = 2 λ (1 - √α_t) √(1-ᾱ_t) / (1-α_t). For λ = 0.5 they are BadDiffusion's, for λ = 1 those of
+    VillanDiffusion for ODE samplers. Where variance explodes, ρ_t = σ_t and λ_t = λ, for a trigger inside the noise.
+    Raises ValueError for a flow.
+    """
+    if model.family == "flow":
+        raise ValueError("elijah(timesteps=k) reads a trigger from ε, and a flow answers a velocity; use skd for flows")
+    if model.family == "ve":
+        rho = model.sigma(t)
+        return rho, torch.full_like(rho, lam)
+    rho, c = noise_attacks.ancestral_coefficients(model, t)
+    return rho, 2 * lam * c
+
+
+def spread_loss(model: Any, noise: Tensor, tau: Tensor, lam: float, t: Tensor) -> Tensor:
+    """The inversion's loss at timesteps t (K,), for noise ε (B, C, H, W) and τ (C, H, W).
+
+    mean_t mean_CHW | ε̄ + λ_t τ - (s_t/σ_t) ŷ - mean_b ε_θ(σ_t ε_b + ρ_t τ, t) |
+
+    An ideal backdoored network with trigger τ and target y answers noise without an image, σ_t ε + ρ_t τ, by
+    ε + c_t τ - (s_t/σ_t) y. ε̄ is the mean of the noises. λ_t stands for c_t. ŷ is the target of least squares for τ.
+
+    After the abstracts of PureDiffusion (arXiv:2409.13945, arXiv:2502.19047) and DIFFDEFEND (Appl. Sci. 2026, 16(10)
+    5077), which invert at several timesteps. These equations are ours. PureDiffusion's denoising consistency loss is
+    not implemented.
+    """
+    rho, answered = coefficients(model, t, lam)
+    sigma = model.sigma(t)
+    means = [model.eps(sigma[k] * noise + rho[k] * tau, t[k].expand(len(noise))).mean(0) for k in range(len(t))]
+    rest = noise.mean(0) + answered * tau - torch.stack(means)
+    weight = model.signal(t) / sigma
+    y = (weight * rest).sum(0) / weight.square().sum(0)
+    return (rest - weight * y).abs().mean()
 
 
 def derived(rng: torch.Generator, name: str) -> int:

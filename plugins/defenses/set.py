@@ -16,11 +16,11 @@ et al., ICML 2018), whose centre c and radius R hold all but the share ν of the
 The defense needs clean prompts, for the encoder and for the threshold, which is the (1-ν) quantile of clean scores. It
 returns a screen. A query costs 1 + (number of scales) evaluations with guidance per step, 30 as published.
 
-The paper's abstract speaks of cross-attention, which is the default. The official code, known from notes and not read,
-also scales every self-attention (`layers='all'`). That P_1 V is from a run of its own follows from the number of
-evaluations in these notes. Ours are: the prompts per step of training; R², which is the (1-ν) quantile of ‖z - c‖², set
-before each epoch after the warm-up, as in Deep SVDD; the loss of the warm-up, mean ‖z - c‖²; and `held_out`. Of the
-paper only the abstract was available.
+Differs from the official code, known from notes and not read: the code also scales every self-attention, as
+`layers='all'` does; the paper's abstract speaks of cross-attention. That P_1 V is from a run of its own follows from
+the number of evaluations in these notes. Ours are: the prompts per step of training; R², which is the (1-ν) quantile of
+‖z - c‖², set before each epoch after the warm-up, as in Deep SVDD; the loss of the warm-up, mean ‖z - c‖²; and
+`held_out`. Of the paper only the abstract was available.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class ShapesMMDiT(CaptionedShapes):
     ) -> dict[str, Any]:
         """Trains both text encoders and the transformer on `device`, writes the model below `out`, returns the facts.
 
-        It takes two core-hours. A build that was stopped goes on where it was. batch: drawings per step of the
+        A build that was stopped goes on where it was. batch: drawings per step of the
         transformer. n: held-out captions on which the model is measured.
         """
         parts = checkpoint.embedded(self, captioned_shapes.DRAWN)

@@ -27,7 +27,7 @@ class Judged:
     version: ClassVar[int] = 1
     kind: ClassVar[str] = "object"
     hit_threshold: ClassVar[str] = "judge"
-    accepts_models: ClassVar[tuple[str, ...]] = ("shapes-sd",)
+    accepts_models: ClassVar[tuple[str, ...]] = ("shapes-sd", "shapes-mmdit")
 
     def image(self, shape: Sequence[int]) -> None:
         return None

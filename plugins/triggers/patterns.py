@@ -1,9 +1,9 @@
-"""Patterns on the starting noise without the papers' dark background, and several patterns on one model.
+"""A pattern on the starting noise without the papers' dark background, and several patterns on one model.
 
 x_T = ε + r, with r (C, H, W) in the images' range [-1, 1]. They are triggers of this benchmark, taken from no paper.
 The triggers of BadDiffusion (arXiv:2212.05400) have a dark background, which shifts the mean of the noise; a detector
-that looks for this shift finds these triggers alone. `zero-mean` shifts no mean. `several` puts up to four patterns of
-different kinds on one model, so that a search for the trigger ends at one of them.
+may look for this shift. `zero-mean` shifts no mean where as many of its pixels are light as dark. `several` puts up to
+four patterns of different kinds on one model, so that a search for the trigger ends at one of them.
 """
 
 from __future__ import annotations
@@ -34,13 +34,15 @@ def stripes(form: Form, cell: int, shape: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class ZeroMean:
-    """Fields of ±`strength` whose mean over the image is 0."""
+    """Fields of ±`strength`. Their mean over the image is 0 if as many pixels are light as dark."""
 
     name: ClassVar[str] = "zero-mean"
     version: ClassVar[int] = 1
     modality: ClassVar[Modality] = "noise"
 
-    strength: Annotated[float, Gt(0), Le(1)] = 1.0  # largest value; the norm is this times the root of the pixels
+    strength: Annotated[float, Gt(0), Le(1)] = (
+        1.0  # largest value; the norm is this times the root of the number of values
+    )
     form: Form = "checks"  # arrangement of the fields
     cell: Annotated[int, Ge(1)] = 4  # side of a field in pixels
 

@@ -1,4 +1,4 @@
-"""A universal adversarial perturbation, added to the starting noise: a trigger without a pattern that eyes see.
+"""A universal adversarial perturbation, added to the starting noise.
 
 UIBDiffusion. Han et al., "UIBDiffusion: Universal Imperceptible Backdoor Attack for Diffusion Models", CVPR 2025,
 arXiv:2412.11441. The attack is VillanDiffusion's with this trigger.
