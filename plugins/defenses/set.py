@@ -76,7 +76,8 @@ class SET(MapRun):
     batch: PositiveInt = 32  # clean prompts per step of training; ours
     lr: LearningRate = 1e-3  # Adam with weight decay 1e-4 and a cosine schedule; published value
     held_out: Annotated[float, Ge(0), Lt(1)] = 0.0  # share of the clean prompts that only the threshold sees; 0 = the
-    # threshold is that of the prompts on which the encoder was trained. Ours
+    # threshold is that of the prompts on which the encoder was trained, which flags more than the share ν of new clean
+    # prompts. Ours
 
     def defend(self, model: Any, knowledge: Knowledge, rng: torch.Generator) -> Defended:
         if self.first > self.sampling_steps:
