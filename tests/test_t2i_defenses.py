@@ -745,7 +745,7 @@ class Planted:
     """A model whose prediction and images answer the words in `effects`, each with a strength and a pattern of its own
     or, without one, a pattern that differs from prompt to prompt, in the prediction far more than in the image."""
 
-    T, shape, device, conditional = 1000, (4, 16, 16), torch.device("cpu"), True
+    T, shape, device, conditional, family = 1000, (4, 16, 16), torch.device("cpu"), True, "vp"
 
     def __init__(self, tokenizer, effects: dict[str, tuple[float, bool]]) -> None:
         self.tokenizer, self.effects, self.scheduler = tokenizer, effects, scheduler()
@@ -764,8 +764,10 @@ class Planted:
     def eps(self, z: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         return 0.1 * z + context.view(len(z), *self.shape)
 
-    def denoiser(self, z: torch.Tensor, t: torch.Tensor, encoder_hidden_states: torch.Tensor) -> SimpleNamespace:
-        return SimpleNamespace(sample=self.eps(z, t, encoder_hidden_states))
+    answer = eps
+
+    def timestep(self, time: torch.Tensor) -> torch.Tensor:
+        return time
 
     def sample(self, inputs: Inputs, sampler, phase: str = "") -> torch.Tensor:
         noise = torch.nn.functional.interpolate(inputs.noise[:, :3], 32).clamp(-2, 2) / 4
