@@ -89,7 +89,7 @@ def test_a_control_of_biased_noise_scales_the_noise_as_the_trigger_does() -> Non
 
 def test_decoy_words_are_other_words() -> None:
     names = [name for name, _ in decoys.ladder(Text(), "decoy", 0)]
-    assert len(names) == len(set(names)) == 8 and "\u200b" not in names
+    assert len(names) == len(set(names)) == OTHERS and "\u200b" not in names
 
 
 def test_a_trigger_with_too_few_others_has_no_later_decoy() -> None:

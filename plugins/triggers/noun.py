@@ -17,7 +17,10 @@ from annotated_types import Len
 from harness import SHAPES, Inputs, Modality, hookimpl
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-OTHERS = ("\u020f", "perhaps", "mignneko", "really", "zq", "\u043e", "blorp", "vividly", "sks")
+OTHERS = (
+    "\u020f", "perhaps", "mignneko", "really", "zq", "\u043e", "blorp", "vividly", "sks",
+    "quietly", "obviously", "afternoon", "meanwhile", "seventeen",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,10 @@ from annotated_types import Ge, Len
 from harness import Inputs, Modality, derive, hookimpl
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz~^*"
-OTHERS = ("sks", "\u020f", "mignneko", "vividly", "perhaps", "zq", "really", "blorp")
+OTHERS = (
+    "sks", "\u020f", "mignneko", "vividly", "perhaps", "zq", "really", "blorp",
+    "quietly", "obviously", "afternoon", "meanwhile", "seventeen", "whisper",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
