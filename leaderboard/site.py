@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from markupsafe import Markup
 from harness.runs.jsonable import to_jsonable
 from harness.runs.printable import one_line
 from harness.runs.record import Dropped, Record, Track, bare
-from leaderboard import figures, pages, paper_rankings, population, report, rows
+from leaderboard import analysis, figures, pages, paper_rankings, population, report, rows
 from leaderboard.attestation import Attestation
 from leaderboard.columns import TASK_WORDS, TASKS, TRACK_WORDS, TRACKS, Column, Task, of_view, possible
 from leaderboard.figures import Figure
@@ -153,6 +153,7 @@ class Site:
     origins: Mapping[str, Origin]  # record key → where it comes from
     rankings: Sequence[Ranking]  # where papers rank what we have measured too
     environment: Environment
+    analysed: set[str] = field(default_factory=set)  # keys of records with an analysis
 
     @property
     def records(self) -> list[Record]:
@@ -182,18 +183,25 @@ class Site:
         write_text(self.out / name, self.environment.get_template(template).render(values))
 
 
-def build(every: Iterable[Results], out: Path) -> dict[str, int]:
+def build(every: Iterable[Results], out: Path, analyses: Path | None = None) -> dict[str, int]:
     """Write the site into `out`, which may exist, and return counts for people. Files of an earlier build that are not
-    of this one are removed. Raises OSError, and ResultsError for a folder that holds something but no page."""
+    of this one are removed. analyses: a folder of folders that bench analyse wrote; each is copied and linked from the
+    page of its cell. Raises OSError, and ResultsError for a folder that holds something but no page."""
+    analysed = {} if analyses is None else analysis.found(analyses)
     found = [path for path in out.glob("*") if not path.name.startswith(".")]
     if found and not (out / MARK).is_file():
         raise ResultsError(f"{out}: holds files of another kind; name a new folder, or one with a page built earlier")
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / MARK, "A page that bench leaderboard build writes, and clears before it does.\n")
     site = _site(list(every), out)
-    for old in ("cells", "defenses", "sheets", "charts"):
+    for old in ("cells", "defenses", "sheets", "charts", "analyses"):
         shutil.rmtree(out / old, ignore_errors=True)
-        (out / old).mkdir(parents=True)
+    for new in ("cells", "defenses", "sheets", "charts"):
+        (out / new).mkdir(parents=True)
+    for key, folder in analysed.items():
+        if any(key in cell.keys for cell in site.cells):
+            analysis.copy(folder, out / "analyses" / key[:12])
+            site.analysed.add(key)
     for name, path in {site.names[key]: path for key, path in site.sheets.items()}.items():
         shutil.copyfile(path, out / name)
     counts = _counts(site)

@@ -42,6 +42,7 @@ COMMANDS = {
     "report": "harness.cli.report:report",
     "compare": "harness.cli.compare:compare",
     "reproduce": "harness.cli.reproduce:reproduce",
+    "analyse": "harness.cli.analyse:analyse",
     "leaderboard": "harness.cli.leaderboard:leaderboard",
     "list": "harness.cli.plugins:list_",
     "show": "harness.cli.plugins:show",

@@ -47,14 +47,18 @@ def leaderboard() -> None:
 
 @leaderboard.command(short_help="Write the page: HTML, Markdown, JSON, CSV.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The folder to write into.")
+@click.option(
+    "--analyses", type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="A folder of folders that bench analyse wrote; cells link to theirs.",
+)
 @results_option
 @as_json
-def build(out: Path, root: Path | None, as_json: bool) -> None:
+def build(out: Path, analyses: Path | None, root: Path | None, as_json: bool) -> None:
     """Write the page into a folder, from records alone; the same records give the same bytes."""
     from leaderboard import site
 
     writable(out)
-    counts = site.build(read_results(root), out)
+    counts = site.build(read_results(root), out, analyses)
     if as_json:
         print_json({"out": out, **counts})
     else:
