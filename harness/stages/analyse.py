@@ -268,8 +268,9 @@ def neurons(attacked: DiffusionModel, clean: DiffusionModel, plain: Watch, trigg
 def _first(network: nn.Module, layer: str) -> int:
     """The first output of a layer that goes to a nonlinearity: in a gated feed-forward layer those are the gates, the
     second half, and a gate of 0 removes the neuron."""
-    owner = network.get_submodule(layer.rpartition(".")[0])
-    return network.get_submodule(layer).out_features // 2 if type(owner).__name__ in GATED else 0
+    owner, module = network.get_submodule(layer.rpartition(".")[0]), network.get_submodule(layer)
+    gated = type(owner).__name__ in GATED and isinstance(module, nn.Linear)
+    return module.out_features // 2 if gated else 0
 
 
 def _thirds(n: int) -> list[int]:
