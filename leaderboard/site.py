@@ -21,10 +21,11 @@ from markupsafe import Markup
 from harness.runs.jsonable import to_jsonable
 from harness.runs.printable import one_line
 from harness.runs.record import Dropped, Record, Track, bare
-from leaderboard import analysis, figures, pages, paper_rankings, population, report, rows
+from leaderboard import analysis, figures, headline, pages, paper_rankings, population, report, rows
 from leaderboard.attestation import Attestation
 from leaderboard.columns import TASK_WORDS, TASKS, TRACK_WORDS, TRACKS, Column, Task, of_view, possible
 from leaderboard.figures import Figure
+from leaderboard.headline import Head
 from leaderboard.paper_rankings import Ranking
 from leaderboard.recompute import LEVELS, Level, level
 from leaderboard.rendering import asset, environment, picture_size, policy, script_json, shown
@@ -131,6 +132,7 @@ class View:
     population: PopulationTable | None = None
     rankings: Sequence[Ranking] = ()
     attacks: Sequence[AttackTable] = ()
+    heads: Sequence[Head] = ()
 
     @property
     def title(self) -> str:
@@ -279,7 +281,8 @@ def _view(site: Site, track: Track, task: Task) -> View:
         tables = enumerate(rows.by_task(site.cells, track, task))
         blocks = [_block(site, table, task, index) for index, table in tables]
         ranked = [each for each in site.rankings if each.track == track and task == "purification"]
-        return View(track, task, columns, blocks, rankings=ranked)
+        heads = headline.heads(site.cells, track) if task == "purification" else []
+        return View(track, task, columns, blocks, rankings=ranked, heads=heads)
     if task == "detection":
         return View(track, task, columns, population=_population(site, track))
     return View(track, task, columns, attacks=_attacks(site, track, columns))
@@ -388,7 +391,11 @@ def _files(site: Site, counts: Mapping[str, int]) -> None:
     write_text(site.out / "LEADERBOARD.md", markdown(site))
     write_text(site.out / "leaderboard.csv", report.comma_separated(site.records, site.dropped))
     lines = ",\n".join(json.dumps(_entry(site, c), sort_keys=True, allow_nan=False) for c in site.cells)
-    write_text(site.out / "leaderboard.json", f'{{"counts": {json.dumps(counts)},\n"cells": [\n{lines}\n]}}\n')
+    heads = json.dumps([headline.entry(head) for track in TRACKS for head in headline.heads(site.cells, track)])
+    write_text(
+        site.out / "leaderboard.json",
+        f'{{"counts": {json.dumps(counts)},\n"heads": {heads},\n"cells": [\n{lines}\n]}}\n',
+    )
 
 
 def _entry(site: Site, cell: PooledCell) -> dict[str, Any]:
@@ -430,6 +437,7 @@ def markdown(site: Site) -> str:
         "The same numbers as index.html, as text. Worst case and mean over the settings of a table.",
     ]
     for track in TRACKS:
+        parts += [part for head in headline.heads(site.cells, track) for part in headline.markdown(head)]
         for task in TABLES:
             for table in rows.by_task(site.cells, track, task):
                 numbers = [word for column in table.columns for word in _heads(column, table)]
