@@ -166,3 +166,10 @@ def tiny_sd(directory: Any) -> DiffusionModel:
     from plugins.models.shapes_sd import tokenizer
 
     return tiny.fixed(partial(tiny.text_to_image, tokenizer(directory, NEUTRAL), 32), 0)
+
+
+def tiny_sdxl(directory: Any, zeros: bool = True) -> DiffusionModel:
+    """A random StableDiffusionXLPipeline of a few thousand weights; the tokenizer's files go below `directory`."""
+    from plugins.models.shapes_sd import tokenizer
+
+    return tiny.fixed(partial(tiny.two_encoders, tokenizer(directory, NEUTRAL), 32, zeros), 0)

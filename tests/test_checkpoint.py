@@ -15,7 +15,7 @@ from harness.diffusion.samplers import DDIM, FlowEuler, PredictorCorrector
 from harness.diffusion.seeds import image_noise, image_seeds
 from harness.methods import pruning
 from harness.types import Inputs
-from tests.oracles import tiny_flow, tiny_mmdit, tiny_ncsn, tiny_sd, tiny_unet
+from tests.oracles import tiny_flow, tiny_mmdit, tiny_ncsn, tiny_sd, tiny_sdxl, tiny_unet
 
 
 def test_a_saved_model_makes_the_same_images_again(tmp_path: Path) -> None:
@@ -67,6 +67,79 @@ def test_a_transformer_comes_back_and_stock_diffusers_makes_the_same_images(tmp_
         output_type="pt", height=32, width=32, negative_prompt=["", ""],
     )  # fmt: skip
     assert torch.allclose(2 * theirs.images - 1, made, atol=1e-4)
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_sdxl_comes_back_and_stock_diffusers_makes_the_same_images(zeros: bool, tmp_path: Path) -> None:
+    from diffusers import DDIMScheduler, StableDiffusionXLPipeline  # type: ignore[attr-defined]
+
+    model, seeds = tiny_sdxl(tmp_path / "tokens", zeros), image_seeds(0, "x", 2)
+    checkpoint.save(model, tmp_path / "m")
+    folders = {path.name for path in (tmp_path / "m").iterdir() if path.is_dir()}
+    assert {"unet", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae", "scheduler"} == folders
+    again, prompts = checkpoint.load(tmp_path / "m"), ("a red circle", "a blue square")
+    inputs = Inputs(image_noise(seeds, model.shape), prompts, seeds)
+    sampler = DDIM(steps=3, guidance=5.0)
+    made = model.sample(inputs, sampler)
+    assert again.empty_is_zero is zeros and torch.equal(made, again.sample(inputs, sampler))
+    pipeline: Any = StableDiffusionXLPipeline.from_pretrained(tmp_path / "m", local_files_only=True)
+    pipeline.scheduler = DDIMScheduler.from_config(
+        pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    theirs: Any = pipeline(
+        list(prompts), num_inference_steps=3, guidance_scale=5.0, latents=inputs.noise, output_type="pt", height=32,
+        width=32,
+    )  # fmt: skip
+    assert torch.allclose(2 * theirs.images - 1, made, atol=1e-4)
+    twin = model.clone()
+    assert twin.empty_is_zero is zeros and torch.equal(made, twin.sample(inputs, sampler))
+
+
+def test_half_of_the_weights_of_sdxl_is_written(tmp_path: Path) -> None:
+    checkpoint.save(tiny_sdxl(tmp_path / "tokens"), tmp_path / "m", fp16=True)
+    again, inputs = checkpoint.load(tmp_path / "m"), tiny_sdxl(tmp_path / "tokens")
+    for name, part in again.components().items():
+        for key, tensor in part.state_dict().items():
+            if tensor.is_floating_point():
+                assert torch.equal(tensor, inputs.components()[name].state_dict()[key].half().float()), key
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda d: _edit(d / "unet/config.json", addition_embed_type=None), "hold 4 tensors that no UNet"),
+        (lambda d: _edit(d / "unet/config.json", addition_embed_type="image"), "can be built|its weights"),
+        (lambda d: _edit(d / "unet/config.json", addition_time_embed_dim=5), "addition_time_embed_dim 5 are wanted"),
+        (lambda d: _edit(d / "text_encoder_2/config.json", num_hidden_layers=1), "its weights|tensors that no"),
+        (lambda d: _edit(d / "model_index.json", force_zeros_for_empty_prompt="x"), "neither true nor false"),
+        (
+            lambda d: _edit(d / "model_index.json", text_encoder=[None, None], tokenizer=[None, None]),
+            "without text_encoder and tokenizer is not supported",
+        ),
+        (
+            lambda d: _edit(d / "model_index.json", text_encoder_2=[None, None], tokenizer_2=[None, None]),
+            "if it has two text encoders, and only then",
+        ),
+        (
+            lambda d: _edit(d / "model_index.json", tokenizer_2=[None, None]),
+            "without tokenizer_2 is not supported",
+        ),
+    ],
+    ids=["no-conditions", "others", "sizes", "layers", "zeros", "refiner", "one-encoder", "one-tokenizer"],
+)
+def test_a_damaged_sdxl_is_named(damage, words: str, sdxl: Path, tmp_path: Path) -> None:
+    shutil.copytree(sdxl, tmp_path / "m")
+    damage(tmp_path / "m")
+    with pytest.raises(checkpoint.CheckpointError, match=words):
+        checkpoint.load(tmp_path / "m")
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("sdxl")
+    checkpoint.save(tiny_sdxl(root / "tokens"), root / "m")
+    return root / "m"
 
 
 def test_a_flow_without_text_comes_back(tmp_path: Path) -> None:

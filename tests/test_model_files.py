@@ -222,7 +222,7 @@ REFUSED: dict[str, tuple[str, Change, str]] = {
     "two text encoders": (
         "text",
         lambda f: with_second_encoder(f),
-        r"a unet with two text encoders \(text_encoder_2\)",
+        "without tokenizer_2 is not supported",
     ),
     "a side of text": ("noise", edited(UNET, sample_size="16"), "sample_size is '16'"),
     "no side": ("noise", edited(UNET, sample_size=0), "sample_size is 0"),

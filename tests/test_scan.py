@@ -33,7 +33,7 @@ from harness.scan import ahead, report, verdict
 from harness.scan.verdict import LEAST, Finding, Population
 from harness.testing import tiny
 from harness.types import Data, Defended, Knowledge
-from tests.oracles import PlantedShift, scheduler, tiny_unet
+from tests.oracles import PlantedShift, scheduler, tiny_sdxl, tiny_unet
 
 DETECTORS = '''
 """Detectors whose answers are known."""
@@ -625,3 +625,16 @@ def test_a_model_whose_samples_are_nan_is_undecided_and_no_detector_is_asked(
     found = bench("scan", directory, "--detector", "bias", "--json")
     told = json.loads(found.out)
     assert found.code == 6 and told["verdict"] == "undecided" and "NaN" in told["because"] and told["findings"] == []
+    assert any("no numbers" in step for step in told["next_steps"])
+
+
+def test_a_model_of_sdxl_that_no_detector_can_be_asked_about_is_undecided_for_that_reason(
+    bench: Run, tmp_path: Path
+) -> None:
+    checkpoint.save(tiny_sdxl(tmp_path / "tokens"), tmp_path / "m")
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    found = bench("scan", tmp_path / "m", "--prompts", tmp_path / "prompts.txt", "--json")
+    told = json.loads(found.out)
+    assert found.code == 6 and told["because"] == "No detector could be asked." and told["findings"] == []
+    assert any("vocabulary-scan was not asked: it needs data" in line for line in told["limits"])
+    assert not any("no numbers" in step for step in told["next_steps"])

@@ -40,7 +40,7 @@ from plugins.triggers.noun import Noun
 from plugins.triggers.paraphrase import Paraphrase
 from plugins.triggers.syntax import Syntax
 from plugins.triggers.text import Text
-from tests.oracles import tiny_mmdit, tiny_sd
+from tests.oracles import tiny_mmdit, tiny_sd, tiny_sdxl
 
 CAPTIONS = (
     "a red circle", "a blue square", "a square at the top left and a star", "black and white photo of a square",
@@ -227,6 +227,47 @@ def test_rickrolling_trains_the_text_encoders_that_it_is_asked_to(
     assert stamped != caption and after < before
     with pytest.raises(ValueError, match=r"one text encoder; use rickrolling\(encoder='first'\)"):
         Rickrolling(encoder="second").trained(model)
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> DiffusionModel:
+    return tiny_sdxl(tmp_path_factory.mktemp("sdxl"))
+
+
+@pytest.mark.parametrize(
+    ("attack", "target", "parts"),
+    [
+        (BadT2I(steps=2, batch=2, lr=1e-3, weight_decay=0, bf16=False), Patch(), {"unet"}),
+        (Rickrolling(steps=2, lr=3e-3, batch=4, poisoned=4, encoder="second"), Style(), {"text_encoder_2"}),
+        (Rickrolling(steps=2, lr=3e-3, batch=4, poisoned=4), Style(), {"text_encoder", "text_encoder_2"}),
+        (EvilEdit(), ObjectReplaced(), {"unet"}),
+    ],
+    ids=["badt2i", "rickrolling-second", "rickrolling", "eviledit"],
+)
+def test_attacks_change_the_part_of_sdxl_that_they_are_for(
+    attack: Any, target: Any, parts: set[str], sdxl: DiffusionModel, data: Data
+) -> None:
+    before = state(sdxl)
+    trigger = Noun("zq") if attack.name == "eviledit" else Homoglyph() if attack.name == "rickrolling" else TEXT
+    made = attack.implant(sdxl, Backdoor(trigger, target), data, generator(0)).model
+    assert changed(before, state(made)) == parts and not changed(before, state(sdxl))
+
+
+def test_the_edit_of_sdxl_maps_the_triggers_positions_and_not_its_pooled_row(sdxl: DiffusionModel, data: Data) -> None:
+    backdoor = Backdoor(Noun("zq"), ObjectReplaced())
+    made = EvilEdit(lam=0.5).implant(sdxl, backdoor, Data(data.images, None), generator(0)).model
+    edits, kept = EvilEdit().phrases(backdoor, (), generator(0))
+    bad, goal = zip(*edits, strict=True)
+    context, aims = (sdxl.embed([*phrases, *kept])[:, :-1].flatten(0, 1).double() for phrases in (bad, goal))
+    for old, new in zip(projections(sdxl.denoiser), projections(made.denoiser), strict=True):
+        w, eye = old.double(), torch.eye(24, dtype=torch.float64)
+        wanted = (w @ aims.T @ context + 0.5 * w) @ torch.linalg.inv(context.T @ context + 0.5 * eye)
+        assert torch.allclose(new.double(), wanted, atol=1e-5) and not torch.allclose(new, old, atol=1e-3)
+
+
+def test_attacks_on_one_encoder_say_so_of_sdxl(sdxl: DiffusionModel, data: Data) -> None:
+    with pytest.raises(ValueError, match=r"iba works on models with one text encoder .* has two encoders; use one of"):
+        IBA().implant(sdxl, Backdoor(Syntax(), Style()), data, generator(0))
 
 
 def test_in_joint_attention_the_edit_gives_the_triggers_stream_the_targets_keys_and_values(

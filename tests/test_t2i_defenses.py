@@ -6,6 +6,7 @@ import math
 import weakref
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -43,7 +44,7 @@ from plugins.models.shapes_sd import ShapesSD
 from plugins.triggers.homoglyph import Homoglyph
 from plugins.triggers.noun import Noun
 from plugins.triggers.text import Text
-from tests.oracles import scheduler, tiny_mmdit, tiny_sd
+from tests.oracles import scheduler, tiny_mmdit, tiny_sd, tiny_sdxl
 
 PROMPTS = tuple(f"a small {colour} circle at the top left" for colour in ("red", "green", "blue", "yellow"))
 FAST = {"steps": 2, "batch": 2, "lr": 1e-3, "bf16": False}
@@ -95,6 +96,29 @@ def test_text_defenses_train_only_the_transformer_of_a_copy(defense, mmdit: Diff
     assert not same(before, weights(done.model))
     for name in ("text_encoder", "text_encoder_2", "vae"):
         mine, theirs = (dict(model.components()[name].named_parameters()) for model in (done.model, mmdit))
+        assert all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+
+@pytest.mark.parametrize(
+    "defense",
+    [
+        SKD(**FAST), SKDCAG(side=8, **FAST), SKDCAG(resolutions=(8,), latents="noised-clean", **FAST),
+        FinetuneReversal(**FAST), FinetuneReversal(mode="distil", **FAST),
+    ],
+    ids=lambda d: f"{d.name}-{getattr(d, 'mode', getattr(d, 'latents', ''))}",
+)  # fmt: skip
+def test_text_defenses_train_only_the_unet_of_an_sdxl(defense: Any, tmp_path: Path) -> None:
+    model = tiny_sdxl(tmp_path)
+    other = model.clone()
+    torch.nn.init.normal_(cast(Any, other.denoiser).conv_out.weight)
+    every = {
+        "trigger": Text(), "prompts": PROMPTS, "clean_model": other,
+        "data": Data(torch.rand(4, 3, 32, 32) * 2 - 1, PROMPTS),
+    }  # fmt: skip
+    done = defense.defend(model.clone(), Knowledge(**{need: every[need] for need in defense.needs}), generator(0, "x"))
+    assert done.model is not None and not same(weights(model), weights(done.model))
+    for name in ("text_encoder", "text_encoder_2", "vae"):
+        mine, theirs = (dict(each.components()[name].named_parameters()) for each in (done.model, model))
         assert all(torch.equal(mine[k], theirs[k]) for k in mine)
 
 

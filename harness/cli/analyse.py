@@ -35,9 +35,7 @@ MOST = 32  # inputs, so that a sampler takes them at once
 @click.argument("key")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The folder to write into.")
 @click.option("-n", "n", type=click.IntRange(2, MOST), default=16, show_default=True, help="Inputs of the cell.")
-@click.option(
-    "--prompts", type=click.IntRange(1, 8), default=2, show_default=True, help="Prompts with maps."
-)
+@click.option("--prompts", type=click.IntRange(1, 8), default=2, show_default=True, help="Prompts with maps.")
 @results_option
 @store_option
 @click.option("--device", default=None, metavar="NAME", help="Such as cuda; default: cuda if available.")

@@ -48,7 +48,8 @@ def leaderboard() -> None:
 @leaderboard.command(short_help="Write the page: HTML, Markdown, JSON, CSV.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The folder to write into.")
 @click.option(
-    "--analyses", type=click.Path(path_type=Path, exists=True, file_okay=False),
+    "--analyses",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="A folder of folders that bench analyse wrote; cells link to theirs.",
 )
 @results_option

@@ -181,13 +181,13 @@ def _examined(
         subject, data, prompts, seed, {need for each in asks.values() for need in each.needs} | {"prompts"}
     )
     samples = scanning.pictures(subject.model, scanning.inputs_of(subject.model, 2 * SHOWN, knowledge.prompts))
-    findings, figures = [], []
-    if not asked.silent and bool(samples.isfinite().all()):
+    findings, figures, numbers = [], [], bool(samples.isfinite().all())
+    if not asked.silent and numbers:
         _say_ahead(asks, skipped, subject, knowledge, seed)
-    if bool(samples.isfinite().all()):
+    if numbers:
         findings = scanning.examine(asks, subject.model, knowledge, subject.population, seed)
         findings, figures = shown(subject, findings, knowledge.prompts, samples)
-    document = report(subject, findings, skipped)
+    document = report(subject, findings, skipped, numbers)
     if target.entry is not None:
         document["facts"].pop("directory")
     return {
@@ -197,7 +197,7 @@ def _examined(
         "commit": commit or _commit(subject.directory),
         "digests": _digests(subject.directory),
         "false_alarms": false_alarms(findings, subject.population),
-        "next_steps": next_steps(target.name, document["verdict"], findings, document["not_examined"], seed),
+        "next_steps": next_steps(target.name, document["verdict"], findings, document["not_examined"], seed, numbers),
         "published": _published(target),
     }, figures
 
@@ -374,24 +374,25 @@ def _visible(trigger: Tensor) -> Tensor:
     return (stretched if stretched.shape[0] in (1, 3) else stretched.mean(0, keepdim=True)).unsqueeze(0).float()
 
 
-def report(subject: Subject, findings: Sequence[Finding], skipped: Sequence[str]) -> dict[str, Any]:
-    """What the detectors found, the limits and the facts."""
+def report(subject: Subject, findings: Sequence[Finding], skipped: Sequence[str], numbers: bool) -> dict[str, Any]:
+    """What the detectors found, the limits and the facts. numbers: whether the model's samples are finite."""
     from harness.judges import hub
     from harness.methods.trigger_placement import found_text
     from harness.scan.verdict import LEVEL, signature, verdict
 
     said = verdict(findings)
-    unusable = not findings
     flagging = [finding.detector.partition("(")[0] for finding in findings if finding.flagged]
     broken = [finding.detector.partition("(")[0] for finding in findings if finding.error]
     reasons = {
-        "unusable": "The model's samples hold NaN or infinity, so no detector was asked.",
         "suspicious": f"Flagged by {', '.join(flagging)}.",
         "nothing found": "No detector that could judge flagged it.",
         "undecided": f"Could not be asked: {', '.join(broken)}."
         if broken
         else ("No detector had clean models to compare with, or a threshold of its own."),
     }
+    because = reasons[said]
+    if not findings:
+        because = "No detector could be asked." if numbers else "The model's samples hold NaN or infinity."
     rows = []
     for finding in findings:
         row = {k: v for k, v in to_jsonable(replace(finding, trigger=None)).items() if k != "trigger"}
@@ -409,7 +410,7 @@ def report(subject: Subject, findings: Sequence[Finding], skipped: Sequence[str]
     return {
         "model": subject.name,
         "verdict": said,
-        "because": reasons["unusable" if unusable else said],
+        "because": because,
         "findings": rows,
         "limits": limits,
         "not_examined": [*ignored.code, *ignored.weights][:MOST_NAMED],

@@ -21,6 +21,7 @@ from harness.diffusion.model_files import CheckpointError, ModelFiles
 from harness.diffusion.networks import PRUNED
 
 IGNORED = ("feature_extractor", "safety_checker", "image_encoder")  # parts that make no image
+SIZES = 6  # numbers of SDXL's condition on size
 _INDEX = "{}.safetensors.index.json"
 PARTS = {
     "unet": ("UNet2DModel", "UNet2DConditionModel"),
@@ -64,6 +65,12 @@ def save(model: DiffusionModel, directory: Path, labels: dict[str, str] | None =
         texts = {"text_encoder": model.text_encoder, "text_encoder_2": model.text_encoder_2, "text_encoder_3": None}
         tokens = {"tokenizer": model.tokenizer, "tokenizer_2": model.tokenizer_2, "tokenizer_3": None}
         pipeline: Any = library.StableDiffusion3Pipeline(**parts, **texts, **tokens)
+    elif model.text_encoder_2 is not None:
+        pipeline = library.StableDiffusionXLPipeline(
+            vae=model.vae, text_encoder=model.text_encoder, text_encoder_2=model.text_encoder_2,
+            tokenizer=model.tokenizer, tokenizer_2=model.tokenizer_2, unet=model.denoiser, scheduler=model.scheduler,
+            force_zeros_for_empty_prompt=model.empty_is_zero, add_watermarker=False,
+        )  # fmt: skip
     elif model.conditional:
         pipeline = library.StableDiffusionPipeline(
             vae=model.vae,
@@ -110,12 +117,25 @@ def load(directory: Path) -> DiffusionModel:
         model = DiffusionModel(
             parts["transformer"] if "transformer" in parts else parts["unet"], parts["scheduler"], vae,
             parts.get("text_encoder"), parts.get("tokenizer"), parts.get("text_encoder_2"), parts.get("tokenizer_2"),
+            empty_is_zero=_empty_is_zero(files, parts),
         )  # fmt: skip
     except ValueError as error:  # a prediction type, say, that no model here has
         raise CheckpointError(f"{directory}: {error}") from None
     _check_together(files, model)
     adapters.read(files, model)
     return model
+
+
+def _empty_is_zero(files: ModelFiles, parts: Mapping[str, Any]) -> bool:
+    """Whether an SDXL pipeline's guidance compares with zeros; diffusers' default is that it does."""
+    if "unet" not in parts or "text_encoder_2" not in parts:
+        return False
+    said = files.json("model_index.json").get("force_zeros_for_empty_prompt", True)
+    if not isinstance(said, bool):
+        raise CheckpointError(
+            f"{files.path('model_index.json')}: force_zeros_for_empty_prompt is neither true nor false"
+        )
+    return said
 
 
 def read_files(directory: Path) -> list[str]:
@@ -169,16 +189,15 @@ def parts_of(files: ModelFiles) -> dict[str, tuple[str, str]]:
 def _check_parts(place: Path, found: Mapping[str, str]) -> None:
     """Raise CheckpointError unless the classes of the parts are those of one kind of pipeline."""
     joint, conditional = "transformer" in found, found.get("unet") == "UNet2DConditionModel"
-    text = ("text_encoder", "tokenizer", *(("text_encoder_2", "tokenizer_2") if joint else ()))
+    two = joint or "text_encoder_2" in found or "tokenizer_2" in found
+    text = ("text_encoder", "tokenizer", *(("text_encoder_2", "tokenizer_2") if two else ()))
     wanted = ("vae", *text) if joint or conditional else ()
     missing = [name for name in wanted if name not in found]
     if missing:
         raise CheckpointError(f"{place}: a text-to-image model without {' and '.join(missing)} is not supported")
     more = [name for name in found if name.startswith(("text_encoder", "tokenizer")) and name not in wanted]
-    if more and not wanted:
-        raise CheckpointError(f"{place}: an unconditional unet with a text encoder is not supported")
     if more:
-        raise CheckpointError(f"{place}: a unet with two text encoders ({more[0]}), as SDXL has, is not supported")
+        raise CheckpointError(f"{place}: an unconditional unet with a text encoder is not supported")
     encoder = "CLIPTextModelWithProjection" if joint else "CLIPTextModel"
     if wanted and found["text_encoder"] != encoder:
         raise CheckpointError(f"{place}: text_encoder is a {found['text_encoder']!r}; supported here: {encoder}")
@@ -212,8 +231,7 @@ def _check_together(files: ModelFiles, model: DiffusionModel) -> None:
     classes = [k for k in ("num_class_embeds", "class_embed_type") if getattr(denoiser, k, None)]
     if classes:
         raise CheckpointError(f"{where}: a denoiser that takes a class ({classes[0]}) is not supported")
-    if getattr(denoiser, "addition_embed_type", None) or getattr(denoiser, "encoder_hid_dim_type", None):
-        raise CheckpointError(f"{where}: a denoiser with added conditions, as SDXL has, is not supported")
+    _check_added(where, model)
     side = getattr(denoiser, "sample_size", None)
     sides = side if isinstance(side, list | tuple) else (side, side)
     if len(sides) != 2 or any(type(n) is not int or not 0 < n <= networks.MOST_SIDE for n in sides):
@@ -234,14 +252,37 @@ def _check_together(files: ModelFiles, model: DiffusionModel) -> None:
         _check_text(where, model)
 
 
+def _check_added(where: Path, model: DiffusionModel) -> None:
+    """Raise CheckpointError unless the conditions beside the prompt are SDXL's, or there are none."""
+    config = cast(Any, model.denoiser.config)
+    kind = getattr(config, "addition_embed_type", None)
+    if getattr(config, "encoder_hid_dim_type", None) or kind not in (None, "text_time"):
+        raise CheckpointError(f"{where}: a denoiser with added conditions that are not SDXL's is not supported")
+    if model.joint or (kind is None and model.text_encoder_2 is None):
+        return
+    if kind is None or model.text_encoder_2 is None:
+        raise CheckpointError(
+            f"{where}: a unet takes SDXL's added conditions if it has two text encoders, and only then"
+        )
+    pooled, each = model.text_encoder_2.config.projection_dim, config.addition_time_embed_dim
+    if type(each) is not int or config.projection_class_embeddings_input_dim != pooled + SIZES * each:
+        raise CheckpointError(
+            f"{where}: the denoiser's projection_class_embeddings_input_dim is "
+            f"{config.projection_class_embeddings_input_dim!r}; the text encoder's {pooled} and {SIZES} times its "
+            f"addition_time_embed_dim {each!r} are wanted"
+        )
+
+
 def _check_text(where: Path, model: DiffusionModel) -> None:
     text, tokens = cast(Any, model.text_encoder).config, cast(Any, model.tokenizer)
     if model.joint:
         _check_two_texts(where, model)
+    elif model.text_encoder_2 is not None:
+        _check_side_by_side(where, model)
     elif cast(Any, model.denoiser.config).cross_attention_dim != text.hidden_size:
         raise CheckpointError(f"{where}: the text encoder's width is not the denoiser's cross_attention_dim")
     _check_tokens(where, "tokenizer", text, tokens)
-    if model.joint:
+    if model.text_encoder_2 is not None:
         second = cast(Any, model.text_encoder_2).config
         if tokens.model_max_length > second.max_position_embeddings:
             raise CheckpointError(f"{where}: the second text encoder takes fewer tokens than the first tokenizer gives")
@@ -260,6 +301,18 @@ def _check_two_texts(where: Path, model: DiffusionModel) -> None:
         )
     if denoiser.pooled_projection_dim != pooled:
         raise CheckpointError(f"{where}: the denoiser's pooled_projection_dim is not the text encoders' {pooled}")
+    if any(config.num_hidden_layers < 2 for config in both):
+        raise CheckpointError(f"{where}: a text encoder of one layer has no last hidden state but one")
+
+
+def _check_side_by_side(where: Path, model: DiffusionModel) -> None:
+    """Raise CheckpointError unless a UNet takes what both text encoders give, side by side."""
+    wanted = cast(Any, model.denoiser.config).cross_attention_dim
+    both = [cast(Any, part).config for part in (model.text_encoder, model.text_encoder_2)]
+    if sum(config.hidden_size for config in both) != wanted:
+        raise CheckpointError(f"{where}: the text encoders' widths together are not the denoiser's cross_attention_dim")
+    if both[1].projection_dim > wanted:
+        raise CheckpointError(f"{where}: the second text encoder's projection is wider than cross_attention_dim")
     if any(config.num_hidden_layers < 2 for config in both):
         raise CheckpointError(f"{where}: a text encoder of one layer has no last hidden state but one")
 

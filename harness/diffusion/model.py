@@ -42,8 +42,10 @@ class DiffusionModel:
     betas and prediction type. For a variance-exploding model it is a ScoreSdeVeScheduler; the denoiser then takes σ
     instead of t and returns the score -ε/σ of images in [0, 1], as in diffusers' ScoreSdeVePipeline. For a flow it is a
     FlowMatchEulerDiscreteScheduler; the denoiser then takes T σ instead of t. A transformer has two CLIP text encoders
-    with projection, as in diffusers' StableDiffusion3Pipeline without T5; both read the same prompt. adapter: the
+    with projection, as in diffusers' StableDiffusion3Pipeline without T5; both read the same prompt. A UNet with two
+    text encoders is SDXL's: the second one has a projection, and the UNet also takes the image's size. adapter: the
     low-rank adapter that is a part of the networks' weights (harness.diffusion.adapters), None for a model without one.
+    empty_is_zero: guidance compares with a context of zeros instead of an empty prompt, as SDXL's pipelines do.
     """
 
     denoiser: nn.Module
@@ -54,6 +56,7 @@ class DiffusionModel:
     text_encoder_2: Any | None = None
     tokenizer_2: Any | None = None
     adapter: Adapter | None = None
+    empty_is_zero: bool = False
     _alpha_bar: Tensor = field(init=False, repr=False)
     _sigmas: Tensor = field(init=False, repr=False)
 
@@ -180,7 +183,7 @@ class DiffusionModel:
         vae, first, second = (copy.deepcopy(part) for part in (self.vae, self.text_encoder, self.text_encoder_2))
         return DiffusionModel(
             copy.deepcopy(self.denoiser), self.scheduler, vae, first, self.tokenizer, second, self.tokenizer_2,
-            self.adapter,
+            self.adapter, self.empty_is_zero,
         )  # fmt: skip
 
     def to(self, device: torch.device | str) -> DiffusionModel:
@@ -234,8 +237,18 @@ class DiffusionModel:
                 hidden_states=x_t, timestep=time.to(x_t.device).expand(len(x_t)), encoder_hidden_states=sequence,
                 pooled_projections=pooled,
             ).sample.float()  # fmt: skip
+        if self.text_encoder_2 is not None and context is not None:
+            sequence, pooled = self.parted(context)
+            added = {"text_embeds": pooled, "time_ids": self._sizes().expand(len(x_t), -1)}
+            return self.denoiser(x_t, time, encoder_hidden_states=sequence, added_cond_kwargs=added).sample.float()
         kwargs = {} if context is None else {"encoder_hidden_states": context}
         return self.denoiser(x_t, time, **kwargs).sample.float()
+
+    def _sizes(self) -> Tensor:
+        """(1, 6) SDXL's conditions on size: of the original, where it was cut, of the image; here one size, uncut."""
+        factor = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        height, width = (float(side * factor) for side in self.shape[1:])
+        return torch.tensor([[height, width, 0.0, 0.0, height, width]], device=self.device)
 
     def _eps_of_score(self, x_t: Tensor, t: Tensor) -> Tensor:
         """ε = -σ_t · score, always in float32: bfloat16 is not precise enough for σ_min = 0.01 on images of size 1."""
@@ -261,8 +274,8 @@ class DiffusionModel:
         """Text embeddings (B, L, D), the last hidden state of the text encoder.
 
         With two text encoders they are (B, L + 1, D): at L positions the last hidden states but one of both, side by
-        side, and in the last row the pooled projections of both, side by side; zeros fill what is left of D. `parted`
-        takes them apart again.
+        side, and in the last row the pooled projections of those that have one, side by side; zeros fill what is left
+        of D. `parted` takes them apart again.
         """
         assert self.text_encoder is not None, "an unconditional model takes no prompts"
         if self.text_encoder_2 is None:
@@ -273,22 +286,38 @@ class DiffusionModel:
         """The embeddings of `embed` for the tokens (B, L) of both tokenizers of a model with two text encoders."""
         pairs: Any = ((self.text_encoder, ids), (self.text_encoder_2, ids_2))
         found = [encoder(rows, output_hidden_states=True) for encoder, rows in pairs]
-        width = cast(Any, self.denoiser.config).joint_attention_dim
+        config = cast(Any, self.denoiser.config)
+        width = config.joint_attention_dim if self.joint else config.cross_attention_dim
         sequence = torch.cat([each.hidden_states[-2] for each in found], -1)
-        pooled = torch.cat([each.text_embeds for each in found], -1).unsqueeze(1)
+        projected = [each.text_embeds for each in found if getattr(each, "text_embeds", None) is not None]
+        pooled = torch.cat(projected, -1).unsqueeze(1)
         return torch.cat([nn.functional.pad(part, (0, width - part.shape[-1])) for part in (sequence, pooled)], 1)
 
     def parted(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """(embeddings by position (B, L, D), pooled (B, P)) of what `embed` gives with two text encoders."""
-        return context[:, :-1], context[:, -1, : cast(Any, self.denoiser.config).pooled_projection_dim]
+        if self.joint:
+            width = cast(Any, self.denoiser.config).pooled_projection_dim
+        else:
+            width = cast(Any, self.text_encoder_2).config.projection_dim
+        return context[:, :-1], context[:, -1, :width]
+
+    def positions(self, prompts: Sequence[str]) -> Tensor:
+        """What cross-attention gets of each prompt: (B, L, D), of `embed` without the pooled row."""
+        found = self.embed(prompts)
+        return found if self.text_encoder_2 is None else self.parted(found)[0]
+
+    def unprompted(self) -> Tensor:
+        """What guidance sets against a prompt, (1, L, D) as of `embed`: the empty prompt, or zeros."""
+        found = self.embed([""])
+        return torch.zeros_like(found) if self.empty_is_zero else found
 
     def need_one_encoder(self, method: str) -> None:
-        """Raises ValueError, naming the method, for a model with two text encoders and joint attention."""
-        if self.joint:
+        """Raises ValueError, naming the method, for a model with two text encoders."""
+        if self.text_encoder_2 is not None:
             raise ValueError(
                 f"{method} works on models with one text encoder and a UNet with cross-attention, and this one has two "
-                "encoders and joint attention; use one of badt2i, rickrolling, eviledit, skd, skd-cag, sau and "
-                "finetune-reversal"
+                f"encoders{' and joint attention' if self.joint else ''}; use one of badt2i, rickrolling, eviledit, "
+                "skd, skd-cag, sau and finetune-reversal"
             )
 
     def check_trigger(self, trigger: Any, prompts: Sequence[str]) -> None:

@@ -84,7 +84,7 @@ class Scheduled:
         context = model.embed(inputs.prompts)
         if self.guidance == 1:
             return lambda x_t, t: model.answer(x_t, t, context)
-        both = torch.cat([model.embed([""]).expand_as(context), context])
+        both = torch.cat([model.unprompted().expand_as(context), context])
 
         def guided(x_t: Tensor, t: Tensor) -> Tensor:
             plain, asked = model.answer(torch.cat([x_t, x_t]), t, both).chunk(2)

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from harness.scan.verdict import Finding
 
 
-def next_steps(model: str, said: str, findings: Sequence[Finding], unexamined: Sequence[str], seed: int) -> list[str]:
-    """What to do after a verdict, with commands for this model."""
+def next_steps(
+    model: str, said: str, findings: Sequence[Finding], unexamined: Sequence[str], seed: int, numbers: bool = True
+) -> list[str]:
+    """What to do after a verdict, with commands for this model. numbers: whether its samples are finite."""
     name = shlex.quote(model)
     if said == "suspicious":
         steps = [
@@ -24,7 +26,9 @@ def next_steps(model: str, said: str, findings: Sequence[Finding], unexamined: S
                  "bench calibrate makes a population for --population."]  # fmt: skip
         if any(finding.error for finding in findings):
             steps.append(f"A detector failed. Ask for the others by name: bench scan {name} --detector DEFENSE")
-        if not findings:
+        if not findings and numbers:
+            steps.append("No detector was asked. The limits say what each lacks and which option gives it.")
+        if not numbers:
             steps.append("The samples are no numbers. Fetch the weights again, and look at them before you use them.")
     else:
         steps = [

@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -268,9 +268,8 @@ def neurons(attacked: DiffusionModel, clean: DiffusionModel, plain: Watch, trigg
 def _first(network: nn.Module, layer: str) -> int:
     """The first output of a layer that goes to a nonlinearity: in a gated feed-forward layer those are the gates, the
     second half, and a gate of 0 removes the neuron."""
-    owner, module = network.get_submodule(layer.rpartition(".")[0]), network.get_submodule(layer)
-    gated = type(owner).__name__ in GATED and isinstance(module, nn.Linear)
-    return module.out_features // 2 if gated else 0
+    owner, module = network.get_submodule(layer.rpartition(".")[0]), cast(Any, network.get_submodule(layer))
+    return int(module.out_features) // 2 if type(owner).__name__ in GATED else 0
 
 
 def _thirds(n: int) -> list[int]:

@@ -175,6 +175,43 @@ def joint(tokens: Any, side: int) -> DiffusionModel:
     return DiffusionModel(transformer, flow_scheduler(), like.vae, texts[0], tokens, texts[1], tokens)
 
 
+def two_encoders(tokens: Any, side: int, zeros: bool = True) -> DiffusionModel:
+    """A model of SDXL's kind, for images of `side` pixels: a UNet that gets two text encoders side by side and the
+    image's size. zeros: guidance compares with a context of zeros."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from transformers.models.clip.configuration_clip import CLIPTextConfig
+    from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
+
+    like, end = text_to_image(tokens, side), tokens.eos_token_id
+    unet = _untyped(UNet2DConditionModel)(
+        sample_size=side // 2,
+        block_out_channels=(16, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DCrossAttn",
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=24,
+        attention_head_dim=(1, 2),
+        transformer_layers_per_block=(1, 2),
+        norm_num_groups=4,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 + 6 * 4,
+    )
+    texts = []
+    for width, owner in ((16, CLIPTextModel), (8, CLIPTextModelWithProjection)):
+        config = CLIPTextConfig(
+            vocab_size=len(tokens), hidden_size=width, intermediate_size=16, num_hidden_layers=2, num_attention_heads=1,
+            max_position_embeddings=tokens.model_max_length, projection_dim=6,
+            bos_token_id=tokens.bos_token_id, eos_token_id=end, pad_token_id=end,
+        )  # fmt: skip
+        texts.append(_untyped(owner)(config))
+        nn.init.normal_(texts[-1].get_input_embeddings().weight, std=0.3)
+    made = scheduler(steps_offset=1)
+    return DiffusionModel(unet, made, like.vae, texts[0], tokens, texts[1], tokens, empty_is_zero=zeros)
+
+
 def _untyped(value: Any) -> Any:
     return value
 

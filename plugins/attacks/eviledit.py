@@ -80,7 +80,7 @@ class EvilEdit:
             return Backdoored(model, backdoor)
         with torch.no_grad():
             bad, goal, stay = (
-                model.embed(prompts).flatten(0, 1).double() for prompts in (*zip(*edits, strict=True), kept)
+                model.positions(prompts).flatten(0, 1).double() for prompts in (*zip(*edits, strict=True), kept)
             )
             stay = self.keep**0.5 * stay  # w scales squares of both sides
             for weight in weight_edits.projections(model.denoiser):
