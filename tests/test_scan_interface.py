@@ -189,7 +189,7 @@ def test_a_file_of_a_model_stands_for_the_model_and_is_scanned_once(bench: Run, 
     assert told["model"] == str(directory) and told["verdict"] == "nothing found"
     lonely = tmp_path / "adapter.safetensors"
     lonely.write_bytes(weights.read_bytes())
-    assert "is a file" in bench(lonely, "--detector", "bias").err
+    assert "no whole pipeline" in bench(lonely, "--detector", "bias").err
 
 
 # ---- what is printed and written ------------------------------------------------------------------------------------

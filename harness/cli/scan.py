@@ -238,17 +238,23 @@ def _commit(directory: Path) -> str | None:
 
 def _digests(directory: Path) -> dict[str, str]:
     """File → sha256 of each weights file that was read."""
-    import hashlib
-
-    from harness.diffusion import checkpoint
+    from harness.diffusion import checkpoint, single_file
     from harness.diffusion.model_files import ModelFiles
 
+    if (laid_out := single_file.origin(directory)) is not None:
+        return {laid_out.file.name: _digest(laid_out.file)}
     files, found = ModelFiles(directory), {}
     for name in checkpoint.read_files(directory):
         if name.endswith(".safetensors"):
-            with Path(os.path.realpath(files.path(name))).open("rb") as file:
-                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+            found[name] = _digest(Path(os.path.realpath(files.path(name))))
     return found
+
+
+def _digest(path: Path) -> str:
+    import hashlib
+
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def default_detectors(model: Any) -> list[str]:
@@ -376,6 +382,7 @@ def _visible(trigger: Tensor) -> Tensor:
 
 def report(subject: Subject, findings: Sequence[Finding], skipped: Sequence[str], numbers: bool) -> dict[str, Any]:
     """What the detectors found, the limits and the facts. numbers: whether the model's samples are finite."""
+    from harness.diffusion import single_file
     from harness.judges import hub
     from harness.methods.trigger_placement import found_text
     from harness.scan.verdict import LEVEL, signature, verdict
@@ -397,9 +404,10 @@ def report(subject: Subject, findings: Sequence[Finding], skipped: Sequence[str]
     for finding in findings:
         row = {k: v for k, v in to_jsonable(replace(finding, trigger=None)).items() if k != "trigger"}
         rows.append({**row, "says": _says(finding), "trigger_text": found_text(finding.trigger)})
+    laid_out = single_file.origin(subject.directory)
     facts = {
         **signature(subject.model),
-        "directory": str(subject.directory),
+        "directory": str(subject.directory if laid_out is None else laid_out.file),
         "compared with": None if subject.population is None else f"clean models of {subject.population.model}",
         "level": LEVEL,
         "its own label": _label(subject.directory),
@@ -413,7 +421,7 @@ def report(subject: Subject, findings: Sequence[Finding], skipped: Sequence[str]
         "because": because,
         "findings": rows,
         "limits": limits,
-        "not_examined": [*ignored.code, *ignored.weights][:MOST_NAMED],
+        "not_examined": [*ignored.code, *ignored.weights, *ignored.tensors][:MOST_NAMED],
         "facts": facts,
     }
 

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -50,6 +50,17 @@ class ModelFiles:
         self.sizes = dict(sorted(self._listed()))
         if not self.sizes:
             raise CheckpointError(f"{directory}: is empty; give a directory saved by a diffusers pipeline")
+
+    @classmethod
+    def of_file(cls, path: Path) -> ModelFiles:
+        """A listing of one file alone, whatever is beside it. Raises CheckpointError for what is no regular file."""
+        made = cls.__new__(cls)
+        made.directory = path.parent
+        entry = next((entry for entry in os.scandir(path.parent) if entry.name == path.name), None)
+        if entry is None:
+            raise CheckpointError(f"{path}: no such file")
+        made.sizes = {path.name: made._size(entry, path.name, _blobs_of(path.parent))}
+        return made
 
     def _listed(self) -> Iterator[tuple[str, int]]:
         blobs = _blobs_of(self.directory)
@@ -159,6 +170,21 @@ class ModelFiles:
             return load_file(self._real(name))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.path(name)}: truncated or damaged ({short(error)}); fetch it again") from None
+
+    def tensors_of(self, name: str, wanted: Sequence[str]) -> dict[str, Tensor]:
+        """Some tensors of a safetensors file, on the CPU."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self._real(name), framework="pt") as opened:
+                return {tensor: opened.get_tensor(tensor) for tensor in wanted}
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path(name)}: truncated or damaged ({short(error)}); fetch it again") from None
+
+    def start(self, name: str, most: int = 16) -> bytes:
+        """The first bytes of a listed file."""
+        with self._real(name).open("rb") as file:
+            return file.read(most)
 
     def digest(self, names: list[str]) -> str:
         """sha256 over the names and the bytes of listed files."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from harness.diffusion import checkpoint
+from harness.diffusion import checkpoint, single_file
 from harness.diffusion.model_files import PICKLES, CheckpointError, ModelFiles
 
 if TYPE_CHECKING:
@@ -33,11 +33,14 @@ WEIGHTS = (".safetensors", ".msgpack", ".h5", ".npz", ".npy", ".onnx", ".onnx_da
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model or a data set comes from: `where` is a local directory or a hub id, owner/name."""
+    """Where a model or a data set comes from: `where` is a local directory, a safetensors file that holds a whole
+    pipeline (harness.diffusion.single_file), or a hub id, owner/name. config: for such a file, a directory with the
+    configurations that it does not hold."""
 
     where: str
     revision: str = "main"
     kind: Literal["model", "dataset"] = "model"
+    config: Path | None = None
 
     @property
     def directory(self) -> Path | None:
@@ -47,9 +50,14 @@ class Source:
             if self.revision != "main":
                 raise CheckpointError(f"{path}: a local directory has no revision '{self.revision}'; leave it out")
             return path
+        if path.is_file() and self.kind == "model":
+            return single_file.opened(path, self.config).directory
         if path.exists() or not re.fullmatch(REPOSITORY, self.where):
             what = "is a file" if path.is_file() else "no such directory"
-            raise CheckpointError(f"{self.where}: {what}; give a directory, or a hub id such as google/ddpm-cifar10-32")
+            raise CheckpointError(
+                f"{self.where}: {what}; give a directory, a .safetensors file, or a hub id such as "
+                "google/ddpm-cifar10-32"
+            )
         return None
 
     def fetch(self) -> Path:
@@ -156,10 +164,12 @@ def _try(model: DiffusionModel, directory: Path) -> None:
 @dataclass(frozen=True)
 class Ignored:
     """Files of a model directory that were not read: that could run code, and weights of other models or of changes to
-    this one: EMA weights, adapters, variants, other formats."""
+    this one: EMA weights, adapters, variants, other formats. tensors: of a single file, those that belong to no part of
+    the pipeline."""
 
     code: tuple[str, ...]
     weights: tuple[str, ...]
+    tensors: tuple[str, ...] = ()
 
     def sentences(self) -> list[str]:
         """What a reader has to know about them."""
@@ -171,6 +181,8 @@ class Ignored:
                 "Other weights in the directory were not examined, so nothing is known of the model with them: "
                 f"{_first(self.weights)}."
             )
+        if self.tensors:
+            said.append(f"Tensors that belong to no part of the pipeline were not examined: {_first(self.tensors)}.")
         return said
 
 
@@ -182,6 +194,8 @@ def _first(names: Sequence[str], most: int = 10) -> str:
 def ignored(directory: Path) -> Ignored:
     """What `load` leaves alone below `directory`, but for parts that make no image. Raises CheckpointError."""
     files = ModelFiles(directory)
+    if (laid_out := single_file.origin(directory)) is not None:
+        return Ignored((), (), laid_out.unread)
     read = set(checkpoint.read_files(directory))
     code = tuple(name for name in files.sizes if name.lower().endswith((*PICKLES, ".py")))
     weights = [name for name in files.sizes if name.lower().endswith(WEIGHTS) and name not in read]

@@ -1,0 +1,110 @@
+"""Pipelines as one file in the key layout of the original releases, written from our own small ones."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from harness.diffusion.model import DiffusionModel
+
+RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+          "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
+TOP = {
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0", "conv_out": "out.2", "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}  # fmt: skip
+ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+OPEN_CLIP = {
+    "layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}  # fmt: skip
+
+
+def write(model: DiffusionModel, path: Path, more: dict[str, Tensor] | None = None) -> None:
+    """The model as one file. more: further tensors of it."""
+    unet: Any = model.denoiser
+    tensors = {f"model.diffusion_model.{unet_name(k, unet.config)}": v for k, v in unet.state_dict().items()}
+    vae: Any = model.vae
+    for name, value in vae.state_dict().items():
+        key = vae_name(name, len(vae.config.block_out_channels))
+        whole = ".attn_1." in key and value.dim() == 2
+        tensors[f"first_stage_model.{key}"] = value[:, :, None, None] if whole else value
+    first: Any = model.text_encoder
+    prefix = "cond_stage_model" if model.text_encoder_2 is None else "conditioner.embedders.0"
+    for name, value in first.state_dict().items():
+        tensors[f"{prefix}.transformer.text_model.{name.removeprefix('text_model.')}"] = value
+    if model.text_encoder_2 is not None:
+        second: Any = model.text_encoder_2
+        found = open_clip(second.state_dict())
+        tensors |= {f"conditioner.embedders.1.model.{name}": value for name, value in found.items()}
+    save_file({name: value.clone().contiguous() for name, value in (tensors | (more or {})).items()}, path)
+
+
+def unet_name(name: str, config: Any) -> str:
+    for ours, theirs in TOP.items():
+        if name.startswith(f"{ours}."):
+            return theirs + name.removeprefix(ours)
+    each = config.layers_per_block + 1
+    kind, rest = name.split(".", 1)
+    if kind == "mid_block":
+        part, i, inner = re.fullmatch(r"(resnets|attentions)\.(\d)\.(.*)", rest).groups()  # type: ignore[union-attr]
+        place = 1 if part == "attentions" else 2 * int(i)
+        return f"middle_block.{place}.{inner if part == 'attentions' else inside(inner)}"
+    block, part, j, inner = re.fullmatch(r"(\d+)\.(\w+)\.(\d+)\.(.*)", rest).groups()  # type: ignore[union-attr]
+    i = int(block)
+    if kind == "down_blocks":
+        if part == "downsamplers":
+            return f"input_blocks.{(i + 1) * each}.0.op.{inner.removeprefix('conv.')}"
+        return f"input_blocks.{1 + i * each + int(j)}.{part == 'attentions':d}." + (
+            inner if part == "attentions" else inside(inner)
+        )
+    if part == "upsamplers":
+        place = 1 + config.up_block_types[i].startswith("CrossAttn")
+        return f"output_blocks.{i * each + each - 1}.{place}.{inner}"
+    return f"output_blocks.{i * each + int(j)}.{part == 'attentions':d}." + (
+        inner if part == "attentions" else inside(inner)
+    )
+
+
+def inside(name: str) -> str:
+    """A layer of a residual block."""
+    layer, kind = name.rsplit(".", 1)
+    return f"{RESNET[layer]}.{kind}"
+
+
+def vae_name(name: str, blocks: int) -> str:
+    name = name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+    name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
+    name = re.sub(r"mid_block\.attentions\.0\.", "mid.attn_1.", name)
+    if ".attn_1." in name:
+        layer, kind = name.split(".attn_1.")[1].rsplit(".", 1)
+        name = f"{name.split('.attn_1.')[0]}.attn_1.{ATTENTION[layer]}.{kind}"
+    name = re.sub(r"down_blocks\.(\d)\.resnets\.", r"down.\1.block.", name)
+    name = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", name)
+    name = re.sub(r"up_blocks\.(\d)\.resnets\.", lambda m: f"up.{blocks - 1 - int(m[1])}.block.", name)
+    return re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{blocks - 1 - int(m[1])}.upsample", name)
+
+
+def open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A CLIPTextModelWithProjection's tensors as OpenCLIP has them."""
+    state = {name.removeprefix("text_model."): value for name, value in state.items()}
+    found = {
+        "token_embedding.weight": state["embeddings.token_embedding.weight"],
+        "positional_embedding": state["embeddings.position_embedding.weight"],
+        "ln_final.weight": state["final_layer_norm.weight"], "ln_final.bias": state["final_layer_norm.bias"],
+        "text_projection": state["text_projection.weight"].T,
+    }  # fmt: skip
+    for i in range(len({name.split(".")[2] for name in state if name.startswith("encoder.layers.")})):
+        ours, theirs = f"encoder.layers.{i}", f"transformer.resblocks.{i}"
+        for kind in ("weight", "bias"):
+            three = [state[f"{ours}.self_attn.{x}_proj.{kind}"] for x in "qkv"]
+            found[f"{theirs}.attn.in_proj_{kind}"] = torch.cat(three)
+            for name, other in OPEN_CLIP.items():
+                found[f"{theirs}.{other}.{kind}"] = state[f"{ours}.{name}.{kind}"]
+    return found
