@@ -7,6 +7,7 @@ Content-Security-Policy lets nothing run but what this module put there, by its 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -271,8 +272,13 @@ def _index(site: Site, counts: Mapping[str, int]) -> None:
         "index.html", "index.html.jinja", "", [asset("tabulator/tabulator.min.js"), asset("page.js")],
         site=site, views=views, counts=counts, start=first, data=Markup(_data(site)), defenses=_defenses(site.cells),
         tracks=TRACKS, tasks=TASKS, track_words=TRACK_WORDS, task_words=TASK_WORDS, given_words=GIVEN_WORDS,
-        legend=paper_rankings.LEGEND,
+        legend=paper_rankings.LEGEND, state=_state(site),
     )  # fmt: skip
+
+
+def _state(site: Site) -> str:
+    """12 hex digits over the keys of all records, so that a citation names the table that was read."""
+    return hashlib.sha256("".join(sorted(record.key for record in site.records)).encode()).hexdigest()[:12]
 
 
 def _view(site: Site, track: Track, task: Task) -> View:

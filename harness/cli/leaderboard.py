@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,6 +119,37 @@ def add(run: Path, to: Path, as_json: bool) -> None:
         print_json({"folder": done.folder, "records": len(done.records)})
     else:
         echo(f"{done.folder}: {len(done.records)} records")
+
+
+@leaderboard.command(short_help="Prepare a pull request with the rows of a run.")
+@click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--name", required=True, help="The folder of results: usually the suite's name.")
+@click.option("--suite", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A suite of your own.")
+@click.option("--branch", default=None, help="The branch to make; default: results/NAME and a digest of the rows.")
+@click.option(
+    "--checkout", type=click.Path(path_type=Path, exists=True, file_okay=False), default=Path(), show_default="here",
+    help="A clean checkout of this project.",
+)  # fmt: skip
+@as_json
+def submit(run: Path, name: str, suite: Path | None, branch: str | None, checkout: Path, as_json: bool) -> int:
+    """Put the rows that `bench run -o RUN` wrote on a branch of a checkout, check them, and print the text of a pull
+    request. Nothing is sent anywhere: you push the branch. Ends with 5 if the check finds something; the branch stays,
+    so that it can be mended."""
+    from harness.runs.declared import Declared
+    from leaderboard import check as checks, submission
+
+    registry = loaded((), strict=False)
+    made = submission.prepare(run, suite, checkout, name, branch)
+    found = checks.check(checkout / submission.HOME / name, None, Declared(registry))
+    problems = [str(problem) for problem in found.problems]
+    if as_json:
+        print_json({**asdict(made), "problems": problems})
+    else:
+        echo(f"# {made.title}\n\n{made.body}")
+        note(f"on branch {made.branch}, {len(made.files)} files; push it: git push -u origin {made.branch}")
+        for problem in problems:
+            note(problem)
+    return Exit.mismatch if problems else Exit.ok
 
 
 @leaderboard.command(short_help="Fetch the published results onto this machine.")

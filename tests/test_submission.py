@@ -1,0 +1,99 @@
+"""`bench leaderboard submit`: rows of a run on a branch, with the text of a pull request."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from harness.cli import call
+from leaderboard import results, submission
+from leaderboard.results import ResultsError
+from tests.records import changed, record, small, write_suite
+
+
+def git(checkout: Path, *words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=checkout, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A repository with the layout of this project's and one published row."""
+    root = tmp_path / "checkout"
+    write_suite(root / "leaderboard" / "results" / "quick", [record("none")])
+    (root / "leaderboard" / "suites").mkdir()
+    (root / "pyproject.toml").write_text("")
+    git(root.parent, "init", "-q", "-b", "main", str(root))
+    for name, value in (("user.name", "x"), ("user.email", "x@example.org"), ("commit.gpgsign", "false")):
+        git(root, "config", name, value)
+    git(root, "add", "-A")
+    git(root, "commit", "-q", "-m", "Begin")
+    return root
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return write_suite(tmp_path / "run", small())
+
+
+def test_rows_and_suite_are_one_commit_on_a_branch_of_their_own(checkout: Path, run: Path, tmp_path: Path) -> None:
+    suite = tmp_path / "mine.toml"
+    suite.write_text("title = 'mine'\n")
+    before = git(checkout, "rev-parse", "main")
+    made = submission.prepare(run, suite, checkout, "mine")
+    assert git(checkout, "rev-parse", "--abbrev-ref", "HEAD") == made.branch and made.branch.startswith("results/mine-")
+    assert git(checkout, "rev-parse", "main") == before == git(checkout, "rev-parse", "HEAD~1")
+    assert git(checkout, "status", "--porcelain") == ""
+    assert "leaderboard/suites/mine.toml" in made.files
+    kept = results.read_suite(checkout / "leaderboard" / "results" / "mine")
+    assert {r.key for r in kept.records} == {r.key for r in small()}
+    assert all(file.startswith("leaderboard/") for file in made.files)
+
+
+def test_the_text_names_what_the_rows_are_of_and_asks_for_what_they_do_not_say(checkout: Path, run: Path) -> None:
+    made = submission.prepare(run, None, checkout, "mine", "my-rows")
+    assert made.branch == "my-rows" and len(made.title) <= 72 and made.title.startswith("Add 13 rows of mine")
+    assert git(checkout, "log", "-1", "--format=%s") == made.title
+    for words in ("`elijah`", "`skd`", "`villandiffusion`", "- seeds: 0", "on a processor", "settings chosen?"):
+        assert words in made.body
+
+
+def test_nothing_is_changed_where_something_is_wrong(checkout: Path, run: Path, tmp_path: Path) -> None:
+    def refused(words: str, folder: Path = run, name: str = "mine", at: Path = checkout) -> None:
+        before = (git(checkout, "rev-parse", "HEAD"), git(checkout, "branch"), git(checkout, "status", "--porcelain"))
+        with pytest.raises(ResultsError, match=words):
+            submission.prepare(folder, None, at, name)
+        after = (git(checkout, "rev-parse", "HEAD"), git(checkout, "branch"), git(checkout, "status", "--porcelain"))
+        assert before == after
+
+    refused("no checkout of this project", at=tmp_path)
+    refused("is no name of a folder", name="../x")
+    refused("the checkout has all of its rows already", write_suite(tmp_path / "same", [record("none")]), "quick")
+    failed = changed(record("elijah"), error="it broke", scores={})
+    refused("1 of 1 cells failed", write_suite(tmp_path / "failed", [failed.model_copy(update={"scores": {}})]))
+    dirty = changed(record("elijah"), provenance={"dirty": True})
+    refused("changes that are not committed, such as", write_suite(tmp_path / "dirty", [dirty]))
+    (checkout / "mine.txt").touch()
+    refused("has changes that are not committed; commit or stash")
+    (checkout / "mine.txt").unlink()
+    submission.prepare(run, None, checkout, "mine", "b")
+    git(checkout, "switch", "-q", "main")
+    with pytest.raises(ResultsError, match=r"git switch in .* already exists"):
+        submission.prepare(run, None, checkout, "mine", "b")
+
+
+def test_the_command_prints_the_text_and_ends_with_5_where_the_check_finds_something(
+    checkout: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["leaderboard", "submit", str(run), "--name", "mine", "--checkout", str(checkout), "--json"]
+    assert call(words) == 5
+    told = json.loads(capsys.readouterr().out)
+    assert told["problems"] and told["title"].startswith("Add 13 rows") and told["branch"].startswith("results/mine-")
+    git(checkout, "switch", "-q", "main")
+    git(checkout, "branch", "-q", "-D", told["branch"])
+    assert call(words[:-1]) == 5
+    said = capsys.readouterr()
+    assert said.out.startswith("# Add 13 rows of mine") and "git push -u origin results/mine-" in said.err
