@@ -217,3 +217,17 @@ def test_a_cell_of_a_run_is_analysed_from_the_store(
     empty = ["--store", str(tmp_path / "empty"), "--results", str(tmp_path)]
     assert call(["analyse", by["villa", "none"], "-o", str(tmp_path / "none"), *empty]) == 2
     assert "no results here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("make", [oracles.tiny_mmdit, oracles.tiny_sdxl], ids=["mmdit", "sdxl"])
+def test_transformers_and_models_with_two_encoders_are_looked_into(make: Any, tmp_path: Path) -> None:
+    model = make(tmp_path)
+    attacked = copy.deepcopy(model)
+    last = "proj_out.weight" if model.joint else "conv_out.weight"
+    with torch.no_grad():
+        attacked.denoiser.get_parameter(last).add_(0.1)
+    models = {"clean": model, "attacked": attacked}
+    found = stage.analyse(models, inputs(model, PROMPTS), usual(model, 2, guidance=2.0), Text("sks"), shown=1)
+    assert found.missing == {} and found.neurons is not None and len(found.norms["clean"].times) == 2
+    assert any(name.endswith(("net.0.proj", "linear_1", "conv1")) for name in {n.layer for n in found.neurons.most})
+    assert len(found.attended["clean"]) == 2

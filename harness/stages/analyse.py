@@ -158,6 +158,9 @@ def watched(model: DiffusionModel, rows: int) -> Iterator[Watch]:
 
 
 def _last(value: Any, batch: int, rows: int) -> Any:
+    """The last rows of what has a row for each of the batch, also inside dicts."""
+    if isinstance(value, dict):
+        return {name: _last(each, batch, rows) for name, each in value.items()}
     whole = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch
     return value[-rows:].detach() if whole else value
 
