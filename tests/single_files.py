@@ -11,14 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from harness.diffusion.model import DiffusionModel
+from harness.diffusion.original_names import original
 
-RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
-          "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
-TOP = {
-    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0", "conv_out": "out.2", "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-}  # fmt: skip
 ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 OPEN_CLIP = {
     "layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
@@ -47,35 +41,11 @@ def write(model: DiffusionModel, path: Path, more: dict[str, Tensor] | None = No
 
 
 def unet_name(name: str, config: Any) -> str:
-    for ours, theirs in TOP.items():
-        if name.startswith(f"{ours}."):
-            return theirs + name.removeprefix(ours)
-    each = config.layers_per_block + 1
-    kind, rest = name.split(".", 1)
-    if kind == "mid_block":
-        part, i, inner = re.fullmatch(r"(resnets|attentions)\.(\d)\.(.*)", rest).groups()  # type: ignore[union-attr]
-        place = 1 if part == "attentions" else 2 * int(i)
-        return f"middle_block.{place}.{inner if part == 'attentions' else inside(inner)}"
-    block, part, j, inner = re.fullmatch(r"(\d+)\.(\w+)\.(\d+)\.(.*)", rest).groups()  # type: ignore[union-attr]
-    i = int(block)
-    if kind == "down_blocks":
-        if part == "downsamplers":
-            return f"input_blocks.{(i + 1) * each}.0.op.{inner.removeprefix('conv.')}"
-        return f"input_blocks.{1 + i * each + int(j)}.{part == 'attentions':d}." + (
-            inner if part == "attentions" else inside(inner)
-        )
-    if part == "upsamplers":
-        place = 1 + config.up_block_types[i].startswith("CrossAttn")
-        return f"output_blocks.{i * each + each - 1}.{place}.{inner}"
-    return f"output_blocks.{i * each + int(j)}.{part == 'attentions':d}." + (
-        inner if part == "attentions" else inside(inner)
-    )
-
-
-def inside(name: str) -> str:
-    """A layer of a residual block."""
-    layer, kind = name.rsplit(".", 1)
-    return f"{RESNET[layer]}.{kind}"
+    """The original name of a tensor."""
+    layer, _, kind = name.rpartition(".")
+    found = original(layer, config)
+    assert found is not None, name
+    return f"{found}.{kind}"
 
 
 def vae_name(name: str, blocks: int) -> str:

@@ -160,7 +160,7 @@ def test_an_adapter_that_does_not_fit_is_refused(adapted: DiffusionModel, tmp_pa
     checkpoint.save(adapted, tmp_path / "m")
     place, path = tmp_path / "m" / adapters.FILE, LAYER
     for held, words in (
-        ({"unet.x.alpha": torch.ones(1)}, "'unet.x.alpha' is no factor"),
+        ({"unet.x.beta": torch.ones(1)}, "'unet.x.beta' is no factor"),
         ({"vae.x.lora.down.weight": torch.ones(1, 1)}, "is no factor"),
         ({f"{path}.lora.down.weight": torch.ones(1, 1)}, "has no two factors"),
         (

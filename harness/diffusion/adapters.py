@@ -1,4 +1,4 @@
-"""Low-rank adapters beside a base model: W' = W + B A for some of the linear layers of its networks.
+"""Low-rank adapters beside a base model: W' = W + B A for some of the layers of its networks.
 
 A model with an adapter computes with the effective weights W', so that whoever does not ask sees an ordinary model. Its
 `adapter` holds the factors and the base's own weights. A directory keeps the two apart: the base is the pipeline, and
@@ -7,7 +7,6 @@ the adapter is the file that diffusers' `load_lora_weights` reads. A scale is pa
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +22,12 @@ if TYPE_CHECKING:
 
 FOLDER = "adapter"  # in the directory of a model
 FILE = f"{FOLDER}/pytorch_lora_weights.safetensors"
-PARTS = ("unet", "text_encoder")
-_KEY = re.compile(rf"({'|'.join(PARTS)})\.([\w.]+)\.(?:(?:lora|lora_linear_layer)\.(down|up)|(lora_A|lora_B))\.weight")
-_FACTOR = {"down": "a", "lora_A": "a", "up": "b", "lora_B": "b"}
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """The factors of one layer: a (r, in) and b (out, r), float32 on the CPU."""
+    """The factors of one layer: a (r, in) and b (out, r), float32 on the CPU. in: of a convolution, channels times the
+    kernel's sides."""
 
     a: Tensor
     b: Tensor
@@ -44,7 +41,7 @@ class LowRank:
 @dataclass(frozen=True)
 class Adapter:
     """layers: the factors by part and name of the layer, such as "unet.mid_block.attentions.0.proj_in". base: the
-    weights (out, in) of these layers without the adapter."""
+    weights of these layers without the adapter."""
 
     layers: Mapping[str, LowRank]
     base: Mapping[str, Tensor]
@@ -119,13 +116,14 @@ def _weight(model: DiffusionModel, name: str, factors: LowRank) -> Tensor:
     except (KeyError, AttributeError):
         raise ValueError(f"the adapter changes the layer {name}, which the model does not have") from None
     shape = (factors.b.shape[0], factors.a.shape[1])
-    if not isinstance(layer, nn.Linear) or tuple(layer.weight.shape) != shape:
+    fits = isinstance(layer, (nn.Linear, nn.Conv2d)) and tuple(layer.weight.flatten(1).shape) == shape
+    if not fits:
         raise ValueError(f"the adapter changes the layer {name} of shape {shape}, which is no such layer of the model")
     return layer.weight
 
 
 def _effective(base: Tensor, factors: LowRank) -> Tensor:
-    return base + factors.delta
+    return base + factors.delta.view_as(base)
 
 
 @torch.no_grad()
@@ -159,46 +157,42 @@ def base_of(model: DiffusionModel) -> DiffusionModel:
 
 def save(adapter: Adapter, directory: Path) -> None:
     """Writes the adapter as diffusers does, into the folder FOLDER of a model's directory."""
-    from diffusers import StableDiffusionPipeline  # type: ignore[attr-defined]
+    import diffusers
     from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
 
-    states: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS}
+    states: dict[str, dict[str, Tensor]] = {}
     for name, factors in adapter.layers.items():
         part, _, path = name.partition(".")
-        states[part] |= {
-            f"{path}.lora_A.weight": factors.a.contiguous(),
-            f"{path}.lora_B.weight": factors.b.contiguous(),
-        }
-    named: Any = {part: convert_state_dict_to_diffusers(state) or None for part, state in states.items()}
-    StableDiffusionPipeline.save_lora_weights(
-        directory / FOLDER, unet_lora_layers=named["unet"], text_encoder_lora_layers=named["text_encoder"],
-        safe_serialization=True,
-    )  # fmt: skip
+        a, b, kernel = factors.a, factors.b, adapter.base[name].shape[1:]
+        if len(kernel) == 3:
+            a, b = a.view(-1, *kernel), b[:, :, None, None]
+        held = {f"{path}.lora_A.weight": a.contiguous(), f"{path}.lora_B.weight": b.contiguous()}
+        states.setdefault(part, {}).update(held)
+    library: Any = diffusers
+    pipeline = library.StableDiffusionPipeline
+    if "transformer" in states:
+        pipeline = library.StableDiffusion3Pipeline
+    elif "text_encoder_2" in states:
+        pipeline = library.StableDiffusionXLPipeline
+    named = {f"{part}_lora_layers": convert_state_dict_to_diffusers(state) for part, state in states.items()}
+    pipeline.save_lora_weights(directory / FOLDER, safe_serialization=True, **named)
 
 
 def read(files: ModelFiles, model: DiffusionModel) -> None:
     """Attaches the adapter of a model's directory to `model`, if there is one.
 
-    Raises CheckpointError for tensors that are no pairs of factors of the model's linear layers.
+    Raises CheckpointError for tensors that are no pairs of factors of the model's layers.
     """
-    if FILE not in files:
-        return
-    where, factors = files.path(FILE), {}
-    for key, (_, shape) in files.header(FILE).tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None or len(shape) != 2:
-            raise CheckpointError(f"{where}: {key!r} is no factor of a low-rank layer, as diffusers names them")
-        name = f"{match[1]}.{match[2]}"
-        factors.setdefault(name, {})[_FACTOR[match[3] or match[4]]] = (key, shape)
-    for name, pair in factors.items():
-        if set(pair) != {"a", "b"} or pair["a"][1][0] != pair["b"][1][1]:
-            raise CheckpointError(f"{where}: the layer {name} has no two factors that fit each other; fetch it again")
-    held = files.tensors(FILE)
-    layers = {
-        name: LowRank(held[pair["a"][0]].float().clone(), held[pair["b"][0]].float().clone())
-        for name, pair in factors.items()
-    }
+    if FILE in files:
+        attach_file(files, FILE, model)
+
+
+def attach_file(files: ModelFiles, name: str, model: DiffusionModel) -> None:
+    """Attaches the adapter in a safetensors file to `model`, in place. Raises CheckpointError."""
+    from harness.diffusion import adapter_files
+
+    found = adapter_files.layers(files, name, model)
     try:
-        attach(model, layers)
+        attach(model, found)
     except ValueError as error:
-        raise CheckpointError(f"{where}: {error}") from None
+        raise CheckpointError(f"{files.path(name)}: {error}") from None

@@ -110,7 +110,7 @@ class ModelFiles:
         if self.sizes[name] > most:
             raise CheckpointError(f"{self.path(name)}: {self.sizes[name]:,} bytes; at most {most:,} are read")
         try:
-            file = os.open(self._real(name), os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+            file = os.open(self.real(name), os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
         except OSError as error:
             raise CheckpointError(f"{self.path(name)}: {error.strerror}") from None
         with os.fdopen(file, "rb") as stream:
@@ -121,7 +121,8 @@ class ModelFiles:
             raise CheckpointError(f"{self.path(name)}: more than {most:,} bytes")
         return content
 
-    def _real(self, name: str) -> Path:
+    def real(self, name: str) -> Path:
+        """Where the bytes of a listed file are: behind the link, in a hub's cache."""
         return Path(os.path.realpath(self.path(name))) if _blobs_of(self.directory) else self.path(name)
 
     def json(self, name: str, most: int = MOST_JSON) -> dict[str, Any]:
@@ -140,7 +141,7 @@ class ModelFiles:
         """What a safetensors file holds, by its header, which must fit the file's size."""
         from safetensors import SafetensorError, safe_open
 
-        path, size = self._real(name), self.sizes[name]
+        path, size = self.real(name), self.sizes[name]
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(size - 8, MOST_HEADER):
@@ -167,7 +168,7 @@ class ModelFiles:
         from safetensors.torch import load_file
 
         try:
-            return load_file(self._real(name))
+            return load_file(self.real(name))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.path(name)}: truncated or damaged ({short(error)}); fetch it again") from None
 
@@ -176,21 +177,21 @@ class ModelFiles:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(self._real(name), framework="pt") as opened:
+            with safe_open(self.real(name), framework="pt") as opened:
                 return {tensor: opened.get_tensor(tensor) for tensor in wanted}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.path(name)}: truncated or damaged ({short(error)}); fetch it again") from None
 
     def start(self, name: str, most: int = 16) -> bytes:
         """The first bytes of a listed file."""
-        with self._real(name).open("rb") as file:
+        with self.real(name).open("rb") as file:
             return file.read(most)
 
     def digest(self, names: list[str]) -> str:
         """sha256 over the names and the bytes of listed files."""
         total = hashlib.sha256()
         for name in sorted(names):
-            with self._real(name).open("rb") as file:
+            with self.real(name).open("rb") as file:
                 total.update(f"{name}|{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
         return total.hexdigest()
 
