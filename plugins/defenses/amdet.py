@@ -63,6 +63,7 @@ class AMDET:
     needs: ClassVar[tuple[str, ...]] = ("prompts", "clean_model")
     delivers: ClassVar[tuple[str, ...]] = ("suspicion",)
     loops: ClassVar[tuple[str, ...]] = ("steps",)
+    sees: ClassVar[tuple[str, ...]] = ("prompt-encoder",)
 
     steps: PositiveInt = 640  # steps of Adam; as many as 2 passes of the code over its 3200 prompts
     batch: PositiveInt = 10  # prompts per step; published value
