@@ -103,7 +103,8 @@ def opened_base(where: str, name: str, model: DiffusionModel) -> DiffusionModel:
     try:
         base = hub.load(hub.Source(where))
     except CheckpointError as error:
-        raise CheckpointError(f"--base {name}: {error}") from None
+        says = str(error)
+        raise CheckpointError(f"--base {says if says.startswith(name) else f'{name}: {says}'}") from None
     check_base(model, base, name)
     return base.to(model.device)
 

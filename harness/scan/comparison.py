@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MOST_WORDS = 10_000  # words of a tokenizer that are compared, evenly spaced among all
 MOST_SENTENCES = 200
 SHOWN_LAYERS, SHOWN_TEXTS = 20, 10
+REPLACED = 4  # sentences for each look-alike
 ROWS = 256  # texts of one forward pass
 LEAST_SPREAD = 1e-4  # of distances: less is rounding of cosines
 STANDS_OUT = 6.0  # robust z above which the report names a text; ours, chosen on no model
@@ -144,16 +145,37 @@ def _texts(
 ) -> tuple[MovedTexts, ...]:
     """How far single words and whole sentences move in a text encoder."""
     tokenizer = _tokenizer(model, part)
-    every = [*typable(tokenizer), *dict.fromkeys("".join(LOOK_ALIKES.values()))]
-    every = list(dict.fromkeys(every))
+    every = typable(tokenizer)
     words = every if len(every) <= MOST_WORDS else [every[i * len(every) // MOST_WORDS] for i in range(MOST_WORDS)]
     limit = tokenizer.model_max_length
-    fitting = [text for text in prompts or SENTENCES if len(tokenizer(text).input_ids) <= limit][:MOST_SENTENCES]
+    fitting = [text for text in prompts or SENTENCES if len(tokenizer(text, verbose=False).input_ids) <= limit][
+        :MOST_SENTENCES
+    ]
     found = []
     for kind, texts, of in (("words", words, len(every)), ("sentences", fitting, len(fitting))):
         if len(texts) > 1:
             found.append(moved_texts(kind, texts, distances(model, base, part, texts), of))
+    replaced = look_alikes(tokenizer, fitting)
+    if len(replaced) > 1:
+        apart = iter(distances(model, base, part, [text for texts in replaced.values() for text in texts]))
+        moved = [statistics.mean(next(apart) for _ in texts) for texts in replaced.values()]
+        found.insert(1, moved_texts("look-alikes", list(replaced), moved, len(replaced)))
     return tuple(found)
+
+
+def look_alikes(tokenizer: Any, sentences: Sequence[str]) -> dict[str, list[str]]:
+    """For each look-alike of a letter its name, "U+043E for o", and a few sentences with it in the place of all these
+    letters."""
+    found = {}
+    for letter, others in LOOK_ALIKES.items():
+        for other in others:
+            texts = [text.replace(letter, other) for text in sentences if letter in text]
+            texts = [
+                text for text in texts if len(tokenizer(text, verbose=False).input_ids) <= tokenizer.model_max_length
+            ]
+            if texts:
+                found[f"U+{ord(other):04X} for {letter}"] = texts[:REPLACED]
+    return found
 
 
 @torch.no_grad()
@@ -198,7 +220,7 @@ def _says(parts: Sequence[PartChange], tokenizers: Sequence[str]) -> list[str]:
     for part in parts:
         for texts in part.texts:
             out = [each for each in texts.farthest if each.z > STANDS_OUT]
-            named = ", ".join(f"{each.text!r} (z {each.z:.1f})" for each in out[:3])
+            named = ", ".join(f"{each.text!a} (z {each.z:.1f})" for each in out[:3])
             some = f"these stand out: {named}" if out else f"none stands out (largest z {texts.farthest[0].z:.1f})"
             count = f"{texts.count}" if texts.count == texts.of else f"{texts.count} of {texts.of}"
             lines.append(f"{part.part}: of {count} {texts.kind}, {some}.")

@@ -82,7 +82,9 @@ class MovedText(_Part):
 class MovedTexts(_Part):
     """How far texts of a kind move, and those that move farthest."""
 
-    kind: Literal["words", "sentences"]
+    kind: Literal["words", "look-alikes", "sentences"] = Field(
+        description="Single words; letters in sentences replaced by characters that look like them; whole sentences."
+    )
     count: int = Field(description="Texts that were compared.")
     of: int = Field(description="Texts that there are.")
     median: float
