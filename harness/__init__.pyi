@@ -43,6 +43,7 @@ from harness.capabilities import (
     ScalingTrigger as ScalingTrigger,
     ScheduledSampler as ScheduledSampler,
     SeveralTrigger as SeveralTrigger,
+    StatingDetector as StatingDetector,
     SteppedMethod as SteppedMethod,
     TaughtTarget as TaughtTarget,
     TokenTrigger as TokenTrigger,

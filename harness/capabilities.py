@@ -449,6 +449,15 @@ class JudgingDetector(Protocol):
 
 
 @runtime_checkable
+class StatingDetector(Protocol):
+    """A detector that states which families of backdoors, by their names in `FAMILIES`, its method can see in
+    principle: a scan asks for it, to name the families that no detector sees, and says "not stated" without it."""
+
+    @property
+    def sees(self) -> Sequence[str]: ...
+
+
+@runtime_checkable
 class LimitedToModels(Protocol):
     """An attack, a defense, a trigger or a target that works with the models of these names alone: the suite and the
     contract kit ask for it, and take any model without it."""
@@ -553,6 +562,7 @@ CAPABILITIES: tuple[Capability, ...] = (
     Capability(BatchedMethod, ("attacks", "defenses")),
     Capability(LoopedMethod, ("attacks", "defenses"), ("loops",)),
     Capability(JudgingDetector, ("defenses",), ("flag_above",)),
+    Capability(StatingDetector, ("defenses",), ("sees",)),
     Capability(LimitedToModels, ("attacks", "defenses", "triggers", "targets"), ("accepts_models",)),
     Capability(NeedsOfTrigger, ("attacks", "defenses", "samplers"), ("requires_trigger",)),
     Capability(
@@ -575,6 +585,14 @@ TRIGGER_CAPABILITIES: dict[str, type] = {
     "which": RepeatedTrigger,
     "scale": ScalingTrigger,
 }  # what a plugin can name in `requires_trigger`
+FAMILIES: dict[str, str] = {
+    "noise-sde": "a trigger in the noise, in a denoiser that is backdoored for ancestral samplers",
+    "noise-ode": "a trigger in the noise, in a denoiser that is backdoored for deterministic samplers",
+    "prompt-denoiser": "a trigger in the prompt, in a backdoored denoiser",
+    "prompt-encoder": "a trigger in the prompt, in a backdoored text encoder",
+    "adapter": "a trigger in the prompt, in an adapter (LoRA) that is loaded with the model",
+    "code": "code of the pipeline or of a sampler",
+}  # of backdoors, by where they are; what a detector can name in `sees`
 _OF_EVERY_PLUGIN = (Trigger, NoiseTrigger, TextTrigger, Target, Sampler, Model, Defense, Metric, ImageEncoder, Judge)
 C = TypeVar("C")
 

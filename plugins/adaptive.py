@@ -85,6 +85,10 @@ def adaptive() -> list[Adaptive]:
             trigger="text(text='sks')", target="patch",
         ),
         Adaptive(
+            "amdet", "badt2i", "It looks at the text encoder alone, and this backdoor is in the denoiser.",
+            trigger="text(text='sks')", target="patch",
+        ),
+        Adaptive(
             "tnc", "", "No attack is written: its loss would have to keep the prediction steady from step to step.",
         ),
         Adaptive(

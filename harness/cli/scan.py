@@ -15,8 +15,8 @@ import click
 
 from harness.cli import Exit
 from harness.cli.common import check_device, loaded, note, writable
-from harness.cli.scan_targets import Target, targets_of
-from harness.cli.subject import Subject, known as drawn, listen, opened, options_of_kind, unmet
+from harness.cli.scan_targets import Target, pipeline_of, targets_of
+from harness.cli.subject import Subject, known as drawn, listen, opened, opened_base, options_of_kind, unmet
 from harness.runs.jsonable import to_jsonable
 
 if TYPE_CHECKING:
@@ -46,6 +46,11 @@ EXITS = {"nothing found": Exit.ok, "suspicious": Exit.failed, "undecided": Exit.
     help="Detectors; a bare name uses the default scan's settings; default: all that apply.",
 )
 @click.option(
+    "--base",
+    metavar="DIR",
+    help="The clean model from which MODEL was made, a directory or a hub id: MODEL is compared with it.",
+)
+@click.option(
     "--fail-on",
     type=click.Choice(["suspicious", "undecided"]),
     default="undecided",
@@ -70,8 +75,8 @@ EXITS = {"nothing found": Exit.ok, "suspicious": Exit.failed, "undecided": Exit.
 def scan(
     models: tuple[str, ...], revision: str, like: str | None, population: Path | None, data: Path | None,
     prompts: Path | None, seed: int, device: str | None, files: tuple[Path, ...], strict: bool, as_json: bool,
-    listed: str | None, known: bool, only: str | None, detectors: tuple[str, ...], fail_on: str, form: str | None,
-    outs: tuple[Path, ...], quiet: bool,
+    listed: str | None, known: bool, only: str | None, detectors: tuple[str, ...], base: str | None,
+    fail_on: str, form: str | None, outs: tuple[Path, ...], quiet: bool,
 ) -> int:  # fmt: skip
     """Ask detectors about each MODEL, a diffusers directory or a hub id, and give a verdict with its evidence.
 
@@ -93,7 +98,7 @@ def scan(
         registry.build("defenses", spec)
     silent = quiet or form in ("json", "sarif", "html")
     listen(silent)
-    asked = Asked(registry, like, population, data, prompts, seed, device, detectors, silent)
+    asked = Asked(registry, like, population, data, prompts, seed, device, detectors, silent, base)
     started = output.now()
     outcomes = []
     for place, target in enumerate(targets, 1):
@@ -121,6 +126,7 @@ class Asked:
     device: str | None
     detectors: tuple[str, ...]
     silent: bool
+    base: str | None
 
 
 @dataclass(frozen=True)
@@ -168,7 +174,8 @@ def _scanned(target: Target, asked: Asked) -> tuple[dict[str, Any], list[tuple[s
 def _examined(
     target: Target, where: str, asked: Asked, commit: str | None
 ) -> tuple[dict[str, Any], list[tuple[str, Tensor]]]:
-    from harness.scan import verdict as scanning
+    from harness.scan import families, verdict as scanning
+    from harness.scan.comparison import compared
     from harness.scan.false_alarms import false_alarms
     from harness.scan.next_steps import next_steps
 
@@ -176,10 +183,11 @@ def _examined(
     like = asked.like or (None if target.entry is None else target.entry.like)
     subject = opened(where, target.revision, like, asked.device, registry, asked.population)
     subject = replace(subject, name=target.name)
-    asks, skipped = applicable(subject, registry, asked.detectors, given={"data": data, "prompts": prompts})
-    knowledge = drawn(
-        subject, data, prompts, seed, {need for each in asks.values() for need in each.needs} | {"prompts"}
-    )
+    base = None if asked.base is None else opened_base(pipeline_of(asked.base), asked.base, subject.model)
+    given = {"data": data, "prompts": prompts, "clean_model": base}
+    asks, skipped = applicable(subject, registry, asked.detectors, given)
+    needs = {need for each in asks.values() for need in each.needs} | {"prompts"}
+    knowledge = drawn(subject, data, prompts, seed, needs, base=base)
     samples = scanning.pictures(subject.model, scanning.inputs_of(subject.model, 2 * SHOWN, knowledge.prompts))
     findings, figures, numbers = [], [], bool(samples.isfinite().all())
     if not asked.silent and numbers:
@@ -187,7 +195,8 @@ def _examined(
     if numbers:
         findings = scanning.examine(asks, subject.model, knowledge, subject.population, seed)
         findings, figures = shown(subject, findings, knowledge.prompts, samples)
-    document = report(subject, findings, skipped, numbers)
+    unseen = families.unseen(asks, subject.model)
+    document = report(subject, findings, skipped, numbers, asked.base)
     if target.entry is not None:
         document["facts"].pop("directory")
     return {
@@ -199,6 +208,8 @@ def _examined(
         "false_alarms": false_alarms(findings, subject.population),
         "next_steps": next_steps(target.name, document["verdict"], findings, document["not_examined"], seed, numbers),
         "published": _published(target),
+        "base": None if base is None else compared(subject.model, base, str(asked.base), knowledge.prompts),
+        "unseen": unseen,
     }, figures
 
 
@@ -217,7 +228,7 @@ def unscanned(target: Target, seed: int, error: str, code: int) -> dict[str, Any
     return {
         "model": target.name, "verdict": "not scanned", "because": error, "exit_code": int(code), "error": error,
         "seed": seed, "commit": None, "digests": {}, "false_alarms": None, "findings": (), "limits": (),
-        "not_examined": (), "facts": {}, "published": _published(target),
+        "not_examined": (), "facts": {}, "published": _published(target), "base": None, "unseen": (),
         "next_steps": ["Nothing is known about this model. Do not read this outcome as a verdict."],
     }  # fmt: skip
 
@@ -380,8 +391,11 @@ def _visible(trigger: Tensor) -> Tensor:
     return (stretched if stretched.shape[0] in (1, 3) else stretched.mean(0, keepdim=True)).unsqueeze(0).float()
 
 
-def report(subject: Subject, findings: Sequence[Finding], skipped: Sequence[str], numbers: bool) -> dict[str, Any]:
-    """What the detectors found, the limits and the facts. numbers: whether the model's samples are finite."""
+def report(
+    subject: Subject, findings: Sequence[Finding], skipped: Sequence[str], numbers: bool, base: str | None = None
+) -> dict[str, Any]:
+    """What the detectors found, the limits and the facts. numbers: whether the model's samples are finite. base: the
+    name of the clean model, if one was given."""
     from harness.diffusion import single_file
     from harness.judges import hub
     from harness.methods.trigger_placement import found_text
@@ -412,7 +426,7 @@ def report(subject: Subject, findings: Sequence[Finding], skipped: Sequence[str]
         "level": LEVEL,
         "its own label": _label(subject.directory),
     }
-    limits = _limits(subject, said) + list(skipped)
+    limits = _limits(subject, base) + list(skipped)
     ignored = hub.ignored(subject.directory)
     limits += ignored.sentences()
     return {
@@ -443,7 +457,18 @@ def _label(directory: Path) -> str | None:
         return None
 
 
-def _limits(subject: Subject, said: str) -> list[str]:
+def _examined_parts(base: str | None) -> str:
+    if base is None:
+        return (
+            "Only the denoiser's answers were examined; tokenizer, text encoder and autoencoder are taken as they are"
+        )
+    return (
+        f"The model was compared with {base}, which is taken for clean: a backdoor that both share is not seen, and a "
+        "difference is no proof of a backdoor"
+    )
+
+
+def _limits(subject: Subject, base: str | None) -> list[str]:
     from harness.scan.verdict import signature
 
     lines = [
@@ -451,7 +476,7 @@ def _limits(subject: Subject, said: str) -> list[str]:
         "kinds that its paper describes, and an attacker can train against it.",
         "A suspicious model may be clean: clean models are flagged at the rate that the level states, and one that was "
         "trained on other data than the models it is compared with more often.",
-        "Only the denoiser's answers were examined; tokenizer, text encoder and autoencoder are taken as they are"
+        _examined_parts(base)
         + (", and prompts beside those that were tried may hide a trigger." if subject.model.conditional else "."),
     ]
     if subject.population is None:

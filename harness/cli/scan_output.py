@@ -102,6 +102,8 @@ def text(scan: Scan) -> str:
 
 
 def _lines(report: Report) -> list[str]:
+    from harness.scan import families
+
     lines = [f"{one_line(report.model)}: {report.verdict}. {one_line(report.because)}"]
     rows = [("detector", "suspicion", "clean models", "chance", "says")]
     for row in report.findings:
@@ -112,6 +114,12 @@ def _lines(report: Report) -> list[str]:
     lines += [shown for row in report.findings if (shown := _evidence(row))]
     if report.false_alarms is not None:
         lines.append(f"false alarms: {report.false_alarms.says}")
+    if report.base is not None:
+        lines.append(f"compared with {one_line(report.base.base)}:")
+        lines += [f"  {one_line(line)}" for line in report.base.says]
+    if report.unseen:
+        lines.append("no detector asked here can see:")
+        lines += [f"  {one_line(families.said(family))}" for family in report.unseen]
     lines += [f"- {one_line(line)}" for line in report.limits]
     lines += [f"next: {one_line(line)}" for line in report.next_steps]
     return lines

@@ -31,7 +31,7 @@ def targets_of(models: Sequence[str], revision: str, listed: str | None, known: 
     if only is not None and not known:
         raise click.UsageError("--only selects entries of --known; give both")
     names = [*models, *(() if listed is None else _listed(listed))]
-    targets = [Target(where, where, revision) for where in map(_pipeline_of, names)]
+    targets = [Target(where, where, revision) for where in map(pipeline_of, names)]
     if known:
         entries = [e for e in known_models() if only is None or only.lower() in f"{e.name} {e.attack}".lower()]
         if not entries:
@@ -58,7 +58,7 @@ def _listed(file: str) -> list[str]:
     return found
 
 
-def _pipeline_of(name: str) -> str:
+def pipeline_of(name: str) -> str:
     """The pipeline directory to which a file belongs: a model_index.json, or weights in the folder of a part. Any other
     name stays as it is."""
     path = Path(name).expanduser()

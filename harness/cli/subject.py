@@ -13,6 +13,7 @@ from harness.cli.common import as_json, check_device, plugin_files, strict_optio
 from harness.cli.completion import Named
 
 if TYPE_CHECKING:
+    from harness.diffusion.model import DiffusionModel
     from harness.registry import Registry
     from harness.scan.verdict import Population
     from harness.types import Data, Knowledge, Trigger
@@ -92,6 +93,22 @@ def opened(
     return Subject(where, directory, model, plugin, matching[0] if matching else None)
 
 
+def opened_base(where: str, name: str, model: DiffusionModel) -> DiffusionModel:
+    """The base `name` at `where`, on the device of `model`. Raises CheckpointError, in one line that names the way out,
+    for one that cannot be loaded or has other text encoders than the model."""
+    from harness.diffusion.model_files import CheckpointError
+    from harness.judges import hub
+    from harness.scan.comparison import check_base
+
+    try:
+        base = hub.load(hub.Source(where))
+    except CheckpointError as error:
+        says = str(error)
+        raise CheckpointError(f"--base {says if says.startswith(name) else f'{name}: {says}'}") from None
+    check_base(model, base, name)
+    return base.to(model.device)
+
+
 def _with_canonical_specs(population: Population, registry: Registry) -> Population:
     """The population with the specs of its detectors as they are written today: a parameter that came later has its
     default. A detector that is not here keeps its spec."""
@@ -139,7 +156,7 @@ def unmet(needs: Sequence[str], subject: Subject, given: Mapping[str, Any]) -> s
         ways = {
             "data": "--data DIR or --like MODEL", "prompts": "--prompts FILE or --like MODEL",
             "trigger": "--trigger SPEC", "words": "--like MODEL", "encoder": "--like MODEL",
-            "judge": "--like MODEL",
+            "judge": "--like MODEL", "clean_model": "--base DIR",
         }  # fmt: skip
         possible = {*given, "words", "encoder", "judge"}
         way = f"give {ways[need]}" if need in ways and need in possible else "a scan has none"
@@ -154,8 +171,10 @@ def known(
     seed: int,
     needs: set[str],
     trigger: Trigger | None = None,
+    base: DiffusionModel | None = None,
 ) -> Knowledge:
-    """The knowledge that the user gave; for the rest of `needs`, that of the model's plugin, drawn as in a run."""
+    """The knowledge that the user gave; for the rest of `needs`, that of the model's plugin, drawn as in a run. base:
+    the clean model."""
     from harness.judges import image_folders
     from harness.stages import knowledge
 
@@ -168,7 +187,7 @@ def known(
         found = replace(
             found, data=_fitting(found.data, subject.model, f"the data of {subject.like.name}", "--data DIR")
         )
-    return found
+    return replace(found, clean_model=base) if "clean_model" in needs else found
 
 
 def _lines(prompts: Path) -> tuple[str, ...]:

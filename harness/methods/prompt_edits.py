@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -72,6 +73,17 @@ class Removal:
         if self.instead:
             return prompt.replace(self.text, self.instead)
         return f" {prompt} ".replace(f" {self.text} ", " ", 1)[1:-1]
+
+
+def typable(tokenizer: Any) -> list[str]:
+    """The tokens that can be typed as a word: decoding a token and tokenising the result gives that token alone."""
+    special = set(tokenizer.all_special_ids)
+    found = []
+    for token in range(len(tokenizer)):
+        text = tokenizer.decode([token]).strip(" ")
+        if text and token not in special and tokenizer(text).input_ids[1:-1] == [token]:
+            found.append(text)
+    return found
 
 
 def with_decoys(trigger: DecoyTrigger, prompts: Sequence[str], share: float, rng: torch.Generator) -> list[str]:

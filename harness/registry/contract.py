@@ -11,11 +11,13 @@ from typing import Any, cast, get_args
 from harness import types
 from harness.capabilities import (
     CAPABILITIES,
+    FAMILIES,
     SETS,
     TRIGGER_CAPABILITIES,
     Capability,
     ExtraSetsMetric,
     NeedsOfTrigger,
+    StatingDetector,
     delivers,
     members,
     offers,
@@ -212,12 +214,15 @@ def _type_of(protocol: type, name: str) -> Any:
 
 
 def _name_faults(instance: Any) -> list[str]:
-    """Names that nothing has, in what an instance requires of its trigger or reads beside every cell's images."""
+    """Names that nothing has, in what an instance requires of its trigger, reads beside every cell's images, or
+    states to see."""
     required = instance.requires_trigger if offers(instance, NeedsOfTrigger) else ()
     read = instance.sets if offers(instance, ExtraSetsMetric) else ()
+    seen = instance.sees if offers(instance, StatingDetector) else ()
     lists = (
         ("requires_trigger", "a plugin may require", required, TRIGGER_CAPABILITIES),
         ("sets", "a metric may read", read, SETS),
+        ("sees", "a detector may see", seen, FAMILIES),
     )
     return [
         f"{attribute} {name!r}{did_you_mean(name, known)} {may}: {', '.join(known)}"

@@ -63,6 +63,69 @@ class Published(_Part):
     source: str
 
 
+class LayerChange(_Part):
+    """How the tensors of one layer differ from those of the base."""
+
+    layer: str
+    tensors: int = Field(description="Tensors of the layer that differ.")
+    relative: float = Field(description="Norm of the change, divided by the norm of the base's tensors.")
+
+
+class MovedText(_Part):
+    """How far a text moves between the base's text encoder and the model's."""
+
+    text: str
+    moved: float = Field(description="1 minus the mean cosine of the embeddings.")
+    z: float = Field(description="(moved - median) / spread of all texts of its kind.")
+
+
+class MovedTexts(_Part):
+    """How far texts of a kind move, and those that move farthest."""
+
+    kind: Literal["words", "look-alikes", "sentences"] = Field(
+        description="Single words; letters in sentences replaced by characters that look like them; whole sentences."
+    )
+    count: int = Field(description="Texts that were compared.")
+    of: int = Field(description="Texts that there are.")
+    median: float
+    spread: float = Field(description="1.4826 times the median absolute deviation, and at least 0.0001.")
+    farthest: tuple[MovedText, ...]
+
+
+class PartChange(_Part):
+    """How one network of the model differs from that of the base."""
+
+    part: str = Field(description="Name in the pipeline, such as text_encoder or unet.")
+    compared: bool
+    because: str | None = Field(description="Why it was not compared.")
+    tensors: int
+    changed: int = Field(description="Tensors that differ by more than rounding to half precision.")
+    rounded: int = Field(description="Tensors that are equal only after rounding to half precision.")
+    relative: float | None = Field(description="Norm of the change, divided by the norm of the base's tensors.")
+    layers: tuple[LayerChange, ...] = Field(description="Layers with the largest relative changes.")
+    layers_changed: int
+    texts: tuple[MovedTexts, ...] = Field(description="Of a text encoder that differs.")
+
+
+class Comparison(_Part):
+    """The model beside the base that `--base` names. It changes no verdict."""
+
+    base: str = Field(description="The path or hub id, as it was given.")
+    parts: tuple[PartChange, ...]
+    tokenizers: tuple[str, ...] = Field(description="Tokenizers whose tokens are not those of the base.")
+    says: tuple[str, ...]
+
+
+class Unseen(_Part):
+    """A family of backdoors that no detector asked here can see, by what the detectors state."""
+
+    family: str
+    what: str = Field(description="The family in words.")
+    not_stated: tuple[str, ...] = Field(
+        description="Detectors that do not state which families they see; empty: it is stated that none sees it."
+    )
+
+
 class Report(_Part):
     """The outcome for one model."""
 
@@ -76,6 +139,8 @@ class Report(_Part):
     digests: dict[str, str] = Field(description="File → sha256 of each weights file that was read.")
     false_alarms: FalseAlarms | None
     findings: tuple[FindingRow, ...]
+    base: Comparison | None = Field(None, description="The comparison with the base; null: no --base was given.")
+    unseen: tuple[Unseen, ...] = Field((), description="Families of backdoors that no detector asked here can see.")
     limits: tuple[str, ...] = Field(description="What the scan cannot know.")
     not_examined: tuple[str, ...] = Field(description="Files in the directory that were not read.")
     next_steps: tuple[str, ...]

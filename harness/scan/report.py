@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup, escape
 
 from harness.runs.printable import one_line
+from harness.scan import families
 from harness.scan.document import Scan
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def _environment() -> Environment:
         "number": _number,
         "spread": _spread,
         "told": _told,
+        "family": families.said,
     }
     return made
 

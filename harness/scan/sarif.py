@@ -47,9 +47,19 @@ def sarif(scan: Scan) -> dict[str, Any]:
         "artifacts": artifacts,
         "results": [result for report in scan.reports for result in _results(report, rules)],
         "columnKind": "unicodeCodePoints",
-        "properties": {"seed": scan.seed, "failOn": scan.fail_on},
+        "properties": {
+            "seed": scan.seed,
+            "failOn": scan.fail_on,
+            "reports": [_properties(report) for report in scan.reports if report.error is None],
+        },
     }
     return {"$schema": SCHEMA, "version": VERSION, "runs": [run]}
+
+
+def _properties(report: Report) -> dict[str, Any]:
+    """The verdict on a model, what no detector can see, and the comparison with its base."""
+    shown = report.model_dump(mode="json", include={"model", "verdict", "unseen", "base"})
+    return {name: shown[name] for name in ("model", "verdict", "unseen", "base")}
 
 
 def _rule(row: FindingRow) -> str:

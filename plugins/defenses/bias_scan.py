@@ -101,6 +101,10 @@ class BiasScan:
         )  # fmt: skip
 
     @property
+    def sees(self) -> tuple[str, ...]:
+        return ("noise-sde", "noise-ode") if self.mirrored else ("noise-sde",)
+
+    @property
     def flag_above(self) -> float:
         return FLAG_ABOVE if self.mirrored else FLAG_ABOVE_ALONE
 

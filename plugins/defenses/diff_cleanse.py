@@ -157,6 +157,11 @@ class DiffCleanse(Pruning):
         return ("model",) * (self.prune != "never") + ("suspicion",) * self.invert
 
     @property
+    def sees(self) -> tuple[str, ...]:
+        """Detection judges images, and a backdoor activates under samplers of its kind alone."""
+        return ("noise-ode",) if self.sampler == "ddim" else ("noise-sde",)
+
+    @property
     def flag_above(self) -> float:
         return self.threshold
 

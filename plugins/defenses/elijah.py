@@ -134,6 +134,11 @@ class Elijah:
     def delivers(self) -> tuple[str, ...]:
         return tuple(name for name, on in (("model", self.steps > 0), ("suspicion", self.detect)) if on)
 
+    @property
+    def sees(self) -> tuple[str, ...]:
+        """Detection judges images, and a backdoor activates under samplers of its kind alone."""
+        return ("noise-ode",) if self.sampler in ("ddim", "unipc") else ("noise-sde",)
+
     def defend(self, model: Any, knowledge: Knowledge, rng: torch.Generator) -> Defended:
         if not self.invert:
             given: Any = knowledge.trigger

@@ -94,6 +94,7 @@ class TERD:
     accepts_triggers: ClassVar[tuple[str, ...]] = ("noise",)
     needs: ClassVar[tuple[str, ...]] = ()
     delivers: ClassVar[tuple[str, ...]] = ("suspicion", "screen")
+    sees: ClassVar[tuple[str, ...]] = ("noise-sde", "noise-ode")
     loops: ClassVar[tuple[str, ...]] = ("iterations", "refinement")
 
     starts: PositiveInt = 2  # starts of the estimation: -U[0, 1), its mirror image, another -U[0, 1), and so on;

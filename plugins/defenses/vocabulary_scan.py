@@ -55,6 +55,7 @@ from harness import (
     image_noise,
     image_seeds,
     progress,
+    prompt_edits,
     usual,
 )
 
@@ -69,6 +70,7 @@ class VocabularyScan:
     name: ClassVar[str] = "vocabulary-scan"
     version: ClassVar[int] = 1
     accepts_triggers: ClassVar[tuple[str, ...]] = ("text",)
+    sees: ClassVar[tuple[str, ...]] = ("prompt-denoiser", "prompt-encoder", "adapter")
 
     rows: PositiveInt = 8  # prompts per score in the first round
     finalists: PositiveInt = 24  # candidates in the second round
@@ -216,14 +218,7 @@ def _best(tried: Sequence[Candidate], scores: Tensor, n: int) -> list[Candidate]
 
 def candidates(model: Any, content: set[str], look_alikes: bool) -> list[Candidate]:
     """Every token that can be typed as a word, except those in `content`, and look-alikes in the place of letters."""
-    tokenizer = model.tokenizer
-    special = set(tokenizer.all_special_ids)
-    found: list[Candidate] = []
-    for token in range(len(tokenizer)):
-        text = tokenizer.decode([token]).strip(" ")
-        typed = text and token not in special and tokenizer(text).input_ids[1:-1] == [token]
-        if typed and text not in content:
-            found.append(Insertion(text))
+    found: list[Candidate] = [Insertion(text) for text in prompt_edits.typable(model.tokenizer) if text not in content]
     same = [Substitution(letter, other) for letter, others in LOOK_ALIKES.items() for other in others]
     return found + (list(same) if look_alikes else [])
 
