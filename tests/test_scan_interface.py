@@ -544,10 +544,10 @@ def test_the_parts_of_published_models_are_scanned_with_their_base(
     assert verdicts.pop("bad/unet") == verdicts.pop("bad/encoder") == "suspicious"
     assert set(verdicts.values()) == {"not scanned"}
     for name, says in (
-        ("bad/adapter", "pytorch_lora_weights.safetensors: an adapter (LoRA) is not read"),
+        ("bad/adapter", "pytorch_lora_weights.safetensors: an adapter (LoRA) is a model only with its base"),
         ("bad/pickles", "if it has pickles only: a pickle can run code"),
         ("bad/pickled", "has these weights as a pickle"),
-        ("bad/lora", "bad/lora: an adapter (LoRA) is not read"),
+        ("bad/lora", "bad/lora: an adapter (LoRA) is a model only with its base"),
         ("bad/gone", "cannot be had from the hub"),
         ("bad/unet/unet", "no safetensors"),
         ("base/sd", "--like digits-ddpm takes no prompts"),

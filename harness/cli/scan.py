@@ -48,7 +48,14 @@ EXITS = {"nothing found": Exit.ok, "suspicious": Exit.failed, "undecided": Exit.
 @click.option(
     "--base",
     metavar="DIR",
-    help="The clean model from which MODEL was made, a directory or a hub id: MODEL is compared with it.",
+    help="The clean model from which MODEL was made, a directory or a hub id: MODEL is compared with it. An adapter "
+    "(LoRA) needs it.",
+)
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="A diffusers directory with the configurations of a single-file MODEL that is not of Stable Diffusion 1 or "
+    "SDXL.",
 )
 @click.option(
     "--fail-on",
@@ -76,7 +83,7 @@ def scan(
     models: tuple[str, ...], revision: str, like: str | None, population: Path | None, data: Path | None,
     prompts: Path | None, seed: int, device: str | None, files: tuple[Path, ...], strict: bool, as_json: bool,
     listed: str | None, known: bool, only: str | None, detectors: tuple[str, ...], base: str | None,
-    fail_on: str, form: str | None, outs: tuple[Path, ...], quiet: bool,
+    config: Path | None, fail_on: str, form: str | None, outs: tuple[Path, ...], quiet: bool,
 ) -> int:  # fmt: skip
     """Ask detectors about each MODEL, a diffusers directory or a hub id, and give a verdict with its evidence.
 
@@ -98,7 +105,7 @@ def scan(
         registry.build("defenses", spec)
     silent = quiet or form in ("json", "sarif", "html")
     listen(silent)
-    asked = Asked(registry, like, population, data, prompts, seed, device, detectors, silent, base)
+    asked = Asked(registry, like, population, data, prompts, seed, device, detectors, silent, base, config)
     started = output.now()
     outcomes = []
     for place, target in enumerate(targets, 1):
@@ -127,6 +134,7 @@ class Asked:
     detectors: tuple[str, ...]
     silent: bool
     base: str | None
+    config: Path | None
 
 
 @dataclass(frozen=True)
@@ -181,9 +189,10 @@ def _examined(
 
     registry, data, prompts, seed = asked.registry, asked.data, asked.prompts, asked.seed
     like = asked.like or (None if target.entry is None else target.entry.like)
-    subject = opened(where, target.revision, like, asked.device, registry, asked.population)
+    place = None if asked.base is None else pipeline_of(asked.base)
+    subject = opened(where, target.revision, like, asked.device, registry, asked.population, place, asked.config)
     subject = replace(subject, name=target.name)
-    base = None if asked.base is None else opened_base(pipeline_of(asked.base), asked.base, subject.model)
+    base = None if place is None else opened_base(place, str(asked.base), subject.model)
     given = {"data": data, "prompts": prompts, "clean_model": base}
     asks, skipped = applicable(subject, registry, asked.detectors, given)
     needs = {need for each in asks.values() for need in each.needs} | {"prompts"}
@@ -204,11 +213,12 @@ def _examined(
         "error": None,
         "seed": seed,
         "commit": commit or _commit(subject.directory),
-        "digests": _digests(subject.directory),
+        "digests": _digests(subject),
         "false_alarms": false_alarms(findings, subject.population),
         "next_steps": next_steps(target.name, document["verdict"], findings, document["not_examined"], seed, numbers),
         "published": _published(target),
         "base": None if base is None else compared(subject.model, base, str(asked.base), knowledge.prompts),
+        "adapter": _adapter(subject),
         "unseen": unseen,
     }, figures
 
@@ -228,7 +238,7 @@ def unscanned(target: Target, seed: int, error: str, code: int) -> dict[str, Any
     return {
         "model": target.name, "verdict": "not scanned", "because": error, "exit_code": int(code), "error": error,
         "seed": seed, "commit": None, "digests": {}, "false_alarms": None, "findings": (), "limits": (),
-        "not_examined": (), "facts": {}, "published": _published(target), "base": None, "unseen": (),
+        "not_examined": (), "facts": {}, "published": _published(target), "base": None, "adapter": None, "unseen": (),
         "next_steps": ["Nothing is known about this model. Do not read this outcome as a verdict."],
     }  # fmt: skip
 
@@ -247,15 +257,15 @@ def _commit(directory: Path) -> str | None:
     return directory.name if SNAPSHOT.fullmatch(directory.absolute().as_posix()) else None
 
 
-def _digests(directory: Path) -> dict[str, str]:
+def _digests(subject: Subject) -> dict[str, str]:
     """File → sha256 of each weights file that was read."""
-    from harness.diffusion import checkpoint, single_file
+    from harness.diffusion import checkpoint
     from harness.diffusion.model_files import ModelFiles
 
-    if (laid_out := single_file.origin(directory)) is not None:
-        return {laid_out.file.name: _digest(laid_out.file)}
-    files, found = ModelFiles(directory), {}
-    for name in checkpoint.read_files(directory):
+    if subject.file is not None:
+        return {subject.file.name: _digest(subject.file)}
+    files, found = ModelFiles(subject.directory), {}
+    for name in checkpoint.read_files(subject.directory):
         if name.endswith(".safetensors"):
             found[name] = _digest(Path(os.path.realpath(files.path(name))))
     return found
@@ -396,7 +406,6 @@ def report(
 ) -> dict[str, Any]:
     """What the detectors found, the limits and the facts. numbers: whether the model's samples are finite. base: the
     name of the clean model, if one was given."""
-    from harness.diffusion import single_file
     from harness.judges import hub
     from harness.methods.trigger_placement import found_text
     from harness.scan.verdict import LEVEL, signature, verdict
@@ -418,16 +427,16 @@ def report(
     for finding in findings:
         row = {k: v for k, v in to_jsonable(replace(finding, trigger=None)).items() if k != "trigger"}
         rows.append({**row, "says": _says(finding), "trigger_text": found_text(finding.trigger)})
-    laid_out = single_file.origin(subject.directory)
+    whole_adapter = subject.file is not None and subject.model.adapter is not None  # nothing else was given
     facts = {
         **signature(subject.model),
-        "directory": str(subject.directory if laid_out is None else laid_out.file),
+        "directory": str(subject.directory if subject.file is None else subject.file),
         "compared with": None if subject.population is None else f"clean models of {subject.population.model}",
         "level": LEVEL,
-        "its own label": _label(subject.directory),
+        "its own label": None if whole_adapter else _label(subject.directory),
     }
     limits = _limits(subject, base) + list(skipped)
-    ignored = hub.ignored(subject.directory)
+    ignored = hub.Ignored((), ()) if whole_adapter else hub.ignored(subject.directory)
     limits += ignored.sentences()
     return {
         "model": subject.name,
@@ -444,6 +453,16 @@ def _says(finding: Finding) -> str:
     if finding.error is not None:
         return f"failed: {finding.error}"
     return {True: "suspicious", False: "not suspicious", None: "nothing to compare with"}[finding.flagged]
+
+
+def _adapter(subject: Subject) -> Any:
+    """What the scanned adapter is made of; None for a whole model."""
+    from harness.scan.lowrank import described
+
+    adapter = subject.model.adapter
+    if adapter is None:
+        return None
+    return described(adapter, str(subject.directory if subject.file is None else subject.file))
 
 
 def _label(directory: Path) -> str | None:

@@ -114,6 +114,9 @@ def _lines(report: Report) -> list[str]:
     lines += [shown for row in report.findings if (shown := _evidence(row))]
     if report.false_alarms is not None:
         lines.append(f"false alarms: {report.false_alarms.says}")
+    if report.adapter is not None:
+        lines.append(f"the adapter {one_line(report.adapter.file)}:")
+        lines += [f"  {one_line(line)}" for line in report.adapter.says]
     if report.base is not None:
         lines.append(f"compared with {one_line(report.base.base)}:")
         lines += [f"  {one_line(line)}" for line in report.base.says]

@@ -52,19 +52,23 @@ def options_of_kind(command: Any) -> Any:
 
 @dataclass(frozen=True)
 class Subject:
-    """The model under test, its origin, and the plugin that it is assumed to resemble."""
+    """The model under test, its origin, and the plugin that it is assumed to resemble. file: the one file that was
+    given, a whole pipeline or an adapter."""
 
     name: str
     directory: Path
     model: Any
     like: Any | None
     population: Population | None
+    file: Path | None = None
 
 
 def opened(
-    where: str, revision: str, like: str | None, device: str | None, registry: Registry, population: Path | None = None
-) -> Subject:
-    """The model at `where`.
+    where: str, revision: str, like: str | None, device: str | None, registry: Registry, population: Path | None = None,
+    base: str | None = None, config: Path | None = None,
+) -> Subject:  # fmt: skip
+    """The model at `where`. base: of an adapter, the model that it is for. config: of a single file, a directory with
+    the configurations that it does not hold.
 
     Raises CheckpointError for a model that cannot be loaded, UnknownName for an unknown plugin, click.UsageError for a
     plugin of another kind of model and for a device that this machine does not have. population: a file of clean
@@ -72,14 +76,29 @@ def opened(
     """
     import torch
 
+    from harness.diffusion import single_file
+    from harness.diffusion.model_files import CheckpointError
     from harness.judges import hub
     from harness.scan.verdict import read_population, signature
 
     check_device(device)
     plugin = None if like is None else registry.build("models", like)
-    source = hub.Source(where, revision)
-    directory = source.fetch()
-    model = hub.load(hub.Source(str(directory)) if source.directory is None else source)
+    adapter = hub.adapter_in(where)
+    if adapter is None:
+        source = hub.Source(where, revision, config=config)
+        directory = source.fetch()
+        model = hub.load(hub.Source(str(directory)) if source.directory is None else source)
+        laid_out = single_file.origin(directory)
+        file = None if laid_out is None else laid_out.file
+    else:
+        if base is None:
+            raise CheckpointError(
+                f"{where}: a low-rank adapter, which is a model only with its base; bench scan --base DIR names that, "
+                "and other commands take whole models"
+            )
+        source = hub.Source(base)
+        directory = source.fetch()
+        model, file = hub.with_adapter(hub.Source(str(directory)), adapter), adapter
     if plugin is not None:
         _check_like(plugin, where, model, registry)
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -90,7 +109,7 @@ def opened(
     else:
         matching = [population for population in populations if dict(population.signature) == signature(model)]
         plugin = registry.build("models", matching[0].model) if matching else None
-    return Subject(where, directory, model, plugin, matching[0] if matching else None)
+    return Subject(where, directory, model, plugin, matching[0] if matching else None, file)
 
 
 def opened_base(where: str, name: str, model: DiffusionModel) -> DiffusionModel:

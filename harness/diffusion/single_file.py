@@ -79,7 +79,7 @@ def laid_out(file: Path, config: Path | None, to: Path) -> tuple[str, ...]:
     from safetensors.torch import save_file
 
     files = ModelFiles.of_file(file)
-    _refuse_pickle(files, file)
+    refuse_pickle(files, file)
     header = files.header(file.name)
     names = set(header.tensors)
     parts = configurations(names, {k: shape for k, (_, shape) in header.tensors.items()}, file, config)
@@ -110,7 +110,7 @@ def laid_out(file: Path, config: Path | None, to: Path) -> tuple[str, ...]:
     return tuple(sorted(names - read - set(SCHEDULE)))
 
 
-def _refuse_pickle(files: ModelFiles, file: Path) -> None:
+def refuse_pickle(files: ModelFiles, file: Path) -> None:
     """Raise CheckpointError for a pickle, whatever it is called, and for what is not called a safetensors file."""
     start = files.start(file.name)
     if start.startswith((ZIP, *PICKLE)) or file.suffix in PICKLES:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from harness.diffusion import checkpoint, single_file
+from harness.diffusion import adapter_files, adapters, checkpoint, single_file
 from harness.diffusion.model_files import PICKLES, CheckpointError, ModelFiles
 
 if TYPE_CHECKING:
@@ -139,11 +139,36 @@ def load(source: Source) -> DiffusionModel:
     safely or read completely, and for a network that answers with another shape or with NaN."""
     directory = source.fetch()
     model = checkpoint.load(directory)
-    _try(model, directory)
+    tried(model, directory)
     return model
 
 
-def _try(model: DiffusionModel, directory: Path) -> None:
+def adapter_in(where: str) -> Path | None:
+    """The file of a low-rank adapter that `where` is, or that alone makes up the directory `where`; None for anything
+    else. Raises CheckpointError for a file that cannot be read."""
+    path = Path(where).expanduser()
+    if path.is_dir() and not (path / "model_index.json").exists():
+        held = sorted(path.glob("*.safetensors"))
+        path = held[0] if len(held) == 1 else path
+    if not path.is_file() or path.suffix != ".safetensors":
+        return None
+    files = ModelFiles.of_file(path)
+    single_file.refuse_pickle(files, path)
+    return path if adapter_files.is_adapter(files, path.name) else None
+
+
+def with_adapter(source: Source, adapter: Path) -> DiffusionModel:
+    """The model of `source`, the base, with an adapter's changes in its weights. Raises CheckpointError."""
+    model = load(source)
+    if model.adapter is not None:
+        raise CheckpointError(f"{source.where}: has an adapter of its own; give the base without one")
+    adapters.attach_file(ModelFiles.of_file(adapter), adapter.name, model)
+    tried(model, adapter)
+    return model
+
+
+def tried(model: DiffusionModel, directory: Path) -> None:
+    """Raise CheckpointError, naming `directory`, for a network that answers with another shape or with NaN."""
     import torch
 
     rng = torch.Generator().manual_seed(0)

@@ -116,6 +116,28 @@ class Comparison(_Part):
     says: tuple[str, ...]
 
 
+class AdapterLayer(_Part):
+    """The change that an adapter makes to one layer of its base."""
+
+    layer: str
+    rank: int
+    norm: float = Field(description="Frobenius norm of the change.")
+    relative: float = Field(description="The same, divided by the norm of the base's layer.")
+    spectral: float = Field(description="Largest singular value of the change.")
+    z: float = Field(description="Robust z of the logarithm of `relative` among the adapter's layers.")
+
+
+class AdapterFacts(_Part):
+    """The low-rank adapter that was scanned with its base. It changes no verdict."""
+
+    file: str
+    layers: int
+    parts: dict[str, int] = Field(description="Part of the pipeline → number of its layers that change.")
+    ranks: tuple[int, int] = Field(description="Least and largest rank of a layer's change.")
+    largest: tuple[AdapterLayer, ...] = Field(description="Layers with the largest relative changes.")
+    says: tuple[str, ...]
+
+
 class Unseen(_Part):
     """A family of backdoors that no detector asked here can see, by what the detectors state."""
 
@@ -140,6 +162,7 @@ class Report(_Part):
     false_alarms: FalseAlarms | None
     findings: tuple[FindingRow, ...]
     base: Comparison | None = Field(None, description="The comparison with the base; null: no --base was given.")
+    adapter: AdapterFacts | None = Field(None, description="The adapter; null: a whole model was scanned.")
     unseen: tuple[Unseen, ...] = Field((), description="Families of backdoors that no detector asked here can see.")
     limits: tuple[str, ...] = Field(description="What the scan cannot know.")
     not_examined: tuple[str, ...] = Field(description="Files in the directory that were not read.")

@@ -26,7 +26,7 @@ PATTERNS = ("*.json", "*.safetensors", "*.txt")
 LIST = "known_backdoored.toml"
 CLASSES = {"UNet2DConditionModel": "unet", "UNet2DModel": "unet", "CLIPTextModel": "text_encoder"}
 ADAPTERS = ("lora_down", "lora_up", "lora_A", "lora_B", "lora.down", "lora.up")
-ADAPTER = "an adapter (LoRA) is not read; merge it into its base and scan the result"
+ADAPTER = "an adapter (LoRA) is a model only with its base; fetch both, and scan it with --base DIR"
 CONVERT = (
     "a pickle can run code when it is loaded, so it is refused; convert it on a machine you can lose with "
     "save_pretrained(safe_serialization=True), and scan the directory"

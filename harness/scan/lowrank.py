@@ -1,0 +1,66 @@
+"""What an adapter is made of: the rank and the size of the change that it makes to each layer of its base."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from harness.scan.document import AdapterFacts, AdapterLayer
+
+if TYPE_CHECKING:
+    from harness.diffusion.adapters import Adapter
+
+SHOWN = 10
+NORMAL = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
+LEAST_SPREAD = 0.01  # of logarithms
+TINY = 1e-12
+STANDS_OUT = 6.0  # robust z above which the report names a layer; ours, chosen on no adapter
+
+
+@torch.no_grad()
+def described(adapter: Adapter, file: str) -> AdapterFacts:
+    """Rank, norm ‖ΔW‖, ‖ΔW‖ / ‖W‖ and spectral norm of each layer, and how far it stands out: a robust z of the
+    logarithm of ‖ΔW‖ / ‖W‖ among the adapter's layers. The largest are kept."""
+    rows = []
+    for name, factors in adapter.layers.items():
+        delta = factors.delta.double()
+        values = torch.linalg.svdvals(delta)
+        top = float(values[0]) if len(values) else 0.0
+        rank = int((values > 1e-6 * max(top, TINY)).sum())
+        norm = float(delta.norm())
+        relative = norm / max(float(adapter.base[name].double().norm()), TINY)
+        rows.append((name, rank, norm, relative, top))
+    logs = [math.log(max(relative, TINY)) for _, _, _, relative, _ in rows]
+    middle = statistics.median(logs)
+    spread = max(NORMAL * statistics.median(abs(value - middle) for value in logs), LEAST_SPREAD)
+    layers = [
+        AdapterLayer(layer=name, rank=rank, norm=norm, relative=relative, spectral=top, z=(value - middle) / spread)
+        for (name, rank, norm, relative, top), value in zip(rows, logs, strict=True)
+    ]
+    layers.sort(key=lambda layer: -layer.relative)
+    ranks = [layer.rank for layer in layers]
+    counts = Counter(name.partition(".")[0] for name in adapter.layers)
+    return AdapterFacts(
+        file=file, layers=len(layers), parts=dict(sorted(counts.items())), ranks=(min(ranks), max(ranks)),
+        largest=tuple(layers[:SHOWN]), says=tuple(_says(layers, counts)),
+    )  # fmt: skip
+
+
+def _says(layers: Sequence[AdapterLayer], counts: Counter[str]) -> list[str]:
+    ranks = sorted({layer.rank for layer in layers})
+    said = ", ".join(f"{number} of {part}" for part, number in sorted(counts.items()))
+    width = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    lines = [
+        f"it changes {len(layers)} layers ({said}), {width}; the largest change is {layers[0].relative:.3g} times the "
+        f"norm of its layer, {layers[0].layer}"
+    ]
+    out = [layer for layer in layers if layer.z > STANDS_OUT]
+    if out:
+        names = ", ".join(layer.layer for layer in out[:3])
+        lines.append(f"{len(out)} of its layers stand out from the others (robust z above {STANDS_OUT:g}): {names}")
+    return lines
