@@ -62,7 +62,7 @@ def test_an_adapter_without_its_base_is_refused_with_the_way_out(
 ) -> None:
     save_file(kohya(base[0], False), tmp_path / NAME)
     code, _, said = scanned(base[1], capsys, str(tmp_path / NAME))
-    assert code == 4 and "a low-rank adapter, which is a model only with its base; bench scan --base DIR" in said
+    assert code == 4 and "a low-rank adapter, which is a model only with its base; --base DIR names that" in said
     save_file({f"{LAYER}.lora_A.weight": torch.ones(1, 3)}, tmp_path / NAME)
     code, _, said = scanned(base[1], capsys, str(tmp_path / NAME), "--base", str(base[1]))
     assert code == 4 and "no two factors" in said

@@ -9,7 +9,7 @@ import click
 
 from harness.cli import Exit
 from harness.cli.common import echo, loaded, print_json, writable
-from harness.cli.subject import Subject, known, listen, model_options, opened, unmet
+from harness.cli.subject import Subject, config_option, known, listen, model_options, opened, unmet
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,13 +21,16 @@ SHOWN = 8  # samples in a row of the picture
 @model_options
 @click.option("--defense", required=True, metavar="DEFENSE", help="The defense, as in bench list defenses.")
 @click.option("--trigger", metavar="TRIGGER", help="The trigger, for a defense that needs it.")
+@click.option("--base", metavar="DIR", help="Of an adapter (LoRA): the model that it is for, a directory or a hub id.")
+@config_option
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory to write.")
 def purify(
     model: str, revision: str, like: str | None, population: Path | None, data: Path | None, prompts: Path | None,
     seed: int, device: str | None, files: tuple[Path, ...], strict: bool, as_json: bool, defense: str,
-    trigger: str | None, out: Path,
+    trigger: str | None, base: str | None, config: Path | None, out: Path,
 ) -> int:  # fmt: skip
-    """Run DEFENSE on MODEL and write a diffusers directory with samples before and after.
+    """Run DEFENSE on MODEL and write a diffusers directory with samples before and after. Of an adapter, its base with
+    the adapter is cleaned, and a whole pipeline is written.
 
     No purification proves that a backdoor is removed: scan the result, and look at its samples.
     """
@@ -44,7 +47,7 @@ def purify(
     cleaner = registry.build("defenses", defense)
     if "model" not in delivers(cleaner):
         raise click.UsageError(f"{defense} delivers no purified model but {', '.join(delivers(cleaner)) or 'nothing'}")
-    subject = opened(model, revision, like, device, registry, population)
+    subject = opened(model, revision, like, device, registry, population, base, config)
     missing = unmet(cleaner.needs, subject, {"data": data, "prompts": prompts, "trigger": trigger})
     if missing is not None:
         raise click.UsageError(f"{defense}: {missing}")

@@ -16,7 +16,16 @@ import click
 from harness.cli import Exit
 from harness.cli.common import check_device, loaded, note, writable
 from harness.cli.scan_targets import Target, pipeline_of, targets_of
-from harness.cli.subject import Subject, known as drawn, listen, opened, opened_base, options_of_kind, unmet
+from harness.cli.subject import (
+    Subject,
+    config_option,
+    known as drawn,
+    listen,
+    opened,
+    opened_base,
+    options_of_kind,
+    unmet,
+)
 from harness.runs.jsonable import to_jsonable
 
 if TYPE_CHECKING:
@@ -51,12 +60,7 @@ EXITS = {"nothing found": Exit.ok, "suspicious": Exit.failed, "undecided": Exit.
     help="The clean model from which MODEL was made, a directory or a hub id: MODEL is compared with it. An adapter "
     "(LoRA) needs it.",
 )
-@click.option(
-    "--config",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="A diffusers directory with the configurations of a single-file MODEL that is not of Stable Diffusion 1 or "
-    "SDXL.",
-)
+@config_option
 @click.option(
     "--fail-on",
     type=click.Choice(["suspicious", "undecided"]),

@@ -19,6 +19,16 @@ if TYPE_CHECKING:
     from harness.types import Data, Knowledge, Trigger
 
 
+def config_option(command: Any) -> Any:
+    """The option on the configurations that a single file does not hold."""
+    return click.option(
+        "--config",
+        type=click.Path(path_type=Path, exists=True, file_okay=False),
+        help="A diffusers directory with the configurations of a single-file MODEL that is not of Stable Diffusion 1 "
+        "or SDXL.",
+    )(command)
+
+
 def model_options(command: Any) -> Any:
     """The argument MODEL, and the options on its kind and the data that fit it."""
     return click.argument("model")(options_of_kind(command))
@@ -93,8 +103,7 @@ def opened(
     else:
         if base is None:
             raise CheckpointError(
-                f"{where}: a low-rank adapter, which is a model only with its base; bench scan --base DIR names that, "
-                "and other commands take whole models"
+                f"{where}: a low-rank adapter, which is a model only with its base; --base DIR names that"
             )
         source = hub.Source(base)
         directory = source.fetch()
