@@ -6,15 +6,16 @@ model, and every later job that needs the trigger reads it from there.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from math import prod
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
-import torch
-from torch import Tensor
-
-from harness.capabilities import Capability, offers
-from harness.diffusion.model_files import CheckpointError, ModelFiles
+from harness.capabilities import Capability, TriggerDependentTarget, offers
 from harness.types import NoiseTrigger
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
 
 FILE, TENSOR = "pattern.safetensors", "pattern"
 MOST = 2**26  # numbers of a pattern that is read
@@ -60,8 +61,6 @@ def learns(attack: object) -> bool:
 
 def unlearnable(attack: Any, trigger: Any, target: Any) -> str | None:
     """Why these three make no backdoor as far as learning is concerned, in words; None if they do."""
-    from harness.capabilities import TriggerDependentTarget
-
     if not offers(trigger, LearnedTrigger):
         if learns(attack):
             return f"{attack.name} learns its trigger, and {trigger.name} is fixed; use the trigger learned"
@@ -108,6 +107,10 @@ def read(folder: Path, trigger: LearnedTrigger) -> NoiseTrigger:
     Raises CheckpointError unless the folder holds one file with one float32 tensor (C, H, W) of finite values within
     the bound of the trigger.
     """
+    import torch
+
+    from harness.diffusion.model_files import CheckpointError, ModelFiles
+
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: is not there, so the attack stored no pattern; run the attack again")
     files = ModelFiles(folder)
@@ -115,7 +118,7 @@ def read(folder: Path, trigger: LearnedTrigger) -> NoiseTrigger:
         raise CheckpointError(f"{folder}: should hold {FILE} alone; run the attack again")
     held = files.header(FILE).tensors
     dtype, shape = held.get(TENSOR, ("", ()))
-    if set(held) != {TENSOR} or dtype != "F32" or len(shape) != 3 or not 0 < torch.Size(shape).numel() <= MOST:
+    if set(held) != {TENSOR} or dtype != "F32" or len(shape) != 3 or not 0 < prod(shape) <= MOST:
         raise CheckpointError(f"{files.path(FILE)}: is no pattern (C, H, W) in fp32; run the attack again")
     pattern = files.tensors(FILE)[TENSOR]
     if not torch.isfinite(pattern).all():
