@@ -34,6 +34,7 @@ from plugins.metrics import inversion
 from plugins.triggers.box import Box
 from plugins.triggers.learned import Learned
 from tests.plans import cell, planned
+from tests.whole_runs import run, unplaced
 
 SHAPE = (1, 16, 16)
 PATTERN = 0.3 * torch.randn(SHAPE, generator=generator(0)).clamp(-1, 1)
@@ -378,3 +379,33 @@ def test_a_damaged_pattern_is_named_and_not_stamped(tmp_path: Path, plugins: reg
 def test_the_code_of_the_trigger_is_in_the_key_of_whoever_reads_it(plugins: registry.Registry) -> None:
     reading = [job for job in jobs(plugins).values() if "learned by" in job.ingredients]
     assert reading and all("plugins.triggers.learned" in job.ingredients["code"] for job in reading)
+
+
+SUITE = """
+title = "tiny"
+metrics = ["asr", "drift"]
+[[grid]]
+model = ["digits-ddpm"]
+attack = ["invibackdoor(steps=2, batch=4, trigger_batch=2, sampling_steps=2, trigger_lr=0.05, bf16=False)"]
+trigger = ["learned(epsilon=0.5)"]
+target = ["hat"]
+defense = ["none", "elijah(invert=False, steps=2, batch=4)"]
+sampler = ["ddim(steps=2)"]
+controls = ["decoy", "opposite"]
+n = 4
+"""
+
+
+@pytest.mark.slow
+def test_a_whole_run_gives_the_learned_trigger_and_controls_of_it_to_the_defender(tmp_path: Path) -> None:
+    path, store = tmp_path / "tiny.toml", tmp_path / "store"
+    path.write_text(SUITE)
+    records = run(store, str(path), "--cpus", "1")["records"]
+    assert len(records) == 4 and not any(record["error"] for record in records)
+    tried = {r["cell"]["trigger_given"]: (r["provenance"]["control"] or {}).get("tried") for r in records}
+    assert tried["decoy"][0]["cosine"] == pytest.approx(0, abs=1e-4)
+    assert tried["opposite"][0]["cosine"] == pytest.approx(-1, abs=1e-4)
+    learned = list(store.rglob(FILE))
+    assert len(learned) == 1
+    again = run(store, str(path), "--cpus", "1")
+    assert unplaced(again) == unplaced({"records": records})
