@@ -402,7 +402,7 @@ def test_a_whole_run_gives_the_learned_trigger_and_controls_of_it_to_the_defende
     path.write_text(SUITE)
     records = run(store, str(path), "--cpus", "1")["records"]
     assert len(records) == 4 and not any(record["error"] for record in records)
-    tried = {r["cell"]["trigger_given"]: (r["provenance"]["control"] or {}).get("tried") for r in records}
+    tried = {r["cell"]["trigger_given"]: (r["provenance"]["control"] or {"tried": []})["tried"] for r in records}
     assert tried["decoy"][0]["cosine"] == pytest.approx(0, abs=1e-4)
     assert tried["opposite"][0]["cosine"] == pytest.approx(-1, abs=1e-4)
     learned = list(store.rglob(FILE))
