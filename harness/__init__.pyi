@@ -168,6 +168,10 @@ from harness.methods.evasion import (
 from harness.methods.inversion import (
     Through as Through,
 )
+from harness.methods.learned_triggers import (
+    LearnedTrigger as LearnedTrigger,
+    LearningAttack as LearningAttack,
+)
 from harness.methods.parameters import (
     Fraction as Fraction,
     LearningRate as LearningRate,

@@ -37,6 +37,7 @@ LIGHT = (
     "",
     "judges.statistics",
     "diffusion.events",
+    "methods.learned_triggers",
 )
 
 

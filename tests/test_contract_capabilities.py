@@ -13,6 +13,7 @@ import torch
 from harness import capabilities, types
 from harness.capabilities import CAPABILITIES, TRIGGER_CAPABILITIES, members, offers
 from harness.judges.evidence import reachable
+from harness.methods import learned_triggers
 from harness.methods.trigger_placement import scale_of
 from harness.registry import Registry, load
 from harness.registry.contract import faults
@@ -429,12 +430,18 @@ def test_api_2_does_not_know_the_old_names() -> None:
 def protocols() -> dict[str, Any]:
     kinds = {"Trigger", "NoiseTrigger", "TextTrigger", "Target", "Judge", "TextImageScorer", "Model", "Sampler",
              "Attack", "Defense", "Metric"}  # fmt: skip
-    found = {k: v for k, v in vars(capabilities).items() if isinstance(v, type) and v.__dict__.get("_is_protocol")}
-    return {name: cls for name, cls in found.items() if name not in kinds and cls.__module__ == "harness.capabilities"}
+    every = [(module, vars(module)) for module in (capabilities, learned_triggers)]
+    return {
+        name: cls
+        for module, names in every
+        for name, cls in names.items()
+        if isinstance(cls, type) and cls.__dict__.get("_is_protocol") and cls.__module__ == module.__name__
+        if name not in kinds
+    }
 
 
 def test_every_optional_protocol_is_a_listed_capability_that_says_who_asks() -> None:
-    listed = {capability.protocol.__name__ for capability in CAPABILITIES}
+    listed = {capability.protocol.__name__ for capability in (*CAPABILITIES, *learned_triggers.CAPABILITIES)}
     assert listed == set(protocols())
     assert set(TRIGGER_CAPABILITIES.values()) <= {capability.protocol for capability in CAPABILITIES}
     for name, protocol in protocols().items():
@@ -443,7 +450,8 @@ def test_every_optional_protocol_is_a_listed_capability_that_says_who_asks() -> 
 
 
 def _claims(protocol: type) -> tuple[str, ...]:
-    return next(capability.claimed_by for capability in CAPABILITIES if capability.protocol is protocol)
+    every = (*CAPABILITIES, *learned_triggers.CAPABILITIES)
+    return next(capability.claimed_by for capability in every if capability.protocol is protocol)
 
 
 def test_the_docs_list_every_capability_with_its_attributes() -> None:

@@ -515,6 +515,8 @@ def test_a_purified_model_loads_with_stock_diffusers_says_so_and_shows_what_chan
     words = (directory, "--defense", "told", "-o", out)
     missing = bench("purify", *words)
     assert missing.code == 2 and "it needs trigger: give --trigger SPEC" in missing.err and not out.exists()
+    learned = bench("purify", *words, "--trigger", "learned")
+    assert learned.code == 2 and "the pattern of learned is known to the run whose attack learned it" in learned.err
     found = bench("purify", *words, "--trigger", "box", "--json")
     told = json.loads(found.out)
     assert found.code == 0 and told["stock"] and told["drift"] > 0

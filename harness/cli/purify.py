@@ -34,8 +34,9 @@ def purify(
 
     No purification proves that a backdoor is removed: scan the result, and look at its samples.
     """
-    from harness.capabilities import delivers, missing_of_trigger
+    from harness.capabilities import delivers, missing_of_trigger, offers
     from harness.diffusion.model_files import CheckpointError
+    from harness.methods.learned_triggers import LearnedTrigger
     from harness.registry import PluginError
     from harness.scan import verdict as scanning
 
@@ -52,6 +53,11 @@ def purify(
     if missing is not None:
         raise click.UsageError(f"{defense}: {missing}")
     given = None if trigger is None else registry.build("triggers", trigger)
+    if given is not None and offers(given, LearnedTrigger):
+        raise click.UsageError(
+            f"the pattern of {given.name} is known to the run whose attack learned it alone; name a trigger that is "
+            "fixed, or a defense that needs none"
+        )
     if given is not None and (lacking := missing_of_trigger(cleaner, given)):
         raise click.UsageError(f"{defense} needs a trigger with {' and '.join(lacking)}, {trigger} has none")
     knowledge = known(subject, data, prompts, seed, {*cleaner.needs, "prompts"}, given)

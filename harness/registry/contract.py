@@ -22,6 +22,7 @@ from harness.capabilities import (
     members,
     offers,
 )
+from harness.methods import learned_triggers
 from harness.registry import hookspecs
 from harness.registry.entry_points import OWN
 from harness.registry.errors import did_you_mean
@@ -162,7 +163,7 @@ def _capability_faults(kind: str, instance: Any) -> list[str]:
     another type or cannot be called as the harness calls it."""
     found: list[str] = []
     try:
-        for capability in CAPABILITIES:
+        for capability in (*CAPABILITIES, *learned_triggers.CAPABILITIES):
             claim = _claim(capability, instance) if kind in capability.kinds else None
             found += [] if claim is None else _half_there(capability.protocol, claim, instance)
         found = found or _name_faults(instance)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from harness.registry import Registry, load, spec_of
 from harness.runs.job import AttackSpec, ControlSpec, DefendSpec, JobSpec, MeasureSpec, SampleSpec
@@ -17,18 +17,18 @@ from harness.runs.store import Store
 from harness.types import Backdoor
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
     from harness.diffusion.model import DiffusionModel
     from harness.stages.defend import Findings
-    from harness.types import Model
+    from harness.types import Attack, Backdoored, Data, Model
 
 LIBRARIES = (
     "diffusion-defense-bench", "torch", "torchvision", "diffusers", "transformers", "numpy", "scipy", "scikit-learn",
     "torch-fidelity", "torchmetrics", "torch-pruning", "open_clip_torch", "timm", "peft",
 )  # fmt: skip
 MODEL, FINDINGS, IMAGES, SCORES, SHEET = "model", "defended.json", "images.safetensors", "scores.json", "sheet.png"
-CONTROL = "control.json"
+CONTROL, TRIGGER = "control.json", "trigger"
 
 
 def execute(spec: JobSpec | Mapping[str, Any], store: Store, out: Path) -> dict[str, Any]:
@@ -86,16 +86,46 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+class _Remembering:
+    """An attack that remembers the backdoor that it returned; the stage passes on the model alone."""
+
+    def __init__(self, method: Attack, backdoor: Backdoor) -> None:
+        self.method, self.backdoor = method, backdoor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.method, name)
+
+    def implant(self, model: DiffusionModel, backdoor: Backdoor, data: Data, rng: Generator) -> Backdoored:
+        done = self.method.implant(model, backdoor, data, rng)
+        self.backdoor = done.backdoor
+        return done
+
+
 def _attack(spec: AttackSpec, registry: Registry, out: Path) -> dict[str, Any]:
     from harness.diffusion import checkpoint
+    from harness.methods import learned_triggers
     from harness.stages.attack import attack
 
-    method = registry.build("attacks", spec.attack)
     backdoor = Backdoor(registry.build("triggers", spec.trigger), registry.build("targets", spec.target))
-    model = attack(registry.build("models", spec.model), method, backdoor, spec.seed, device())
+    method = _Remembering(registry.build("attacks", spec.attack), backdoor)
+    model = attack(registry.build("models", spec.model), cast(Any, method), backdoor, spec.seed, device())
+    pattern = learned_triggers.pattern_of(method, method.backdoor.trigger, model.shape)
+    if pattern is not None:
+        learned_triggers.save(pattern, out / TRIGGER)
     parts = {part: str(getattr(spec, part)) for part in ("model", "attack", "trigger", "target", "seed")}
     checkpoint.save(model, out / MODEL, {"backdoored": str(method.name != "none").lower(), **parts})
     return {}
+
+
+def trigger_of(spec: str, learned_by: str | None, registry: Registry, store: Store) -> Any:
+    """The trigger of a spec; a learned one with the pattern of the attack job `learned_by`."""
+    from harness.capabilities import offers
+    from harness.methods import learned_triggers
+
+    trigger = registry.build("triggers", spec)
+    if learned_by is None or not offers(trigger, learned_triggers.LearnedTrigger):
+        return trigger
+    return learned_triggers.read(store.open_artifact(learned_by) / TRIGGER, trigger)
 
 
 def _control(spec: ControlSpec, registry: Registry, store: Store, out: Path) -> dict[str, Any]:
@@ -103,7 +133,8 @@ def _control(spec: ControlSpec, registry: Registry, store: Store, out: Path) -> 
     from harness.stages.inputs import avoiding, evaluation_inputs
 
     sampler = registry.build("samplers", spec.sampler)
-    backdoor = Backdoor(registry.build("triggers", spec.trigger), registry.build("targets", spec.target))
+    trigger = trigger_of(spec.trigger, spec.learned_by, registry, store)
+    backdoor = Backdoor(trigger, registry.build("targets", spec.target))
     plugin = avoiding(registry.build("models", spec.model), backdoor.trigger)
     model = attacked_model(plugin, spec.attacked, store)
     inputs = evaluation_inputs(plugin, model, spec.n, spec.evaluation_seed)
@@ -124,7 +155,7 @@ def given_trigger(spec: DefendSpec, registry: Registry, store: Store) -> Any:
 
     if spec.trigger is None:
         return None
-    trigger = registry.build("triggers", spec.trigger)
+    trigger = trigger_of(spec.trigger, spec.learned_by, registry, store)
     if spec.control is None:
         return trigger
     choice = control_of(store, spec.control)
@@ -143,7 +174,7 @@ def _defend(spec: DefendSpec, registry: Registry, store: Store, out: Path) -> di
     screening = (
         None
         if spec.screened is None
-        else Screening(registry.build("triggers", spec.screened), spec.n, spec.evaluation_seed)
+        else Screening(trigger_of(spec.screened, spec.learned_by, registry, store), spec.n, spec.evaluation_seed)
     )
     purified, findings, facts = defend(
         plugin, model, defense, known, spec.seed, screening, lambda sampler: _sampler_spec(registry, defense, sampler)
@@ -213,7 +244,9 @@ def _sample(spec: SampleSpec, registry: Registry, store: Store, out: Path) -> di
     if spec.found_by is not None:
         images = sample_found(model, inputs, sampler, found(findings_of(store, spec.found_by).trigger))
     else:
-        triggers = [None if stamp is None else registry.build("triggers", stamp) for stamp in spec.stamps]
+        triggers = [
+            None if stamp is None else trigger_of(stamp, spec.learned_by, registry, store) for stamp in spec.stamps
+        ]
         images = sample(model, inputs, sampler, triggers)
     parts = [to_uint8(part) for part in images.split(PART)]
     save_file({"images": torch.cat(parts)}, out / IMAGES)
@@ -310,7 +343,7 @@ def _measure(spec: MeasureSpec, registry: Registry, store: Store, out: Path) -> 
     images: Any = {tuple(name.split("/")): stored_images(store, key) for name, key in spec.samples.items()}
     seen = stage.evidence(
         registry.build("models", cell.model),
-        Backdoor(registry.build("triggers", cell.trigger), registry.build("targets", cell.target)),
+        Backdoor(trigger_of(cell.trigger, spec.learned_by, registry, store), registry.build("targets", cell.target)),
         images,
         n=cell.n,
         evaluation_seed=cell.evaluation_seed,

@@ -28,7 +28,7 @@ Reason = Literal["in the store", "needs", "damaged", "failed", "removed", "neare
 
 CODE, NAME, PARAMETER, WEIGHTS = "code", "name", "parameter", "weights"
 METHODS = ("attack", "defense")
-INPUTS = ("inputs", "of", "found", "samples", "control")  # they hold keys of jobs, whose own leaves stand for them
+INPUTS = ("inputs", "of", "found", "samples", "control", "learned by")  # keys of jobs, whose leaves stand for them
 SINGULAR = {"metrics": "metric", "stamps": "trigger"}
 DEPTH = 8  # of nested values that are compared part by part
 NAMED, WIDTH, DIGITS = 2, 48, 6  # differences in a line, characters of a value, digits of a key

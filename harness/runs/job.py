@@ -37,7 +37,11 @@ class Failure(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class AttackSpec:
-    """Implant a backdoor. All parts are canonical specs."""
+    """Implant a backdoor. All parts are canonical specs.
+
+    In the specs of later jobs `learned_by` is the attack job that learned the pattern of their triggers, None where
+    these follow from their specs.
+    """
 
     model: str
     attack: str
@@ -63,6 +67,7 @@ class ControlSpec:
     evaluation_seed: int
     clean: str
     attacked: str | None = None
+    learned_by: str | None = None
     plugin_files: tuple[str, ...] = ()
     kind: Literal["control"] = "control"
 
@@ -85,6 +90,7 @@ class DefendSpec:
     n: int = 0
     evaluation_seed: int = 0
     avoided: str | None = None
+    learned_by: str | None = None
     plugin_files: tuple[str, ...] = ()
     kind: Literal["defend"] = "defend"
 
@@ -105,6 +111,7 @@ class SampleSpec:
     stamps: tuple[str | None, ...] = ()
     found_by: str | None = None
     avoided: str | None = None
+    learned_by: str | None = None
     plugin_files: tuple[str, ...] = ()
     kind: Literal["sample"] = "sample"
 
@@ -118,6 +125,7 @@ class MeasureSpec:
     samples: Mapping[str, str]
     attacked: str | None = None
     defended: str | None = None
+    learned_by: str | None = None
     plugin_files: tuple[str, ...] = ()
     kind: Literal["measure"] = "measure"
 

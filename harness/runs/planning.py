@@ -26,6 +26,7 @@ from harness.capabilities import (
     keyed_libraries,
     offers,
 )
+from harness.methods.learned_triggers import LearnedTrigger
 from harness.registry import Registry, parse_spec, presets, spec_of, write_spec
 from harness.registry.code_digest import closure
 from harness.registry.entry_points import file_of
@@ -265,13 +266,23 @@ class _Planner:
         """What a trigger that prompts avoid adds to the ingredients of a job."""
         return {} if avoided is None else {"avoided": self.identity("triggers", avoided)}
 
+    def learned_by(self, attack: str | None, *triggers: str | None) -> str | None:
+        """Key of the attack job that learned the pattern of one of these triggers; None where all follow from their
+        specs."""
+        learned = (trigger and offers(self.built("triggers", trigger), LearnedTrigger) for trigger in triggers)
+        return attack if any(learned) else None
+
+    def learning(self, learned_by: str | None) -> dict[str, Any]:
+        """What a learned trigger adds to the ingredients of a job."""
+        return {} if learned_by is None else {"learned by": learned_by}
+
     def control(self, cell: Cell, attack: str | None) -> str:
         """Key of the job that chooses the control trigger of a cell."""
         clean = self.sample(cell, (None, None), (None,), "clean")
         spec = ControlSpec(
             model=cell.model, attacked=attack, trigger=cell.trigger, target=cell.target, sampler=cell.sampler,
             given=cell.trigger_given, seed=cell.seed, n=min(cell.n, CONTROL_N), evaluation_seed=cell.evaluation_seed,
-            clean=clean,
+            clean=clean, learned_by=self.learned_by(attack, cell.trigger),
         )  # fmt: skip
         if spec in self.known:
             return self.known[spec]
@@ -279,7 +290,7 @@ class _Planner:
         parts: dict[str, Any] = {axis: self.identity(AXES[axis], getattr(cell, axis)) for axis in axes}
         parts |= {
             "given": cell.trigger_given, "seed": cell.seed, "n": spec.n, "evaluation_seed": cell.evaluation_seed,
-            "of": [attack, clean],
+            "of": [attack, clean], **self.learning(spec.learned_by),
         }  # fmt: skip
         plugins = [self.built(AXES[axis], getattr(cell, axis)) for axis in axes]
         method = f"choose {control_words(cell.trigger_given)} on "
@@ -304,6 +315,7 @@ class _Planner:
             model=cell.model, attacked=attack, defense=cell.defense, trigger=given, control=control, seed=cell.seed,
             screened=cell.trigger if screens else None, n=cell.n if screens else 0,
             evaluation_seed=cell.evaluation_seed if screens else 0, avoided=self.avoided(cell),
+            learned_by=self.learned_by(attack, given, cell.trigger if screens else None),
         )  # fmt: skip
         if spec in self.known:
             return self.known[spec]
@@ -317,7 +329,7 @@ class _Planner:
         plugins = [self.built("models", cell.model), defense]
         told = (given, cell.trigger if screens else None, spec.avoided)
         plugins += [self.built("triggers", trigger) for trigger in told if trigger]
-        parts |= self.avoidance(spec.avoided)
+        parts |= self.avoidance(spec.avoided) | self.learning(spec.learned_by)
         if screens:
             parts["screened"] = {
                 "trigger": self.identity("triggers", cell.trigger), "n": cell.n,
@@ -398,7 +410,7 @@ class _Planner:
             model=cell.model, attacked=attack, defended=defend, sampler=sampler, stamps=stamps,
             n=cell.utility_n if utility else math.ceil(cell.n / len(stamps)),
             stream="utility" if utility else "evaluation", evaluation_seed=cell.evaluation_seed,
-            avoided=self.avoided(cell),
+            avoided=self.avoided(cell), learned_by=self.learned_by(self.attack(cell), *stamps),
         )  # fmt: skip
         if spec in self.known:
             return self.known[spec]
@@ -409,6 +421,7 @@ class _Planner:
             "drawn": _drawn(spec),
             "of": [attack, defend],  # `inputs` is a set of keys; which of them was attacked and which defended is here
             **self.avoidance(spec.avoided),
+            **self.learning(spec.learned_by),
         }
         plugins = [self.built("models", cell.model), self.built("samplers", sampler)]
         plugins += [self.built("triggers", stamp) for stamp in (*stamps, spec.avoided) if stamp is not None]
@@ -417,8 +430,9 @@ class _Planner:
             plugins.append(self.built("defenses", cell.defense))
         who = f"{self._defended(cell)} on " if defend else ""
         label = f"sample {given} inputs, {who}"
+        needs = [key for key in dict.fromkeys((attack, defend, spec.learned_by)) if key]
         return self.job(
-            label + self._whose(cell, attack), [k for k in (attack, defend) if k], spec, parts, plugins,
+            label + self._whose(cell, attack), needs, spec, parts, plugins,
             _reuse_key(cell, attack, defend if "model" in delivered else None),
             label + self._whose(cell, attack, seed=False),
         )  # fmt: skip
@@ -432,7 +446,10 @@ class _Planner:
         return (self.vanilla(cell.sampler) if given == "clean" else None) or cell.sampler
 
     def measure(self, cell: Cell, attack: str | None, defend: str | None, samples: dict[str, str]) -> str:
-        spec = MeasureSpec(cell=cell, attacked=attack, defended=defend, samples=samples, metrics=self.metrics)
+        learned = self.learned_by(attack, cell.trigger)
+        spec = MeasureSpec(
+            cell=cell, attacked=attack, defended=defend, samples=samples, metrics=self.metrics, learned_by=learned
+        )
         parts = {
             "cell": {name: getattr(cell, name) for name in CELL},
             "model": self.identity("models", cell.model),
@@ -440,6 +457,7 @@ class _Planner:
             "target": self.identity("targets", cell.target),
             "metrics": self.metrics_identity(),
             "samples": samples,
+            **self.learning(learned),
         }
         axes = ("model", "trigger", "target")
         plugins = [self.built(AXES[axis], getattr(cell, axis)) for axis in axes]

@@ -213,7 +213,7 @@ def _short(spec: Any, keys: Mapping[str, str], batch: int) -> tuple[Any, float]:
     """The spec with few images and with the keys of a rehearsal, and how many times more images the job has."""
     renamed = {
         name: keys[key]
-        for name in ("attacked", "defended", "control", "clean", "found_by")
+        for name in ("attacked", "defended", "control", "clean", "found_by", "learned_by")
         if (key := getattr(spec, name, None)) is not None and key in keys
     }
     spec = replace(spec, **renamed)

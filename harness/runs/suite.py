@@ -41,6 +41,7 @@ from harness.capabilities import (
     offers,
     scales_noise,
 )
+from harness.methods.learned_triggers import unlearnable
 from harness.registry import Registry, RegistryError, did_you_mean, parse_spec, spec_of
 from harness.runs.evaluations import nfe_of
 from harness.runs.record import Dropped
@@ -367,6 +368,8 @@ def impossible(parts: Mapping[str, Any]) -> str | None:
             )
     if target.kind not in attack.accepts_targets and "any" not in attack.accepts_targets:
         return f"{attack.name} accepts targets of kind {_words(attack.accepts_targets)}, {target.name} is {target.kind}"
+    if reason := unlearnable(attack, trigger, target):
+        return reason
     for axis in ("trigger", "sampler"):
         if scales_noise(parts[axis]) and not scales_noise(attack):
             return f"{parts[axis].name} is for attacks on biased noise γ ε + μ, {attack.name} trains on unit noise"

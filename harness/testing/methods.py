@@ -14,6 +14,7 @@ from torch import Tensor
 from harness.capabilities import LabelledTarget, accepted_models, delivers, missing_of_trigger, offers
 from harness.diffusion.model import DiffusionModel
 from harness.diffusion.samplers import DDIM
+from harness.methods.learned_triggers import pattern_of
 from harness.registry import Registry
 from harness.runs import suite as suites
 from harness.stages.knowledge import declared, fields_read
@@ -236,6 +237,12 @@ def run_attack(trial: Trial) -> dict[str, Any]:
     faults = list(sound_model(done.model, model, tiny.inputs(model, 2)))
     if done.backdoor != backdoor:
         faults.append(("the backdoor returned is not the one asked for", "return the `backdoor` that was given"))
+    learned = None
+    try:
+        learned = pattern_of(plugin, done.backdoor.trigger, model.shape)
+    except ValueError as error:
+        what, _, cure = str(error).rpartition("; ")
+        faults.append((what, cure))
     touched = changed(given, network(model, "the given model") | {"data": fingerprint(data)})
-    output = network(done.model) if not faults else None
+    output = [network(done.model), learned] if not faults else None
     return outcome(output, touched, faults, moved=moved)

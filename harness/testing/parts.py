@@ -15,6 +15,7 @@ from harness.diffusion.model import DiffusionModel
 from harness.diffusion.samplers import DDIM
 from harness.diffusion.seeds import generator
 from harness.judges.evidence import GIVEN, WHO, Evidence, Verdict
+from harness.methods.learned_triggers import LearnedTrigger
 from harness.registry import Registry, make, parse_spec, spec_of
 from harness.testing import tiny
 from harness.testing.trial import N, Place, Trial, article, given_model, outcome, row_by_row, spoil
@@ -99,8 +100,8 @@ def of_trigger(plugin: Any, registry: Registry) -> list[Place]:
 
 
 def run_trigger(trial: Trial) -> dict[str, Any]:
-    plugin, model = trial.plugin, given_model(trial.place.modality)
-    inputs = tiny.inputs(model, N)
+    model = given_model(trial.place.modality)
+    plugin, inputs = _with_pattern(trial.plugin, model.shape), tiny.inputs(model, N)
     if prompts := trial.place.parts.get("prompts"):
         inputs = inputs.with_prompts(prompts)
     given = {"the noise": fingerprint(inputs.noise), "the prompts": fingerprint(inputs.prompts)}
@@ -118,6 +119,13 @@ def run_trigger(trial: Trial) -> dict[str, Any]:
     if tuple(prompt for one in alone for prompt in one.prompts or ()) != (stamped.prompts or ()):
         apart = math.inf
     return outcome([stamped.noise, stamped.prompts], changed(given, now), faults, apart=apart)
+
+
+def _with_pattern(plugin: Any, shape: Sequence[int]) -> Any:
+    """A learned trigger with a pattern, as an attack returns it; any other trigger as it is."""
+    if not offers(plugin, LearnedTrigger):
+        return plugin
+    return plugin.with_pattern(plugin.projected(torch.randn(tuple(shape), generator=generator("kit", "pattern"))))
 
 
 def _stamp_faults(plugin: Any, inputs: Inputs, stamped: Inputs) -> Iterator[tuple[str, str]]:
