@@ -364,7 +364,7 @@ def test_a_family_that_there_is_not_is_refused_at_registration() -> None:
 def test_every_built_in_detector_states_what_it_sees() -> None:
     plugins = load()
     for name in plugins.classes("defenses"):
-        defense = plugins.build("defenses", name)
+        defense: Any = plugins.build("defenses", name)
         if "suspicion" in delivers(defense):
             assert offers(defense, StatingDetector) and defense.sees, name
             modalities = {families.MODALITIES.get(family, "text") for family in defense.sees}
