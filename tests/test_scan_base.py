@@ -276,7 +276,7 @@ def test_a_base_that_cannot_be_used_is_one_clear_line(bench: Run, clean: Diffusi
     for base, words in (
         (tmp_path / "other", f"--base {tmp_path / 'other'}: has no text_encoder, and the model has one; give the base"),
         (tmp_path / "empty", "empty: is empty; give a directory saved by a diffusers pipeline"),
-        (tmp_path / "none", "no such directory; give a directory, or a hub id"),
+        (tmp_path / "none", "no such directory; give a directory, a .safetensors file, or a hub id"),
     ):
         found = bench(tmp_path / "model", "--base", base, "--detector", "norms")
         (line,) = [line for line in found.err.splitlines() if "--base" in line]
@@ -366,6 +366,7 @@ def test_every_built_in_detector_states_what_it_sees() -> None:
     for name in plugins.classes("defenses"):
         defense: Any = plugins.build("defenses", name)
         if "suspicion" in delivers(defense):
+            accepts = defense.accepts_triggers
             assert offers(defense, StatingDetector) and defense.sees, name
             modalities = {families.MODALITIES.get(family, "text") for family in defense.sees}
-            assert modalities <= set(defense.accepts_triggers), name
+            assert modalities <= set(accepts), name
