@@ -36,6 +36,7 @@ SAMPLER = "ddim(steps=10, bf16=True)"
 AMDET = "amdet"
 RICK = "rickrolling(steps=600, lr=1e-3, batch=48, poisoned=16, decoys=0.4, beta=0.3)"
 IBA = "iba(steps=300, lr=1e-3, batch=24, poisoned=12, plain=0.5, lam=0.0)"
+EVIL = "eviledit(lam=0.1, captions=400, keep=3.0, decoys=0.5)"
 FILE = Path(__file__).with_suffix(".json")
 PLACE = Place(Path(__file__).parents[2] / "docs" / "results.md", "python -m tests.benchmarks.encoders --table")
 
