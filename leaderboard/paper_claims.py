@@ -97,7 +97,7 @@ class Cells(Strict):
     sampler: Names = ()
 
 
-class Test(Strict):
+class Criterion(Strict):
     """The fields are explained at the top of paper_claims.toml."""
 
     rule: Literal["bound", "order", "alike", "models"]
@@ -116,7 +116,7 @@ class Test(Strict):
     verdict: tuple[population.Rule, population.Rule] = ("own", "own")
 
     @model_validator(mode="after")
-    def _has_what_its_rule_needs(self) -> Test:
+    def _has_what_its_rule_needs(self) -> Criterion:
         bounded = (self.at_most is None) != (self.at_least is None)
         if (self.rule == "models") == (self.statistic is None) or (self.rule == "models") != (self.score is None):
             raise ValueError("rule 'models' takes a statistic, every other rule a score")
@@ -166,7 +166,7 @@ class Claim(Strict):
     claim: Text
     not_testable: str = ""
     cells: Cells = Cells()
-    test: Test | None = None
+    test: Criterion | None = None
 
     @model_validator(mode="after")
     def _is_tested_or_says_why_not(self) -> Claim:
@@ -273,7 +273,7 @@ def _verdict(claim: Claim, paper: Paper, cells: Sequence[PooledCell]) -> Verdict
     return Verdict(claim, paper, outcome, worst.words + several, why, looked, worst.cells)
 
 
-def _outcome(claim: Claim, test: Test, rows: Sequence[Found]) -> tuple[Outcome, Sequence[Found], str]:
+def _outcome(claim: Claim, test: Criterion, rows: Sequence[Found]) -> tuple[Outcome, Sequence[Found], str]:
     """The outcome, the rows that decide it, and what leaves it open."""
     against, for_ = ([row for row in rows if row.shown is side] for side in (False, True))
     if against:
@@ -290,7 +290,7 @@ def _outcome(claim: Claim, test: Test, rows: Sequence[Found]) -> tuple[Outcome, 
     return "not shown", left, "; ".join(said)
 
 
-def _missing(claim: Claim, test: Test, rows: Sequence[Found]) -> list[str]:
+def _missing(claim: Claim, test: Criterion, rows: Sequence[Found]) -> list[str]:
     """What the claim names and none of the rows has."""
     wanted = [(part, name) for part in Cells.model_fields for name in getattr(claim.cells, part)]
     wanted += [("defense", name) for name in test.defense]
@@ -301,7 +301,7 @@ def _missing(claim: Claim, test: Test, rows: Sequence[Found]) -> list[str]:
 # ---- which cells ----------------------------------------------------------------------------------------------------
 
 
-def _selected(cells: Sequence[PooledCell], where: Cells, defenses: Names, test: Test) -> list[PooledCell]:
+def _selected(cells: Sequence[PooledCell], where: Cells, defenses: Names, test: Criterion) -> list[PooledCell]:
     """The finished cells of some of the defenses at the place, in which the attack took; decoy controls are none, and
     neither are rows of detection alone, unless the score is a detector's."""
     found = []
@@ -371,7 +371,7 @@ def _value(text: str) -> Any:
 # ---- rules ----------------------------------------------------------------------------------------------------------
 
 
-def _bound(where: Cells, test: Test, cells: Sequence[PooledCell]) -> Iterator[Found]:
+def _bound(where: Cells, test: Criterion, cells: Sequence[PooledCell]) -> Iterator[Found]:
     for cell in _selected(cells, where, test.defense, test):
         known = [(record, value) for record in cell.records if not math.isnan(value := _measured(record, test))]
         if known:
@@ -381,7 +381,7 @@ def _bound(where: Cells, test: Test, cells: Sequence[PooledCell]) -> Iterator[Fo
 
 
 def _judged(
-    cells: tuple[PooledCell, ...], words: str, n: int, value: float, ends: tuple[float, float] | None, test: Test
+    cells: tuple[PooledCell, ...], words: str, n: int, value: float, ends: tuple[float, float] | None, test: Criterion
 ) -> Found:
     """A value with its interval against the bound of a test. n: its seeds, or models of the rarer kind."""
     sign = 1 if test.at_most is not None else -1
@@ -404,7 +404,7 @@ def _ruined(cell: PooledCell) -> bool:
     return any(doubt.code in doubts.BROKEN for doubt in cell.doubts)
 
 
-def _measured(record: Record, test: Test) -> float:
+def _measured(record: Record, test: Criterion) -> float:
     value = record.value(test.score or "")
     if test.per is not None:
         base = record.value(test.per)
@@ -413,7 +413,7 @@ def _measured(record: Record, test: Test) -> float:
 
 
 def _over_seeds(
-    records: Sequence[Record], values: Sequence[float], test: Test
+    records: Sequence[Record], values: Sequence[float], test: Criterion
 ) -> tuple[float, tuple[float, float] | None]:
     """The mean with the hull of its two intervals: over seeds, and over samples, which seeds that agree by chance would
     hide. A seed may have the samples of the others, so the samples of one seed count."""
@@ -425,7 +425,7 @@ def _over_seeds(
     return mean, hull if test.per or test.minus else possible(test.score or "", hull)
 
 
-def _over_samples(records: Sequence[Record], mean: float, test: Test) -> tuple[float, float] | None:
+def _over_samples(records: Sequence[Record], mean: float, test: Criterion) -> tuple[float, float] | None:
     if test.per is not None or test.minus is not None:
         return None
     scores = [record.scores[record.name_of(test.score or "")] for record in records]
@@ -436,7 +436,7 @@ def _over_samples(records: Sequence[Record], mean: float, test: Test) -> tuple[f
     return (mean - max(halves), mean + max(halves)) if len(halves) == len(scores) else None
 
 
-def _order(where: Cells, test: Test, cells: Sequence[PooledCell]) -> Iterator[Found]:
+def _order(where: Cells, test: Criterion, cells: Sequence[PooledCell]) -> Iterator[Found]:
     if test.targets is not None:
         yield from _targets(where, test, test.targets, cells)
         return
@@ -452,7 +452,7 @@ def _order(where: Cells, test: Test, cells: Sequence[PooledCell]) -> Iterator[Fo
         yield Found(pair, _difference(made, test), n, effect, shown, why)
 
 
-def _alike(where: Cells, test: Test, cells: Sequence[PooledCell]) -> Iterator[Found]:
+def _alike(where: Cells, test: Criterion, cells: Sequence[PooledCell]) -> Iterator[Found]:
     margin = test.margin or math.nan
     for pair, made in _compared(where, test, cells):
         n, side = len(made.by_seed), margin - abs(made.difference)
@@ -469,7 +469,7 @@ def _alike(where: Cells, test: Test, cells: Sequence[PooledCell]) -> Iterator[Fo
 
 
 def _compared(
-    where: Cells, test: Test, cells: Sequence[PooledCell]
+    where: Cells, test: Criterion, cells: Sequence[PooledCell]
 ) -> Iterator[tuple[tuple[PooledCell, PooledCell], paired.Comparison]]:
     """The cells of the first defenses beside those of the second ones on the same backdoored models, with the same
     budget, and alike but for what the test names."""
@@ -490,7 +490,7 @@ def _comparable(a: PooledCell, b: PooledCell, named: set[str]) -> bool:
     return all(ours[name] == theirs[name] for name in shared - set(LOOSE))
 
 
-def _targets(where: Cells, test: Test, targets: tuple[str, str], cells: Sequence[PooledCell]) -> Iterator[Found]:
+def _targets(where: Cells, test: Criterion, targets: tuple[str, str], cells: Sequence[PooledCell]) -> Iterator[Found]:
     """A defense on two targets, which are backdoors of different models: their intervals do not overlap."""
     plain = test.model_copy(update={"targets": None})
     sides = [_selected(cells, where.model_copy(update={"target": (t,)}), test.defense, test) for t in targets]
@@ -535,7 +535,7 @@ def _apart(
     return Found(cells, words, n, side, None, OPEN)
 
 
-def _models(where: Cells, test: Test, cells: Sequence[PooledCell]) -> Iterator[Found]:
+def _models(where: Cells, test: Criterion, cells: Sequence[PooledCell]) -> Iterator[Found]:
     first = list(_populations(where, test, test.defense, test.verdict[0], cells))
     second = list(_populations(where, test, test.below, test.verdict[1], cells)) if test.below else []
     if not test.below:
@@ -550,7 +550,7 @@ def _models(where: Cells, test: Test, cells: Sequence[PooledCell]) -> Iterator[F
 
 
 def _populations(
-    where: Cells, test: Test, defenses: Names, rule: population.Rule, cells: Sequence[PooledCell]
+    where: Cells, test: Criterion, defenses: Names, rule: population.Rule, cells: Sequence[PooledCell]
 ) -> Iterator[tuple[Population, Estimate, tuple[PooledCell, ...]]]:
     """The populations of the defenses over the attacks of the claim, one for each family that it names, else one for
     all. A forest knows the other families too."""
@@ -581,7 +581,7 @@ def _clean(cell: PooledCell, where: Cells) -> bool:
     return clean and (not where.model or any(_is(cell, "model", name) for name in where.model))
 
 
-RULES: Mapping[str, Callable[[Cells, Test, Sequence[PooledCell]], Iterator[Found]]] = {
+RULES: Mapping[str, Callable[[Cells, Criterion, Sequence[PooledCell]], Iterator[Found]]] = {
     "bound": _bound,
     "order": _order,
     "alike": _alike,
@@ -596,18 +596,18 @@ def _seeds(n: int) -> str:
     return f"{n} seed{'s' * (n != 1)}"
 
 
-def _shown(value: float, ends: Ends, test: Test) -> str:
+def _shown(value: float, ends: Ends, test: Criterion) -> str:
     """ "98.4 % (96.1–99.4)"."""
     around = f" ({_figure(ends[0], test)}–{_figure(ends[1], test)})" if ends is not None else ""
     return f"{_figure(value, test)}{' %' if test.share else ''}{around}"
 
 
-def _figure(value: float, test: Test) -> str:
+def _figure(value: float, test: Criterion) -> str:
     text = f"{100 * value:.1f}" if test.share else f"{value:.3g}"
     return text.replace("-", "−")
 
 
-def _difference(made: paired.Comparison, test: Test) -> str:
+def _difference(made: paired.Comparison, test: Criterion) -> str:
     unit = " points" if test.share else ""
     around = (
         "" if made.low is None or made.high is None else f" ({_figure(made.low, test)} to {_figure(made.high, test)})"
@@ -621,7 +621,7 @@ def _ends(estimate: Estimate) -> Ends:
     return None if estimate.low is None or estimate.high is None else (estimate.low, estimate.high)
 
 
-def _of_models(found: Population, estimate: Estimate, test: Test) -> str:
+def _of_models(found: Population, estimate: Estimate, test: Criterion) -> str:
     return f"{_shown(estimate.value, _ends(estimate), test)}, {population.models_of(found)}"
 
 
