@@ -78,7 +78,8 @@ LEGEND = (
     "A claim holds or does not hold for our rows: small models, settings that suit them, and our data and judges. That "
     "says nothing of the paper's own models. Rows show something from three seeds of the attack's training on. “Not "
     "shown”: the intervals, or fewer than three seeds, leave the claim open. The bounds and margins are our reading of "
-    "the claims: leaderboard/paper_claims.toml."
+    "the claims: leaderboard/paper_claims.toml. An accuracy counts models; models whose training began with the same "
+    "weights are no independent observations, so that its interval is too narrow where the initialisations are few."
 )
 
 
@@ -603,7 +604,8 @@ def _shown(value: float, ends: Ends, test: Criterion) -> str:
 
 
 def _figure(value: float, test: Criterion) -> str:
-    text = f"{100 * value:.1f}" if test.share else f"{value:.3g}"
+    small = 0 < abs(value) < 1e-3
+    text = f"{100 * value:.1f}" if test.share else f"{value:.5f}" if small else f"{value:.3g}"
     return text.replace("-", "−")
 
 
