@@ -293,10 +293,15 @@ def _outcome(claim: Claim, test: Criterion, rows: Sequence[Found]) -> tuple[Outc
 
 def _missing(claim: Claim, test: Criterion, rows: Sequence[Found]) -> list[str]:
     """What the claim names and none of the rows has."""
-    wanted = [(part, name) for part in Cells.model_fields for name in getattr(claim.cells, part)]
-    wanted += [("defense", name) for name in test.defense]
     cells = [cell for row in rows for cell in row.cells]
-    return [name for part, name in wanted if not any(_is(cell, part, name) for cell in cells)]
+    places = [(part, name) for part in Cells.model_fields for name in getattr(claim.cells, part)]
+    places += [("target", name) for name in test.targets or ()]
+    missing = [name for part, name in places if not any(_is(cell, part, name) for cell in cells)]
+    free = (*SIZE, *test.free)
+    for name in (*test.defense, *test.below):
+        if not any(_is(cell, "defense", name, free) for cell in cells):
+            missing.append(name)
+    return missing
 
 
 # ---- which cells ----------------------------------------------------------------------------------------------------
@@ -325,8 +330,8 @@ def _placed(cell: PooledCell, where: Cells) -> bool:
         if names and not any(_is(cell, part, name) for name in names):
             return False
     named = {parameter for name in where.attack for parameter in _parameters(name)}
-    knowing = set(ADAPTIVE) & set(_changed(cell, "attack")) if bare(cell.specs.attack) in NOISE_ATTACKS else set()
-    return knowing <= named
+    changed = _changed(cell, "attack") if bare(cell.specs.attack) in NOISE_ATTACKS else {}
+    return {name for name in ADAPTIVE if _value(changed.get(name, "0"))} <= named
 
 
 def _took(record: Record) -> bool:
@@ -343,7 +348,7 @@ def _is(cell: PooledCell, part: str, wanted: str, free: Sequence[str] | None = N
     changed, named = _changed(cell, part), _parameters(wanted)
     have = {**_parameters(spec), **changed}
     for name, value in named.items():
-        if _value(value) == ANY and name in changed and part == "attack":
+        if _value(value) == ANY and _value(changed.get(name, "0")):
             continue
         if name not in have or _value(have[name]) != _value(value):
             return False

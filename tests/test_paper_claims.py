@@ -134,6 +134,10 @@ def test_everything_that_a_claim_names_has_to_be_shown() -> None:
     assert verdict(LOW, [*good, *seeds(SKD, 0, 0, 1, attack=VILLAN)], attack=names).outcome == "holds"
     two = {**LOW, "defense": ["skd", "skd(alpha=0.3)"]}
     assert verdict(two, good).why == "no row of skd(alpha=0.3)"
+    both = [*seeds(CAG, 0, 1, 0), *seeds("skd(alpha=0.3, steps=80)", 50, 52, 51)]
+    three = {**ABOVE, "below": ["skd(alpha=0.3)", "skd"]}
+    assert verdict(three, both).why == "no row of skd", "another form of it does not stand for it"
+    assert verdict(three, [*both, *seeds(SKD, 50, 52, 51)]).outcome == "holds"
 
 
 def test_a_ruined_model_is_no_removal() -> None:
@@ -167,6 +171,8 @@ def test_parameters_that_are_not_named_have_their_defaults_unless_they_are_free(
 def test_attacks_that_know_the_defense_take_part_only_if_they_are_named() -> None:
     knowing = seeds(SKD, 0, 1, 0, attack="baddiffusion(steps=600, adaptive_weight=0.01)")
     assert verdict(LOW, knowing, attack=["baddiffusion"]).outcome == "not measured"
+    plain = seeds(SKD, 0, 1, 0, attack="baddiffusion(steps=600, adaptive_weight=0.0)")
+    assert verdict(LOW, plain, attack=["baddiffusion"]).outcome == "holds"
     named = ["baddiffusion(adaptive_weight='any')"]
     assert verdict(LOW, knowing, attack=named).outcome == "holds"
     assert verdict(LOW, seeds(SKD, 0, 1, 0), attack=named).outcome == "not measured"
