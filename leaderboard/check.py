@@ -21,7 +21,17 @@ from harness.runs.declared import Declared
 from harness.runs.doubts import CONTROLS, DoubtCode
 from harness.runs.record import Record, Source, bare
 from harness.types import Doubt
-from leaderboard import attestation, claims, copies, pictures, recompute, reported, results, wellformed
+from leaderboard import (
+    attestation,
+    claims,
+    copies,
+    paper_claims,
+    pictures,
+    recompute,
+    reported,
+    results,
+    wellformed,
+)
 from leaderboard.paired import Place, attack_jobs, place
 from leaderboard.rendering import picture_size
 from leaderboard.results import Results, ResultsError
@@ -317,10 +327,11 @@ def _attestations(suite: Results, outcome: Outcome) -> None:
 
 
 def _reported(outcome: Outcome) -> None:
-    try:
-        reported.read()
-    except reported.ReportedError as error:
-        outcome.problems.append(Problem(str(reported.FILE), str(error)))
+    for file, read in ((reported.FILE, reported.read), (paper_claims.FILE, paper_claims.read)):
+        try:
+            read()
+        except reported.ReportedError as error:
+            outcome.problems.append(Problem(str(file), str(error)))
 
 
 def _size(root: Path, outcome: Outcome) -> None:

@@ -22,11 +22,12 @@ from markupsafe import Markup
 from harness.runs.jsonable import to_jsonable
 from harness.runs.printable import one_line
 from harness.runs.record import Dropped, Record, Track, bare
-from leaderboard import analysis, figures, headline, pages, paper_rankings, population, report, rows
+from leaderboard import analysis, figures, headline, pages, paper_claims, paper_rankings, population, report, rows
 from leaderboard.attestation import Attestation
 from leaderboard.columns import TASK_WORDS, TASKS, TRACK_WORDS, TRACKS, Column, Task, of_view, possible
 from leaderboard.figures import Figure
 from leaderboard.headline import Head
+from leaderboard.paper_claims import Verdict
 from leaderboard.paper_rankings import Ranking
 from leaderboard.recompute import LEVELS, Level, level
 from leaderboard.rendering import asset, environment, picture_size, policy, script_json, shown
@@ -155,6 +156,7 @@ class Site:
     names: Mapping[str, str]  # record key → where the page has it
     origins: Mapping[str, Origin]  # record key → where it comes from
     rankings: Sequence[Ranking]  # where papers rank what we have measured too
+    claims: Sequence[Verdict]  # what papers claim, beside what we measured
     environment: Environment
     analysed: set[str] = field(default_factory=set)  # keys of records with an analysis
 
@@ -241,7 +243,8 @@ def _site(every: Sequence[Results], out: Path) -> Site:
     dropped = [entry for results in every for entry in results.dropped]
     cells = rows.pooled(list(records.values()), dropped)
     names = {key: f"sheets/{path.name}" for key, path in sheets.items()}
-    return Site(out, cells, dropped, sheets, names, origins, paper_rankings.rankings(cells), environment())
+    ranked, claimed = paper_rankings.rankings(cells), paper_claims.verdicts(cells)
+    return Site(out, cells, dropped, sheets, names, origins, ranked, claimed, environment())
 
 
 def _counts(site: Site) -> dict[str, int]:
@@ -272,7 +275,8 @@ def _index(site: Site, counts: Mapping[str, int]) -> None:
         "index.html", "index.html.jinja", "", [asset("tabulator/tabulator.min.js"), asset("page.js")],
         site=site, views=views, counts=counts, start=first, data=Markup(_data(site)), defenses=_defenses(site.cells),
         tracks=TRACKS, tasks=TASKS, track_words=TRACK_WORDS, task_words=TASK_WORDS, given_words=GIVEN_WORDS,
-        legend=paper_rankings.LEGEND, state=_state(site),
+        legend=paper_rankings.LEGEND, state=_state(site), claims=paper_claims.by_paper(site.claims),
+        claims_summary=paper_claims.summary(site.claims), claims_legend=paper_claims.LEGEND,
     )  # fmt: skip
 
 
@@ -398,9 +402,12 @@ def _files(site: Site, counts: Mapping[str, int]) -> None:
     write_text(site.out / "leaderboard.csv", report.comma_separated(site.records, site.dropped))
     lines = ",\n".join(json.dumps(_entry(site, c), sort_keys=True, allow_nan=False) for c in site.cells)
     heads = json.dumps([headline.entry(head) for track in TRACKS for head in headline.heads(site.cells, track)])
+    claims = ",\n".join(json.dumps(paper_claims.entry(each), sort_keys=True) for each in site.claims)
+    totals = json.dumps(paper_claims.counts(site.claims))
     write_text(
         site.out / "leaderboard.json",
-        f'{{"counts": {json.dumps(counts)},\n"heads": {heads},\n"cells": [\n{lines}\n]}}\n',
+        f'{{"counts": {json.dumps(counts)},\n"heads": {heads},\n'
+        f'"claims": {{"counts": {totals}, "lines": [\n{claims}\n]}},\n"cells": [\n{lines}\n]}}\n',
     )
 
 
@@ -455,6 +462,7 @@ def markdown(site: Site) -> str:
                     *([f"Letters: {report.escape(table.remark)}."] if table.remark else []),
                 ]
     parts += _rankings(site.rankings)
+    parts += paper_claims.markdown(site.claims)
     found = population.rendered(site.cells, report.escape)
     parts += ["## Detection of backdoored models", population.LEGEND, found] if found else []
     return "\n\n".join([*parts, "## Every cell", report.every_cell(site.cells, site.names)]) + "\n"

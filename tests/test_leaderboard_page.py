@@ -171,6 +171,36 @@ def test_the_pages_fit_a_desk_and_a_phone_in_light_and_dark(
     assert seen.quiet()
 
 
+@pytest.mark.parametrize(("width", "scheme"), [(1440, "light"), (390, "dark")])
+def test_a_reader_finds_the_claims_of_the_papers_and_the_cells_behind_them(
+    tmp_path: Path, visit: Callable[..., Watched], width: int, scheme: str
+) -> None:
+    place = {"attack": "badt2i(steps=1200)", "target": "patch()", "knowledge": ["trigger", "data"]}
+    made = [record(f"skd-cag(steps={'8' * 60})", k, seed=seed, **place) for seed, k in enumerate((1, 0, 2))]
+    made += [record("sau()", 60 + k, seed=k, **place) for k in range(3)]
+    write_suite(tmp_path / "results", made)
+    site.build(results.read(tmp_path / "results"), tmp_path / "page")
+    seen = visit(width, color_scheme=scheme)
+    page = seen.open(tmp_path / "page" / "index.html")
+    page.get_by_role("link", name="claims of the papers").click()
+    assert page.get_by_role("heading", name="Claims of the papers").is_visible()
+    assert page.locator("tr#claim-skd-cag-pixel .outcome").text_content() == "holds"
+    line = page.locator("tr#claim-sau-pixel")
+    assert line.locator(".outcome").text_content() == "does not hold"
+    page.locator("tr#claim-skd-cag-pixel summary").click()
+    line.locator("summary").click()
+    seen.keep(f"claims-{width}-{scheme}")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    ink, ground = (page.evaluate(f"getComputedStyle({what}).{how}") for what, how in (
+        ("document.querySelector('#claim-sau-pixel .outcome')", "color"), ("document.body", "backgroundColor"),
+    ))  # fmt: skip
+    light = [sum(int(x) for x in colour[4:-1].split(",")) for colour in (ink, ground)]
+    assert abs(light[0] - light[1]) > 200, "the outcome stands out from the page"
+    line.locator("li a").first.click()
+    page.wait_for_url("**/cells/*.html")
+    assert seen.quiet()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1440, 390])
 def test_the_report_of_a_scan_fits_a_desk_and_a_phone_in_light_and_dark(
