@@ -12,6 +12,7 @@ from harness import registry
 from harness.capabilities import OrdinaryTrigger, offers
 from harness.diffusion.seeds import generator, image_noise, image_seeds
 from harness.judges import shapes
+from harness.methods.learned_triggers import LearnedTrigger
 from harness.methods.trigger_placement import patterns_of, scale_of
 from harness.types import Backdoor, Inputs, TargetContext
 from plugins.models.digits_ddpm import DigitsDDPM
@@ -37,6 +38,13 @@ TARGETS = [Backdoor(Box(), cls()).target for cls in PLUGINS.classes("targets").v
 SHAPES = [(1, 16, 16), (3, 32, 32)]
 
 
+def with_pattern(trigger: Any, shape: tuple[int, ...]) -> Any:
+    """A learned trigger with a pattern; any other trigger as it is."""
+    if not offers(trigger, LearnedTrigger):
+        return trigger
+    return trigger.with_pattern(trigger.projected(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+
+
 def inputs(shape: tuple[int, ...], n: int = 4) -> Inputs:
     seeds = image_seeds(0, "test", n)
     return Inputs(image_noise(seeds, shape), None, seeds)
@@ -49,7 +57,7 @@ def name(plugin: Any) -> str:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("trigger", TRIGGERS, ids=name)
 def test_a_trigger_stamps_gamma_eps_plus_mu_and_leaves_its_inputs_alone(trigger: Any, shape: Any) -> None:
-    given = inputs(shape)
+    given, trigger = inputs(shape), with_pattern(trigger, shape)
     before = given.noise.clone()
     made = trigger.stamp(given)
     mu, gamma = trigger.delta(shape), scale_of(trigger, shape)
@@ -65,6 +73,7 @@ def test_a_trigger_stamps_gamma_eps_plus_mu_and_leaves_its_inputs_alone(trigger:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("trigger", TRIGGERS, ids=name)
 def test_wrong_triggers_look_different(trigger: Any, shape: Any) -> None:
+    trigger = with_pattern(trigger, shape)
     patterns = [each.delta(shape) for each in (trigger, *(trigger.wrong(k) for k in range(4)))]
     for i, one in enumerate(patterns):
         assert all(not torch.equal(one, other) for other in patterns[i + 1 :])

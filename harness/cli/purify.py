@@ -29,7 +29,8 @@ def purify(
     seed: int, device: str | None, files: tuple[Path, ...], strict: bool, as_json: bool, defense: str,
     trigger: str | None, base: str | None, config: Path | None, out: Path,
 ) -> int:  # fmt: skip
-    """Run DEFENSE on MODEL and write a diffusers directory with samples before and after. Of an adapter, its base with
+    """Run DEFENSE on MODEL and write a diffusers directory with samples before and after. MODEL is a diffusers
+    directory, a .safetensors file, a hub id, or an adapter with --base. Of an adapter, its base with
     the adapter is cleaned, and a whole pipeline is written.
 
     No purification proves that a backdoor is removed: scan the result, and look at its samples.

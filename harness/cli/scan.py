@@ -89,7 +89,8 @@ def scan(
     listed: str | None, known: bool, only: str | None, detectors: tuple[str, ...], base: str | None,
     config: Path | None, fail_on: str, form: str | None, outs: tuple[Path, ...], quiet: bool,
 ) -> int:  # fmt: skip
-    """Ask detectors about each MODEL, a diffusers directory or a hub id, and give a verdict with its evidence.
+    """Ask detectors about each MODEL, and give a verdict with its evidence. MODEL is a diffusers directory, a
+    .safetensors file, a hub id, or an adapter with --base.
 
     A model that cannot be loaded does not stop the scan of the others. Exit code: 0 nothing found, 1 suspicious, 4
     cannot be loaded, 6 nothing to judge it by; a crash is 70, never 1. For several models it is the worst: 1, then 70,
