@@ -260,7 +260,7 @@ def summary(population: Population, models: dict[str, Any]) -> dict[str, Any]:
 
 def tables(population: Population, document: dict[str, Any]) -> str:
     """Two tables in Markdown: the scores of every reported model before and after, with the areas under the ROC curve,
-    and the scores of every other setting."""
+    and the scores of every other setting, with the area where every model has one."""
     models, areas = document["models"], summary(population, document["models"])
     done = [case for case in population.cases if case.name in models and case.seed >= FIRST_REPORTED]
     names = [name for name in population.scores.get("after", {}) if name in population.scores.get("before", {})]
@@ -277,7 +277,8 @@ def tables(population: Population, document: dict[str, Any]) -> str:
         for name in settings:
             scores = [_score(models[case.name], part, name) for case in done]
             if any(score != "" for score in scores):
-                more.append([name, *scores, _area(areas, f"{part}: {name}")])
+                label = name if part == "causes" else f"{name}, {part}"
+                more.append([label, *scores, _area(areas, f"{part}: {name}") if all(scores) else ""])
     return "\n\n".join(_markdown(each) for each in (rows, more) if len(each) > 1)
 
 
