@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from harness.runs.jsonable import to_jsonable
@@ -147,7 +148,7 @@ def _saved(image: Image.Image, path: Path, alt: str) -> Picture:
 def _changes(norms: Mapping[str, Norms]) -> str:
     """Mean change over layers at each step."""
     lines = [
-        charts.Curve(name, list(range(1, len(of.times) + 1)), [_mean(row[i] for row in of.change) for i in
+        charts.Curve(name, list(range(1, len(of.times) + 1)), [fmean(row[i] for row in of.change) for i in
                      range(len(of.times))])
         for name in MODELS if (of := norms.get(name)) is not None
     ]  # fmt: skip
@@ -178,13 +179,8 @@ def _changed(norms: Mapping[str, Norms]) -> list[tuple[str, list[float | None]]]
     """The layers whose activations the trigger changes most in the attacked model, with the mean over steps of each
     model."""
     by_model = {
-        name: {layer: _mean(row) for layer, row in zip(of.layers, of.change, strict=True)} for name, of in norms.items()
+        name: {layer: fmean(row) for layer, row in zip(of.layers, of.change, strict=True)} for name, of in norms.items()
     }
     attacked = by_model["attacked"]
     most = sorted(attacked, key=lambda layer: -attacked[layer])[:TOP]
     return [(layer, [by_model[name].get(layer) for name in MODELS if name in by_model]) for layer in most]
-
-
-def _mean(values: Any) -> float:
-    every = list(values)
-    return sum(every) / len(every)

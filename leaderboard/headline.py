@@ -12,6 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from harness.judges import statistics
@@ -152,7 +153,7 @@ def _met(group: Sequence[PooledCell]) -> dict[Setting, Met]:
     """What a defense did to each attack's models, where all that decides was measured."""
     models: dict[Setting, dict[int, list[tuple[bool, float, str]]]] = defaultdict(lambda: defaultdict(list))
     for cell in group:
-        setting = (cell.specs.attack, cell.specs.trigger, cell.specs.target)
+        setting = _setting(cell)
         for record in cell.records:
             done = cleaned(record)
             if done is not None:
@@ -161,7 +162,7 @@ def _met(group: Sequence[PooledCell]) -> dict[Setting, Met]:
         setting: Met(
             sum(all(done for done, _, _ in each) for each in by_seed.values()),
             len(by_seed),
-            _mean(max(asr for _, asr, _ in each) for each in by_seed.values()),
+            fmean(max(asr for _, asr, _ in each) for each in by_seed.values()),
             next(iter(by_seed.values()))[0][2],
         )
         for setting, by_seed in models.items()
@@ -174,7 +175,7 @@ def _row(group: Sequence[PooledCell], met: Mapping[Setting, Met], name: str, set
     ratios = [
         record.value("defense_wall_s") / record.value("attack_wall_s")
         for cell in group
-        if (cell.specs.attack, cell.specs.trigger, cell.specs.target) in met
+        if _setting(cell) in met
         for record in cell.records
         if record.value("attack_wall_s") > 0 and not math.isnan(record.value("defense_wall_s"))
     ]
@@ -190,8 +191,8 @@ def _row(group: Sequence[PooledCell], met: Mapping[Setting, Met], name: str, set
         n=n,
         interval=statistics.wilson(k, n) if whole else None,
         worst=min(each.share for each in met.values()) if whole else math.nan,
-        asr=_mean(each.asr for each in met.values()) if whole else math.nan,
-        cost=_mean(ratios) if whole and ratios else math.nan,
+        asr=fmean(each.asr for each in met.values()) if whole else math.nan,
+        cost=fmean(ratios) if whole and ratios else math.nan,
     )
 
 
@@ -208,9 +209,8 @@ def _names(settings: Sequence[Setting]) -> dict[Setting, str]:
     }
 
 
-def _mean(values: Iterable[float]) -> float:
-    every = list(values)
-    return math.fsum(every) / len(every) if every else math.nan
+def _setting(cell: PooledCell) -> Setting:
+    return cell.specs.attack, cell.specs.trigger, cell.specs.target
 
 
 # ---- in words -------------------------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ from __future__ import annotations
 import ast
 import itertools
 import math
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from harness.judges import statistics
 from harness.runs import doubts
@@ -40,7 +39,7 @@ from leaderboard.paired import LEAST_SEEDS
 from leaderboard.paper_rankings import BUDGET
 from leaderboard.population import Estimate, Population
 from leaderboard.recompute import SHARES
-from leaderboard.reported import Paper, ReportedError, Strict, Text
+from leaderboard.reported import Paper, Strict, Text
 from leaderboard.rows import Control, PooledCell
 from leaderboard.specs import arguments
 
@@ -193,14 +192,7 @@ class Claims(Strict):
 
 def read(path: Path = FILE) -> Claims:
     """The file, checked. Raises ReportedError for the first thing that is wrong with it."""
-    try:
-        return Claims.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except tomllib.TOMLDecodeError as error:
-        raise ReportedError(f"{path.name}: not TOML: {error}") from None
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise ReportedError(f"{path.name}: {place or 'file'}: {first['msg']}") from None
+    return reported.parsed(Claims, path)
 
 
 @cache

@@ -5,12 +5,13 @@ from __future__ import annotations
 import tomllib
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 FILE = Path(__file__).parent / "reported.toml"
 Text = Annotated[str, StringConstraints(min_length=1, max_length=400)]
+Form = TypeVar("Form", bound=BaseModel)
 
 
 class ReportedError(ValueError):
@@ -100,8 +101,13 @@ class Reported(Strict):
 
 def read(path: Path = FILE) -> Reported:
     """The file, checked. Raises ReportedError for the first thing that is wrong with it."""
+    return parsed(Reported, path)
+
+
+def parsed(form: type[Form], path: Path) -> Form:
+    """A TOML file of this form. Raises ReportedError for the first thing that is wrong with it."""
     try:
-        return Reported.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        return form.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except tomllib.TOMLDecodeError as error:
         raise ReportedError(f"{path.name}: not TOML: {error}") from None
     except ValidationError as error:

@@ -291,6 +291,11 @@ def find(every: Iterable[Results], start: str) -> tuple[Results, Record]:
     return next(iter(found.values()))
 
 
+def state(records: Iterable[Record]) -> str:
+    """12 hex digits over the keys of records: the same for the same records in any order."""
+    return hashlib.sha256("".join(sorted(record.key for record in records)).encode()).hexdigest()[:12]
+
+
 def cell_of(entry: Record | Dropped) -> str:
     """What two records of one cell have in common."""
     return canonical(to_jsonable(entry.cell))

@@ -7,7 +7,6 @@ Content-Security-Policy lets nothing run but what this module put there, by its 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -31,7 +30,7 @@ from leaderboard.paper_claims import Verdict
 from leaderboard.paper_rankings import Ranking
 from leaderboard.recompute import LEVELS, Level, level
 from leaderboard.rendering import asset, environment, picture_size, policy, script_json, shown
-from leaderboard.results import Results, ResultsError, protocol, write_text
+from leaderboard.results import Results, ResultsError, protocol, state, write_text
 from leaderboard.rows import BASELINES, Control, Number, PooledCell, Row, Section, Table, judge_of
 from leaderboard.specs import inside
 
@@ -157,6 +156,7 @@ class Site:
     origins: Mapping[str, Origin]  # record key → where it comes from
     rankings: Sequence[Ranking]  # where papers rank what we have measured too
     claims: Sequence[Verdict]  # what papers claim, beside what we measured
+    heads: Mapping[Track, Sequence[Head]]  # of each track
     environment: Environment
     analysed: set[str] = field(default_factory=set)  # keys of records with an analysis
 
@@ -244,7 +244,8 @@ def _site(every: Sequence[Results], out: Path) -> Site:
     cells = rows.pooled(list(records.values()), dropped)
     names = {key: f"sheets/{path.name}" for key, path in sheets.items()}
     ranked, claimed = paper_rankings.rankings(cells), paper_claims.verdicts(cells)
-    return Site(out, cells, dropped, sheets, names, origins, ranked, claimed, environment())
+    heads: dict[Track, list[Head]] = {track: headline.heads(cells, track) for track in TRACKS}
+    return Site(out, cells, dropped, sheets, names, origins, ranked, claimed, heads, environment())
 
 
 def _counts(site: Site) -> dict[str, int]:
@@ -275,14 +276,9 @@ def _index(site: Site, counts: Mapping[str, int]) -> None:
         "index.html", "index.html.jinja", "", [asset("tabulator/tabulator.min.js"), asset("page.js")],
         site=site, views=views, counts=counts, start=first, data=Markup(_data(site)), defenses=_defenses(site.cells),
         tracks=TRACKS, tasks=TASKS, track_words=TRACK_WORDS, task_words=TASK_WORDS, given_words=GIVEN_WORDS,
-        legend=paper_rankings.LEGEND, state=_state(site), claims=paper_claims.by_paper(site.claims),
+        legend=paper_rankings.LEGEND, state=state(site.records), claims=paper_claims.by_paper(site.claims),
         claims_summary=paper_claims.summary(site.claims), claims_legend=paper_claims.LEGEND,
     )  # fmt: skip
-
-
-def _state(site: Site) -> str:
-    """12 hex digits over the keys of all records, so that a citation names the table that was read."""
-    return hashlib.sha256("".join(sorted(record.key for record in site.records)).encode()).hexdigest()[:12]
 
 
 def _view(site: Site, track: Track, task: Task) -> View:
@@ -291,7 +287,7 @@ def _view(site: Site, track: Track, task: Task) -> View:
         tables = enumerate(rows.by_task(site.cells, track, task))
         blocks = [_block(site, table, task, index) for index, table in tables]
         ranked = [each for each in site.rankings if each.track == track and task == "purification"]
-        heads = headline.heads(site.cells, track) if task == "purification" else []
+        heads = site.heads[track] if task == "purification" else ()
         return View(track, task, columns, blocks, rankings=ranked, heads=heads)
     if task == "detection":
         return View(track, task, columns, population=_population(site, track))
@@ -401,7 +397,7 @@ def _files(site: Site, counts: Mapping[str, int]) -> None:
     write_text(site.out / "LEADERBOARD.md", markdown(site))
     write_text(site.out / "leaderboard.csv", report.comma_separated(site.records, site.dropped))
     lines = ",\n".join(json.dumps(_entry(site, c), sort_keys=True, allow_nan=False) for c in site.cells)
-    heads = json.dumps([headline.entry(head) for track in TRACKS for head in headline.heads(site.cells, track)])
+    heads = json.dumps([headline.entry(head) for track in TRACKS for head in site.heads[track]])
     claims = ",\n".join(json.dumps(paper_claims.entry(each), sort_keys=True) for each in site.claims)
     totals = json.dumps(paper_claims.counts(site.claims))
     write_text(
@@ -450,7 +446,7 @@ def markdown(site: Site) -> str:
         "The same numbers as index.html, as text. Worst case and mean over the settings of a table.",
     ]
     for track in TRACKS:
-        parts += [part for head in headline.heads(site.cells, track) for part in headline.markdown(head)]
+        parts += [part for head in site.heads[track] for part in headline.markdown(head)]
         for task in TABLES:
             for table in rows.by_task(site.cells, track, task):
                 numbers = [word for column in table.columns for word in _heads(column, table)]

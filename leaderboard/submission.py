@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.runs.record import Record, bare
+from harness.runs.record import bare
 from leaderboard import add_results
-from leaderboard.results import Results, ResultsError, read_suite
+from leaderboard.results import Results, ResultsError, read_suite, state
 
 HOME = Path("leaderboard", "results")
 MARKS = ("pyproject.toml", "leaderboard/results")  # of a checkout of this project
@@ -36,7 +35,7 @@ def prepare(run: Path, suite: Path | None, checkout: Path, name: str, branch: st
     rows = read_suite(run)
     _refuse(rows, checkout, name)
     before = _git(checkout, "rev-parse", "--abbrev-ref", "HEAD")
-    made = branch or f"results/{name}-{_short(rows.records)}"
+    made = branch or f"results/{name}-{state(rows.records)[:8]}"
     _git(checkout, "switch", "-c", made)
     try:
         add_results.add(run, checkout / HOME / name)
@@ -109,10 +108,6 @@ def words(rows: Results, name: str, files: int) -> tuple[str, str]:
 
 def _listed(specs: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in sorted({bare(spec) for spec in specs}))
-
-
-def _short(records: Sequence[Record]) -> str:
-    return hashlib.sha256("".join(sorted(record.key for record in records)).encode()).hexdigest()[:8]
 
 
 def _git(checkout: Path, *words: str) -> str:

@@ -22,7 +22,7 @@ from harness.diffusion.model_files import CheckpointError
 from harness.diffusion.samplers import DDIM
 from harness.registry import load
 from harness.registry.contract import faults
-from harness.scan import comparison, document, families, verdict
+from harness.scan import comparison, document, families, robust, verdict
 from harness.scan.comparison import check_base, compared, distances, look_alikes, moved_texts
 from harness.testing import tiny
 from harness.types import Defended
@@ -170,7 +170,7 @@ def test_a_word_with_another_meaning_stands_out(clean: DiffusionModel) -> None:
     words, replaced, sentences = found.parts[2].texts
     assert (words.kind, replaced.kind, sentences.kind) == ("words", "look-alikes", "sentences")
     assert words.farthest[0].text == "yes" and words.farthest[0].z > 2 * words.farthest[1].z
-    assert words.farthest[0].z > comparison.STANDS_OUT and sentences.farthest[0].z < 1
+    assert words.farthest[0].z > robust.STANDS_OUT and sentences.farthest[0].z < 1
     (line,) = [line for line in found.says if " words" in line]
     assert f"these stand out: 'yes' (z {words.farthest[0].z:.1f})" in line
 

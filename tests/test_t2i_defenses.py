@@ -23,7 +23,7 @@ from harness.methods import attention_guidance, distillation
 from harness.methods.attention_guidance import Alignment, Guidance, align, is_query_or_key, real_tokens
 from harness.methods.decoys import ladder
 from harness.methods.prompt_edits import Insertion, Removal, Substitution, removal_of
-from harness.methods.prompt_screening import MapRun, density, lengths, threshold
+from harness.methods.prompt_screening import MapRun, assimilation, density, lengths, threshold
 from harness.methods.trigger_placement import found_text
 from harness.methods.weight_edits import projections
 from harness.stages import knowledge
@@ -36,7 +36,7 @@ from plugins.defenses.navit2i import NaviT2I, variations
 from plugins.defenses.sau import SAU, SAUSampler, masks, unlearned
 from plugins.defenses.skd import SKD
 from plugins.defenses.skd_cag import SKDCAG, neutral
-from plugins.defenses.t2ishield import T2IShield, assimilation, log_covariance, searched
+from plugins.defenses.t2ishield import T2IShield, log_covariance, searched
 from plugins.defenses.textual_perturbation import PerturbedPrompts, TextualPerturbation
 from plugins.defenses.ufid_prompts import UFIDPrompts, with_phrase
 from plugins.defenses.vocabulary_scan import VocabularyScan, candidates, told_apart, views

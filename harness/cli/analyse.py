@@ -95,7 +95,9 @@ def _analysed(record: Record, registry: Registry, store: Store, n: int, prompts:
             f"the store does not hold the model of the {' and the '.join(absent)} job of {record.key[:12]}: "
             f"bench reproduce {record.key[:12]} computes it with today's code"
         )
-    trigger = registry.build("triggers", cell.trigger)
+    attacked = held["attack"]
+    assert attacked is not None, "absent models were refused"
+    trigger = execution.trigger_of(cell.trigger, by_kind["attack"], registry, attacked)
     plugin = avoiding(registry.build("models", cell.model), trigger)
     place = device or execution.device()
     models: dict[str, Any] = {"clean": plugin.load().to(place)}

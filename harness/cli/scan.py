@@ -187,6 +187,7 @@ def _scanned(target: Target, asked: Asked) -> tuple[dict[str, Any], list[tuple[s
 def _examined(
     target: Target, where: str, asked: Asked, commit: str | None
 ) -> tuple[dict[str, Any], list[tuple[str, Tensor]]]:
+    from harness.diffusion import adapters
     from harness.scan import families, verdict as scanning
     from harness.scan.comparison import compared
     from harness.scan.false_alarms import false_alarms
@@ -197,7 +198,11 @@ def _examined(
     place = None if asked.base is None else pipeline_of(asked.base)
     subject = opened(where, target.revision, like, asked.device, registry, asked.population, place, asked.config)
     subject = replace(subject, name=target.name)
-    base = None if place is None else opened_base(place, str(asked.base), subject.model)
+    base = None
+    if place is not None and subject.adapted:
+        base = adapters.base_of(subject.model)
+    elif place is not None:
+        base = opened_base(place, str(asked.base), subject.model)
     given = {"data": data, "prompts": prompts, "clean_model": base}
     asks, skipped = applicable(subject, registry, asked.detectors, given)
     needs = {need for each in asks.values() for need in each.needs} | {"prompts"}
@@ -432,16 +437,15 @@ def report(
     for finding in findings:
         row = {k: v for k, v in to_jsonable(replace(finding, trigger=None)).items() if k != "trigger"}
         rows.append({**row, "says": _says(finding), "trigger_text": found_text(finding.trigger)})
-    whole_adapter = subject.file is not None and subject.model.adapter is not None  # nothing else was given
     facts = {
         **signature(subject.model),
         "directory": str(subject.directory if subject.file is None else subject.file),
         "compared with": None if subject.population is None else f"clean models of {subject.population.model}",
         "level": LEVEL,
-        "its own label": None if whole_adapter else _label(subject.directory),
+        "its own label": None if subject.adapted else _label(subject.directory),
     }
     limits = _limits(subject, base) + list(skipped)
-    ignored = hub.Ignored((), ()) if whole_adapter else hub.ignored(subject.directory)
+    ignored = hub.Ignored((), ()) if subject.adapted else hub.ignored(subject.directory)
     limits += ignored.sentences()
     return {
         "model": subject.name,

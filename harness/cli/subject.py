@@ -72,6 +72,11 @@ class Subject:
     population: Population | None
     file: Path | None = None
 
+    @property
+    def adapted(self) -> bool:
+        """Whether an adapter was given, and the model is its base with it."""
+        return self.file is not None and self.model.adapter is not None
+
 
 def opened(
     where: str, revision: str, like: str | None, device: str | None, registry: Registry, population: Path | None = None,

@@ -126,18 +126,14 @@ def configurations(
     names: set[str], shapes: Mapping[str, tuple[int, ...]], file: Path, config: Path | None
 ) -> dict[str, dict[str, Any]]:
     """Part → its configuration. Raises CheckpointError for a file that is no whole pipeline in a known layout."""
-    whole = WIDTH in names and any(name.startswith(VAE) for name in names)
     texts = [prefix for prefix in (CLIP, OPEN_CLIP, FIRST) if any(name.startswith(prefix) for name in names)]
-    if not whole or len(texts) != 1:
-        lacks = [
-            what
-            for what, there in (
-                ("denoiser", WIDTH in names),
-                ("autoencoder", any(name.startswith(VAE) for name in names)),
-                ("text encoder", bool(texts)),
-            )
-            if not there
-        ]
+    there = {
+        "denoiser": WIDTH in names,
+        "autoencoder": any(name.startswith(VAE) for name in names),
+        "text encoder": bool(texts),
+    }
+    lacks = [what for what, held in there.items() if not held]
+    if lacks or len(texts) != 1:
         raise CheckpointError(
             f"{file}: no whole pipeline of Stable Diffusion 1, 2 or SDXL"
             f"{' (it holds no ' + ' and no '.join(lacks) + ')' if lacks else ''}; give a diffusers directory, or put "

@@ -89,6 +89,11 @@ def screened(screen: Callable[[Inputs], Tensor], inputs: Inputs, batch: int = 50
     return torch.cat([screen(inputs[start : start + batch]) for start in range(0, len(inputs), batch)])
 
 
+def assimilation(maps: Tensor) -> float:
+    """F of maps (K, side, side), of FTT in T2IShield (arXiv:2407.04215): small where the tokens' maps are alike."""
+    return (maps - maps.mean(0)).flatten(1).norm(dim=1).mean().item()
+
+
 def threshold(scores: Tensor, false_positives: float) -> float:
     """The score above which the share `false_positives` of benign `scores` (N,) lies."""
     return scores.double().quantile(1 - false_positives).item()

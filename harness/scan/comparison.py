@@ -17,6 +17,7 @@ from torch.nn.functional import cosine_similarity
 from harness.diffusion.model_files import CheckpointError
 from harness.methods.prompt_edits import LOOK_ALIKES, typable
 from harness.scan.document import Comparison, LayerChange, MovedText, MovedTexts, PartChange
+from harness.scan.robust import STANDS_OUT, centre
 
 if TYPE_CHECKING:
     from harness.diffusion.model import DiffusionModel
@@ -27,8 +28,6 @@ SHOWN_LAYERS, SHOWN_TEXTS = 20, 10
 REPLACED = 4  # sentences for each look-alike
 ROWS = 256  # texts of one forward pass
 LEAST_SPREAD = 1e-4  # of distances: less is rounding of cosines
-STANDS_OUT = 6.0  # robust z above which the report names a text; ours, chosen on no model
-NORMAL = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
 SENTENCES = (
     "a photo of a dog", "a man rides a horse", "two children are playing in the garden", "a bowl of fruit on a table",
     "an old house by the sea", "a red car in front of a shop", "the cat sleeps on a chair", "a painting of a mountain",
@@ -202,8 +201,7 @@ def distances(model: DiffusionModel, base: DiffusionModel, part: str, texts: Seq
 def moved_texts(kind: Any, texts: Sequence[str], moved: Sequence[float], of: int) -> MovedTexts:
     """The texts that move farthest, with z = (distance - median) / spread. The spread is 1.4826 times the median
     absolute deviation, and at least LEAST_SPREAD."""
-    median = statistics.median(moved)
-    spread = max(LEAST_SPREAD, NORMAL * statistics.median([abs(each - median) for each in moved]))
+    median, spread = centre(moved, LEAST_SPREAD)
     ranked = sorted(zip(texts, moved, strict=True), key=lambda pair: -pair[1])[:SHOWN_TEXTS]
     return MovedTexts(
         kind=kind, count=len(texts), of=of, median=median, spread=spread,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -11,15 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from harness.scan.document import AdapterFacts, AdapterLayer
+from harness.scan.robust import STANDS_OUT, centre
 
 if TYPE_CHECKING:
     from harness.diffusion.adapters import Adapter
 
 SHOWN = 10
-NORMAL = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
 LEAST_SPREAD = 0.01  # of logarithms
 TINY = 1e-12
-STANDS_OUT = 6.0  # robust z above which the report names a layer; ours, chosen on no adapter
 
 
 @torch.no_grad()
@@ -36,8 +34,7 @@ def described(adapter: Adapter, file: str) -> AdapterFacts:
         relative = norm / max(float(adapter.base[name].double().norm()), TINY)
         rows.append((name, rank, norm, relative, top))
     logs = [math.log(max(relative, TINY)) for _, _, _, relative, _ in rows]
-    middle = statistics.median(logs)
-    spread = max(NORMAL * statistics.median(abs(value - middle) for value in logs), LEAST_SPREAD)
+    middle, spread = centre(logs, LEAST_SPREAD)
     layers = [
         AdapterLayer(layer=name, rank=rank, norm=norm, relative=relative, spectral=top, z=(value - middle) / spread)
         for (name, rank, norm, relative, top), value in zip(rows, logs, strict=True)

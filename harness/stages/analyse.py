@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from harness.diffusion import attention
 from harness.diffusion.events import progress
 from harness.diffusion.model import DiffusionModel
+from harness.methods import prompt_screening
 from harness.stages.sample import sample
 from harness.types import Inputs, Sampler, Trigger
 
@@ -106,12 +107,11 @@ class Analysis:
 
 @dataclass
 class Watch:
-    """rows: of a batch, the last ones, that are looked at; guidance puts rows without a prompt before them."""
+    """squares: of the inputs of each layer at each time, summed by column, with their number. calls: of the denoiser,
+    with the last rows of each batch; guidance puts rows without a prompt before them."""
 
-    rows: int
     squares: dict[str, dict[float, tuple[Tensor, int]]]
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
-    maps: list[Tensor]
     time: float = 0.0
 
     def columns(self, layer: str) -> Tensor:
@@ -125,8 +125,8 @@ class Watch:
 
 @contextmanager
 def watched(model: DiffusionModel, rows: int) -> Iterator[Watch]:
-    """Records every call of the denoiser while the block runs."""
-    watch, hooks = Watch(rows, {}, [], []), []
+    """Records every call of the denoiser while the block runs. rows: of a batch, the last ones, that are looked at."""
+    watch, hooks = Watch({}, []), []
 
     def began(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         time = args[1] if len(args) > 1 else kwargs["timestep"]
@@ -220,7 +220,7 @@ def _attended(model: DiffusionModel, prompt: str, maps: Tensor) -> Attended:
     ids = model.tokenizer(prompt).input_ids
     own = maps[1 : len(ids)]  # words and EOS
     own = own / own.amax((1, 2), keepdim=True).clamp(min=1e-12)
-    spread = (own - own.mean(0)).flatten(1).norm(dim=1).mean().item()
+    spread = prompt_screening.assimilation(own)
     words = tuple(model.tokenizer.convert_ids_to_tokens(ids[1:]))
     return Attended(prompt, words, [[[round(v, 3) for v in row] for row in m] for m in own.tolist()], spread)
 

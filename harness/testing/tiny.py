@@ -115,7 +115,7 @@ def text_to_image(tokens: Any, side: int) -> DiffusionModel:
     cross-attention, as the global state of torch has them."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextModel
 
     autoencoder = _untyped(AutoencoderKL)
     unet = UNet2DConditionModel(
@@ -138,40 +138,39 @@ def text_to_image(tokens: Any, side: int) -> DiffusionModel:
         sample_size=side,
         mid_block_add_attention=False,
     )
-    end = tokens.eos_token_id
-    config = CLIPTextConfig(
-        vocab_size=len(tokens), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1,
-        max_position_embeddings=tokens.model_max_length, projection_dim=16, bos_token_id=tokens.bos_token_id,
-        eos_token_id=end, pad_token_id=end,
-    )  # fmt: skip
-    text = CLIPTextModel(config)
-    nn.init.normal_(_untyped(text).get_input_embeddings().weight, std=0.3)
+    text = _text(CLIPTextModel, tokens, 16, 32, 16, layers=1)
     return DiffusionModel(unet, scheduler(steps_offset=1), vae, text, tokens)
+
+
+def _text(owner: Any, tokens: Any, width: int, inner: int, projected: int, layers: int) -> Any:
+    """A text encoder of class `owner` for these tokens, as the global state of torch has it. Its embeddings differ so
+    much that prompts matter."""
+    from transformers import CLIPTextConfig
+
+    end = tokens.eos_token_id
+    made = owner(CLIPTextConfig(
+        vocab_size=len(tokens), hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=1, max_position_embeddings=tokens.model_max_length, projection_dim=projected,
+        bos_token_id=tokens.bos_token_id, eos_token_id=end, pad_token_id=end,
+    ))  # fmt: skip
+    nn.init.normal_(made.get_input_embeddings().weight, std=0.3)
+    return made
 
 
 def joint(tokens: Any, side: int) -> DiffusionModel:
     """A model with two text encoders, an autoencoder for images of `side` pixels, and a transformer in which text and
     image share their attention, as the global state of torch has them."""
     from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
-    from transformers.models.clip.configuration_clip import CLIPTextConfig
     from transformers.models.clip.modeling_clip import CLIPTextModelWithProjection
 
-    like, end = text_to_image(tokens, side), tokens.eos_token_id
+    like = text_to_image(tokens, side)
     _untyped(like.vae).register_to_config(shift_factor=0.0)
     transformer = _untyped(SD3Transformer2DModel)(
         sample_size=side // 2, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
         num_attention_heads=2, joint_attention_dim=24, caption_projection_dim=16, pooled_projection_dim=14,
         pos_embed_max_size=side // 4, qk_norm="rms_norm",
     )  # fmt: skip
-    texts = []
-    for width, projected in ((16, 8), (8, 6)):
-        config = CLIPTextConfig(
-            vocab_size=len(tokens), hidden_size=width, intermediate_size=16, num_hidden_layers=2, num_attention_heads=1,
-            max_position_embeddings=tokens.model_max_length, projection_dim=projected,
-            bos_token_id=tokens.bos_token_id, eos_token_id=end, pad_token_id=end,
-        )  # fmt: skip
-        texts.append(CLIPTextModelWithProjection(config))
-        nn.init.normal_(_untyped(texts[-1]).get_input_embeddings().weight, std=0.3)
+    texts = [_text(CLIPTextModelWithProjection, tokens, *sizes, layers=2) for sizes in ((16, 16, 8), (8, 16, 6))]
     return DiffusionModel(transformer, flow_scheduler(), like.vae, texts[0], tokens, texts[1], tokens)
 
 
@@ -179,10 +178,9 @@ def two_encoders(tokens: Any, side: int, zeros: bool = True) -> DiffusionModel:
     """A model of SDXL's kind, for images of `side` pixels: a UNet that gets two text encoders side by side and the
     image's size. zeros: guidance compares with a context of zeros."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from transformers.models.clip.configuration_clip import CLIPTextConfig
     from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
-    like, end = text_to_image(tokens, side), tokens.eos_token_id
+    like = text_to_image(tokens, side)
     unet = _untyped(UNet2DConditionModel)(
         sample_size=side // 2,
         block_out_channels=(16, 16),
@@ -199,15 +197,10 @@ def two_encoders(tokens: Any, side: int, zeros: bool = True) -> DiffusionModel:
         addition_time_embed_dim=4,
         projection_class_embeddings_input_dim=6 + 6 * 4,
     )
-    texts = []
-    for width, owner in ((16, CLIPTextModel), (8, CLIPTextModelWithProjection)):
-        config = CLIPTextConfig(
-            vocab_size=len(tokens), hidden_size=width, intermediate_size=16, num_hidden_layers=2, num_attention_heads=1,
-            max_position_embeddings=tokens.model_max_length, projection_dim=6,
-            bos_token_id=tokens.bos_token_id, eos_token_id=end, pad_token_id=end,
-        )  # fmt: skip
-        texts.append(_untyped(owner)(config))
-        nn.init.normal_(texts[-1].get_input_embeddings().weight, std=0.3)
+    texts = [
+        _text(owner, tokens, width, 16, 6, layers=2)
+        for width, owner in ((16, CLIPTextModel), (8, CLIPTextModelWithProjection))
+    ]
     made = scheduler(steps_offset=1)
     return DiffusionModel(unet, made, like.vae, texts[0], tokens, texts[1], tokens, empty_is_zero=zeros)
 

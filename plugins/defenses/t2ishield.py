@@ -128,7 +128,9 @@ class T2IShield(MapRun):
         ]
 
     def by_assimilation(self, model: Any) -> Callable[[Inputs], Tensor]:
-        return lambda inputs: torch.tensor([-assimilation(maps) for maps in self.token_maps(model, inputs)])
+        return lambda inputs: torch.tensor(
+            [-prompt_screening.assimilation(maps) for maps in self.token_maps(model, inputs)]
+        )
 
     def by_covariance(
         self, model: Any, prompts: list[str], rng: torch.Generator
@@ -206,11 +208,6 @@ class T2IShield(MapRun):
         for weight in weight_edits.projections(copy.denoiser):
             weight.copy_(weight_edits.edited(weight.double(), k, goal, self.lam))
         return copy
-
-
-def assimilation(maps: Tensor) -> float:
-    """FTT's F of maps (K, side, side)."""
-    return (maps - maps.mean(0)).flatten(1).norm(dim=1).mean().item()
 
 
 def log_covariance(maps: Tensor, components: int) -> Tensor:

@@ -24,7 +24,8 @@ from harness.diffusion import checkpoint
 from harness.diffusion.model import DiffusionModel
 from harness.diffusion.seeds import generator, image_noise, image_seeds
 from harness.registry import load
-from harness.scan.comparison import STANDS_OUT, compared
+from harness.scan.comparison import compared
+from harness.scan.robust import STANDS_OUT
 from harness.stages import attack as attacking, inputs as evaluation
 from harness.stages.sample import sample
 from harness.types import Backdoor, Inputs, Knowledge, TargetContext
