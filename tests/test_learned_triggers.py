@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from harness import registry
+from harness.cli import call
 from harness.diffusion.checkpoint import CheckpointError
 from harness.diffusion.images import to_uint8
 from harness.diffusion.samplers import DDIM
@@ -409,3 +410,5 @@ def test_a_whole_run_gives_the_learned_trigger_and_controls_of_it_to_the_defende
     assert len(learned) == 1
     again = run(store, str(path), "--cpus", "1")
     assert unplaced(again) == unplaced({"records": records})
+    analysed = ["analyse", records[0]["key"], "-o", str(tmp_path / "drawn"), "--store", str(store), "-n", "2"]
+    assert call(analysed) == 0 and (tmp_path / "drawn" / "index.html").is_file()
