@@ -785,6 +785,9 @@ class Planted:
     def embed(self, texts: list[str]) -> torch.Tensor:
         return torch.stack([self.change(text, (16, 64)) for text in texts])
 
+    def unprompted(self) -> torch.Tensor:
+        return self.embed([""])
+
     def eps(self, z: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         return 0.1 * z + context.view(len(z), *self.shape)
 
