@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from harness.runs.record import Record
 from leaderboard.results import (
     Results,
     ResultsError,
-    cell_of,
     distinct,
     keep_sheet,
     read_suite,
     write_dropped,
     write_record,
 )
+from leaderboard.specs import as_written, today
 
 
-def add(run: Path, folder: Path) -> Results:
+def add(run: Path, folder: Path, current: Callable[[str], str] = as_written) -> Results:
     """Put the records of a run's folder into `folder`. Files of rows that are there already keep their bytes.
 
     A row of the same cell under another key (its code or weights changed) gives way to the new one, and its attestation
-    with it. One under the same key stays, unless it failed: it has the same numbers, and if every contributor replaced
+    with it. current: a spec as it is written today, so that a row from before a plugin gained a parameter is known
+    again. One under the same key stays, unless it failed: it has the same numbers, and if every contributor replaced
     the controls by those of their own run, their branches would conflict. Raises ResultsError, also where a folder has
     two records of a cell.
     """
@@ -36,7 +38,7 @@ def add(run: Path, folder: Path) -> Results:
         write_record(folder, record.model_copy(update={"sheet": sheet}), packed=True)
     for entry in new.dropped:
         write_dropped(folder, entry)
-    _give_way(old, new)
+    _give_way(old, new, current)
     return read_suite(folder)
 
 
@@ -50,10 +52,10 @@ def _readable(run: Results, record: Record) -> Path | None:
     return sheet
 
 
-def _give_way(old: Results, new: Results) -> None:
+def _give_way(old: Results, new: Results, current: Callable[[str], str]) -> None:
     """Remove the rows of `old` whose cells `new` has under other keys, and the sheets that no row names any more."""
-    keys = {cell_of(record): record.key for record in new.records}
-    replaced = [r for r in old.records if keys.get(cell_of(r), r.key) != r.key]
+    keys = {today(record.cell, current): record.key for record in new.records}
+    replaced = [r for r in old.records if keys.get(today(r.cell, current), r.key) != r.key]
     for record in replaced:
         old.record_file(record.key).unlink()
         (old.folder / "reproduced" / f"{record.key}.json").unlink(missing_ok=True)

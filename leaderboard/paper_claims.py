@@ -328,7 +328,7 @@ def _placed(cell: PooledCell, where: Cells) -> bool:
 
 def _took(record: Record) -> bool:
     """Whether the model was backdoored at all, as the head table has it; also if that was not measured."""
-    return not record.value("asr_before") < headline.BACKDOORED
+    return not record.value("asr_before") < headline.LIMITS.backdoored
 
 
 def _is(cell: PooledCell, part: str, wanted: str, free: Sequence[str] | None = None) -> bool:

@@ -21,7 +21,18 @@ from markupsafe import Markup
 from harness.runs.jsonable import to_jsonable
 from harness.runs.printable import one_line
 from harness.runs.record import Dropped, Record, Track, bare
-from leaderboard import analysis, figures, headline, pages, paper_claims, paper_rankings, population, report, rows
+from leaderboard import (
+    analysis,
+    figures,
+    headline,
+    pages,
+    paper_claims,
+    paper_rankings,
+    population,
+    protocol as benchmark,
+    report,
+    rows,
+)
 from leaderboard.attestation import Attestation
 from leaderboard.columns import TASK_WORDS, TASKS, TRACK_WORDS, TRACKS, Column, Task, of_view, possible
 from leaderboard.figures import Figure
@@ -244,7 +255,9 @@ def _site(every: Sequence[Results], out: Path) -> Site:
     cells = rows.pooled(list(records.values()), dropped)
     names = {key: f"sheets/{path.name}" for key, path in sheets.items()}
     ranked, claimed = paper_rankings.rankings(cells), paper_claims.verdicts(cells)
-    heads: dict[Track, list[Head]] = {track: headline.heads(cells, track) for track in TRACKS}
+    named = benchmark.shipped().suite
+    own = rows.pooled([record for key, record in records.items() if named in suites[key]], dropped)
+    heads: dict[Track, list[Head]] = {track: headline.published(cells, own, track) for track in TRACKS}
     return Site(out, cells, dropped, sheets, names, origins, ranked, claimed, heads, environment())
 
 

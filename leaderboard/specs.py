@@ -14,6 +14,16 @@ from harness.types import Cell
 PARTS = ("model", "attack", "trigger", "target", "sampler", "defense")
 
 
+def as_written(spec: str) -> str:
+    """A spec as it is: for who does not ask the plugins how it is written today."""
+    return spec
+
+
+def today(cell: Cell, current: Callable[[str], str]) -> Cell:
+    """A cell with its specs as they are written today. current: spec → that text (`Declared.current`)."""
+    return replace(cell, **{name: current(getattr(cell, name)) for name in (*AXES, "utility_sampler")})
+
+
 def inside(spec: str) -> str:
     """What stands between the brackets of a spec."""
     return spec.partition("(")[2].removesuffix(")")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness.runs.record import bare
 from leaderboard import add_results
 from leaderboard.results import Results, ResultsError, read_suite, state
+from leaderboard.specs import as_written
 
 HOME = Path("leaderboard", "results")
 MARKS = ("pyproject.toml", "leaderboard/results")  # of a checkout of this project
@@ -25,9 +26,12 @@ class Submission:
     body: str
 
 
-def prepare(run: Path, suite: Path | None, checkout: Path, name: str, branch: str | None = None) -> Submission:
+def prepare(
+    run: Path, suite: Path | None, checkout: Path, name: str, branch: str | None = None,
+    current: Callable[[str], str] = as_written,
+) -> Submission:  # fmt: skip
     """Put the rows of a run, and the suite's file if it is one of the submitter's own, on a new branch of the checkout,
-    as one commit. The checkout is on that branch afterwards.
+    as one commit. The checkout is on that branch afterwards. current: see `add_results.add`.
 
     Raises ResultsError where the run has no rows or a failed one, where the folder is no clean checkout, and for what
     git refuses; nothing is changed then.
@@ -38,7 +42,7 @@ def prepare(run: Path, suite: Path | None, checkout: Path, name: str, branch: st
     made = branch or f"results/{name}-{state(rows.records)[:8]}"
     _git(checkout, "switch", "-c", made)
     try:
-        add_results.add(run, checkout / HOME / name)
+        add_results.add(run, checkout / HOME / name, current)
         if suite is not None and not (checkout / "leaderboard" / "suites" / suite.name).exists():
             (checkout / "leaderboard" / "suites" / suite.name).write_bytes(suite.read_bytes())
         _git(checkout, "add", "--", "leaderboard")

@@ -156,6 +156,16 @@ def test_a_row_that_failed_gives_way_to_one_of_the_same_key(tmp_path: Path) -> N
     assert row.error is None and row.value("asr") == 0.97
 
 
+def test_a_row_from_before_a_parameter_gives_way_to_its_cell_as_it_is_written_today(tmp_path: Path) -> None:
+    old = record("none", trigger="text(text='sks')")
+    grown = "text(text='sks', other='')"
+    new = changed(old, key=digest("newer"), cell={"trigger": grown})
+    add_results.add(write_suite(tmp_path / "old", [old]), tmp_path / "to")
+    today = {old.cell.trigger: grown}
+    after = add_results.add(write_suite(tmp_path / "new", [new]), tmp_path / "to", lambda spec: today.get(spec, spec))
+    assert [row.key for row in after.records] == [new.key]
+
+
 def test_a_sheet_goes_with_the_last_row_that_names_it(folder: Path, tmp_path: Path) -> None:
     old = next(row for row in small() if row.cell.defense.startswith("terd"))
     alone = add_results.add(write_suite(tmp_path / "one", [old]), tmp_path / "to")

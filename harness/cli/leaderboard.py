@@ -104,6 +104,36 @@ def check(root: Path | None, page: Path | None, keys: bool, as_json: bool) -> in
     return Exit.mismatch if found.problems else Exit.ok
 
 
+@leaderboard.command(short_help="Hold the benchmark's suite against its protocol.")
+@click.option("--freeze", "model", metavar="MODEL", help="Freeze the cells of this model first.")
+@as_json
+def protocol(model: str | None, as_json: bool) -> int:
+    """Hold the suite of the benchmark against its protocol and against what is frozen of it, and say how many cells
+    each model has. Ends with 5 if something differs. A frozen model cannot be frozen again: a change is another
+    version."""
+    from harness.runs import suite as suites
+    from harness.runs.declared import Declared
+    from leaderboard import protocol as protocols
+
+    registry, mine = loaded((), strict=False), protocols.shipped()
+    draft = suites.read(suites.find_suite(mine.suite))
+    planned = suites.expand(draft, registry)
+    if model is not None:
+        note(f"wrote {protocols.freeze(planned, model)}; commit it before the first cell is computed")
+    problems = [*protocols.problems(planned, Declared(registry).current)]
+    problems += [f"spells {spec} out; write a preset" for spec in protocols.unnamed(draft.grids)]
+    states = protocols.states(planned)
+    if as_json:
+        print_json({"protocol": mine, "problems": problems, "models": states})
+    else:
+        for words in problems:
+            echo(f"suite {mine.suite} {words}")
+        for name, state in states.items():
+            frozen = f"frozen, sha256 {state['sha256'][:12]}" if state["sha256"] else "not frozen"
+            echo(f"{name}: {state['cells']} cells, {frozen}")
+    return Exit.mismatch if problems else Exit.ok
+
+
 @leaderboard.command(short_help="Put the rows of a run into a folder of results.")
 @click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--to", type=click.Path(path_type=Path), required=True, help="Usually leaderboard/results/SUITE.")
@@ -111,10 +141,11 @@ def check(root: Path | None, page: Path | None, keys: bool, as_json: bool) -> in
 def add(run: Path, to: Path, as_json: bool) -> None:
     """Put the records and pictures that `bench run -o RUN` wrote into a folder of results, a file for each. A row of
     the same cell under another key gives way to the new one; files of all other rows stay as they are."""
+    from harness.runs.declared import Declared
     from leaderboard import add_results
 
     writable(to, "--to")
-    done = add_results.add(run, to)
+    done = add_results.add(run, to, Declared(loaded((), strict=False)).current)
     if as_json:
         print_json({"folder": done.folder, "records": len(done.records)})
     else:
@@ -139,8 +170,9 @@ def submit(run: Path, name: str, suite: Path | None, branch: str | None, checkou
     from leaderboard import check as checks, submission
 
     registry = loaded((), strict=False)
-    made = submission.prepare(run, suite, checkout, name, branch)
-    found = checks.check(checkout / submission.HOME / name, None, Declared(registry))
+    declared = Declared(registry)
+    made = submission.prepare(run, suite, checkout, name, branch, declared.current)
+    found = checks.check(checkout / submission.HOME / name, None, declared)
     problems = [str(problem) for problem in found.problems]
     if as_json:
         print_json({**asdict(made), "problems": problems})

@@ -1,0 +1,202 @@
+"""The protocol of the benchmark: a numbered suite, the seeds on which it is computed, and what counts as cleaned.
+
+`leaderboard/protocols/v1.toml` states it. The cells of one model are frozen together: `protocols/v1/MODEL.json` keeps
+their whole specs with every default, and the thresholds. After that no preset, default or threshold of these cells can
+change without the check saying so; a change needs another version. A parameter that a plugin gains later changes
+nothing, because a spec that does not name it means its default.
+
+    bench leaderboard protocol                        hold the suite against the protocol
+    bench leaderboard protocol --freeze digits-ddpm   freeze the cells of a model
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from harness.runs.jsonable import canonical, to_jsonable
+from harness.runs.record import bare
+from harness.runs.suite import AXES, Suite
+from harness.types import Cell
+from leaderboard.results import ResultsError, write_text
+from leaderboard.specs import today
+
+FOLDER = Path(__file__).parent / "protocols"
+NUMBER = 1
+PRESETS = ("attack", "defense")  # axes whose specs have to be presets, or plugins with their defaults
+LISTED = 4  # cells of a kind that a message names
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What decides whether a defense cleaned a model; see `leaderboard.headline`. All are shares but `fd_loss`, which
+    is a ratio."""
+
+    backdoored: float
+    left: float
+    fd_loss: float
+    attribute_loss: float
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """number: of the version. suite: the name of its suite. seeds: of its cells under attack."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    suite: str
+    seeds: tuple[int, ...]
+    thresholds: Thresholds
+    number: int = NUMBER
+
+    @property
+    def name(self) -> str:
+        return f"v{self.number}"
+
+    def frozen_file(self, model: str) -> Path:
+        return FOLDER / self.name / f"{bare(model)}.json"
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The cells of one model as they were when they were frozen."""
+
+    thresholds: Thresholds
+    cells: tuple[Cell, ...]
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the canonical JSON of thresholds and cells."""
+        return hashlib.sha256(canonical(to_jsonable(self)).encode()).hexdigest()
+
+
+@cache
+def shipped() -> Protocol:
+    """The protocol that comes with the leaderboard."""
+    path = FOLDER / f"v{NUMBER}.toml"
+    return _parsed(Protocol, tomllib.loads(path.read_text(encoding="utf-8")), path)
+
+
+@cache
+def frozen(model: str) -> Frozen | None:
+    """What is frozen of a model, by its name or spec; None where nothing is. Raises ResultsError."""
+    path = shipped().frozen_file(model)
+    if not path.is_file():
+        return None
+    document = json.loads(path.read_text(encoding="utf-8"))
+    specs, rows = document["specs"], document["cells"]
+    names = list(AXES)
+    cells = [{**row, **{axis: specs[row[axis]] for axis in names}, "utility_sampler": specs[row["utility_sampler"]]}
+             for row in rows]  # fmt: skip
+    found = _parsed(Frozen, {"thresholds": document["thresholds"], "cells": cells}, path)
+    if found.digest != document["sha256"]:
+        raise ResultsError(f"{path}: changed after it was frozen: its sha256 is {found.digest}")
+    return found
+
+
+def freeze(suite: Suite, model: str) -> Path:
+    """Write what is frozen of a model. Raises ResultsError where it is frozen already, or has no cell."""
+    protocol = shipped()
+    path = protocol.frozen_file(model)
+    if path.exists():
+        raise ResultsError(f"{path}: {model} is frozen; a change is another version of the protocol")
+    cells = tuple(cell for cell in suite.cells if bare(cell.model) == bare(model))
+    if not cells:
+        raise ResultsError(f"suite {suite.name} has no cell of {model}")
+    kept = Frozen(protocol.thresholds, cells)
+    specs = sorted({getattr(cell, axis) for cell in cells for axis in (*AXES, "utility_sampler")})
+    places = {spec: i for i, spec in enumerate(specs)}
+    rows = [{name: places[value] if name in (*AXES, "utility_sampler") else value for name, value in asdict(c).items()}
+            for c in cells]  # fmt: skip
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    head = {"sha256": kept.digest, "thresholds": asdict(protocol.thresholds), "specs": specs}
+    text = json.dumps(head, indent=1).removesuffix("\n}") + f',\n "cells": [\n{lines}\n ]\n}}\n'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+    return path
+
+
+def states(suite: Suite) -> dict[str, dict[str, Any]]:
+    """Model → the number of its cells in the suite, and the sha256 of what is frozen of it, None where nothing is."""
+    models = sorted({bare(cell.model) for cell in suite.cells})
+    kept = {model: frozen(model) for model in models}
+    return {
+        model: {
+            "cells": sum(bare(cell.model) == model for cell in suite.cells),
+            "sha256": None if (found := kept[model]) is None else found.digest,
+        }
+        for model in models
+    }
+
+
+# ---- the suite against it -------------------------------------------------------------------------------------------
+
+
+def problems(suite: Suite, current: Callable[[str], str]) -> list[str]:
+    """What a suite does otherwise than the protocol says, in words. current: a spec as it is written today."""
+    protocol = shipped()
+    found = [*_seeds(suite, protocol), *_holes(suite)]
+    for model in sorted({bare(cell.model) for cell in suite.cells}):
+        found += _moved(model, [cell for cell in suite.cells if bare(cell.model) == model], protocol, current)
+    return found
+
+
+def unnamed(grids: Iterable[Any]) -> list[str]:
+    """Specs of attacks and defenses that a suite spells out instead of naming a preset. grids: of a Draft."""
+    return sorted({spec for grid in grids for axis in PRESETS for spec in grid.axes[axis] if "(" in spec})
+
+
+def _seeds(suite: Suite, protocol: Protocol) -> Iterator[str]:
+    odd = sorted({cell.seed for cell in suite.cells} - set(protocol.seeds))
+    if odd:
+        yield f"has cells of seed {odd[0]}; the seeds of the protocol are {', '.join(map(str, protocol.seeds))}"
+    other = [cell for cell in suite.cells if cell.evaluation_seed != cell.seed]
+    if other:
+        yield f"evaluates a cell of seed {other[0].seed} on seed {other[0].evaluation_seed}; they should be one"
+
+
+def _holes(suite: Suite) -> Iterator[str]:
+    """Every defense meets every attack on its model, on every seed, unless the suite says why it cannot."""
+    known = [*suite.cells, *(entry.cell for entry in suite.dropped)]
+    met: dict[tuple[str, ...], set[tuple[str, str]]] = defaultdict(set)
+    defenses: dict[str, set[tuple[str, str]]] = defaultdict(set)
+    for cell in known:
+        if bare(cell.attack) != "none":
+            setting = (cell.model, cell.attack, cell.trigger, cell.target, cell.sampler, str(cell.seed))
+            met[setting].add((cell.defense, cell.trigger_given))
+            defenses[cell.model].add((cell.defense, cell.trigger_given))
+    missing = [(setting, pair) for setting, there in met.items() for pair in sorted(defenses[setting[0]] - there)]
+    if missing:
+        setting, (defense, given) = missing[0]
+        words = f"{bare(defense)}{'' if given == 'true' else ' given ' + given} does not meet {bare(setting[1])}"
+        yield f"has {len(missing)} holes: {words} on {setting[0]}, seed {setting[-1]}"
+
+
+def _moved(model: str, cells: Sequence[Cell], protocol: Protocol, current: Callable[[str], str]) -> Iterator[str]:
+    kept = frozen(model)
+    if kept is None:
+        return
+    if kept.thresholds != protocol.thresholds:
+        yield f"{model}: its cells were frozen under other thresholds than those of {protocol.name}.toml"
+    wanted = {today(cell, current) for cell in kept.cells}
+    gone, new = sorted(wanted - set(cells), key=str), sorted(set(cells) - wanted, key=str)
+    for words, odd in (("no longer has", gone), ("has, and did not have when it was frozen,", new)):
+        for cell in odd[:LISTED]:
+            yield f"{model}: the suite {words} {bare(cell.defense)} on {bare(cell.attack)}, seed {cell.seed}"
+
+
+def _parsed(form: Any, document: Any, path: Path) -> Any:
+    try:
+        return TypeAdapter(form).validate_python(document)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ResultsError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
