@@ -146,7 +146,7 @@ def utility_lost(record: Record) -> bool | None:
 def published(cells: Sequence[PooledCell], own: Sequence[PooledCell], track: Track) -> list[Head]:
     """The head tables of a track: those of the benchmark's own rows first, then, for each other model and for each one
     of which the benchmark lacks cells, one over the rows of every suite. own: the rows of the benchmark alone."""
-    first = [replace(head, version=version(head.model, own)) for head in heads(own, track)]
+    first = [replace(head, version=version(head.model, own)) for head in heads(own, track, named=True)]
     whole = {head.model for head in first if head.version and head.version.planned == head.version.done > 0}
     return [*first, *(head for head in heads(cells, track) if head.model not in whole)]
 
@@ -160,18 +160,23 @@ def version(model: str, rows: Iterable[PooledCell]) -> Version:
     return Version(named.name, sum(cell in there for cell in kept.cells), len(kept.cells), kept.digest)
 
 
-def heads(cells: Iterable[PooledCell], track: Track) -> list[Head]:
-    """The head tables of a track, one a model, that with most models under attack first."""
+def heads(cells: Iterable[PooledCell], track: Track, named: bool = False) -> list[Head]:
+    """The head tables of a track, one a model, that with most models under attack first. named: attacks and defenses
+    have the names of their presets; else their names with the parameters in which those of one name differ."""
     found: dict[str, dict[tuple[str, str], list[PooledCell]]] = defaultdict(lambda: defaultdict(list))
     for cell in cells:
         whole = cell.track == track and "purification" in cell.tasks and cell.state is None
         if whole and cell.control is not Control.decoy and bare(cell.specs.attack) != "none":
             found[cell.short.model][cell.specs.defense, cell.knows].append(cell)
-    made = [head for model, groups in found.items() if (head := _head(track, model, list(groups.values()))) is not None]
+    made = [
+        head
+        for model, groups in found.items()
+        if (head := _head(track, model, list(groups.values()), named)) is not None
+    ]
     return sorted(made, key=lambda head: (-sum(row.n for row in head.rows), head.model))
 
 
-def _head(track: Track, model: str, groups: Sequence[Sequence[PooledCell]]) -> Head | None:
+def _head(track: Track, model: str, groups: Sequence[Sequence[PooledCell]], named: bool) -> Head | None:
     met = [_met(group) for group in groups]
     judged: dict[Setting, set[str]] = defaultdict(set)
     for group, found in zip(groups, met, strict=True):
@@ -183,10 +188,14 @@ def _head(track: Track, model: str, groups: Sequence[Sequence[PooledCell]]) -> H
     shown = [(g, {s: m for s, m in f.items() if s in settings}) for g, f in zip(groups, met, strict=True)]
     shown = [(group, found) for group, found in shown if found]
     short = short_of(sorted({group[0].specs.defense for group, _ in shown}))
+    attacks = short_of(sorted({attack for attack, _, _ in settings}))
+    if named:
+        short = {group[0].specs.defense: group[0].short.defense for group, _ in shown}
+        attacks = {cell.specs.attack: cell.short.attack for group, _ in shown for cell in group}
     rows = [_row(group, found, short[group[0].specs.defense], settings) for group, found in shown]
     rows.sort(key=lambda row: (not row.whole, -row.share if row.whole else -len(row.met), row.asr, row.defense))
     seeds = {record.cell.seed for group, _ in shown for cell in group for record in cell.records}
-    return Head(track, model, settings, _names(settings), tuple(rows), tuple(sorted(seeds)))
+    return Head(track, model, settings, _names(settings, attacks), tuple(rows), tuple(sorted(seeds)))
 
 
 def _met(group: Sequence[PooledCell]) -> dict[Setting, Met]:
@@ -236,9 +245,8 @@ def _row(group: Sequence[PooledCell], met: Mapping[Setting, Met], name: str, set
     )
 
 
-def _names(settings: Sequence[Setting]) -> dict[Setting, str]:
+def _names(settings: Sequence[Setting], attacks: Mapping[str, str]) -> dict[Setting, str]:
     """Each setting by its attack, and by trigger and target where attacks of that name are several."""
-    attacks = short_of(sorted({attack for attack, _, _ in settings}))
     triggers = short_of(sorted({trigger for _, trigger, _ in settings}))
     targets = short_of(sorted({target for _, _, target in settings}))
     plain = {setting: attacks[setting[0]] for setting in settings}

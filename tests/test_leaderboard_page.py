@@ -136,6 +136,34 @@ def test_views_are_chosen_by_keyboard_kept_in_the_address_and_hide_what_is_not_a
     assert seen.quiet()
 
 
+def test_the_address_holds_filters_order_and_columns_and_a_link_to_it_shows_the_same(
+    built: Path, visit: Callable[..., Watched]
+) -> None:
+    seen = visit()
+    page = seen.open(built)
+    page.locator("#attack").select_option("villandiffusion")
+    page.locator("#find").fill("hat")
+    page.get_by_role("button", name="ASR %").click()
+    page.locator("details.columns summary").click()
+    seen.keep("columns")
+    page.get_by_label("Knowledge").uncheck()
+    assert page.locator(".tabulator-col[tabulator-field=t]").count() == 0
+    there, fragment = column(page, NAMES), page.url.partition("#")[2]
+    assert len(there) == 6 and "sort=ASR" in fragment and "hide=Knowledge" in fragment
+    again = visit()
+    page = again.open(built, f"#{fragment}")
+    assert column(page, NAMES) == there and page.locator("#find").input_value() == "hat"
+    assert page.locator("#attack").input_value() == "villandiffusion"
+    assert page.locator("[role=columnheader][aria-sort=ascending]").count() == 1
+    assert page.locator(".tabulator-col[tabulator-field=t]").count() == 0
+    page.locator("details.columns summary").click()
+    page.get_by_label("Knowledge").check()
+    assert page.locator(".tabulator-col[tabulator-field=t]").count() == 1 and "hide" not in page.url
+    page.get_by_role("link", name="claims of the papers").click()
+    assert page.locator("#find").input_value() == "hat", "a link to a place on the page changes no filter"
+    assert seen.quiet() and again.quiet()
+
+
 def test_a_cells_page_opens_with_its_images_and_leads_to_its_defense(
     built: Path, visit: Callable[..., Watched]
 ) -> None:

@@ -11,14 +11,14 @@ import pytest
 from click.testing import CliRunner
 
 from harness.cli import bench
-from harness.registry import Registry, load
+from harness.registry import Registry, load, presets
 from harness.runs import suite as suites
 from harness.runs.declared import Declared
 from harness.runs.record import Dropped
 from harness.runs.suite import Suite
 from leaderboard import headline, protocol, results, rows, site
 from leaderboard.results import ResultsError
-from tests.records import record, write_suite
+from tests.records import changed, record, write_suite
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +159,16 @@ def test_the_benchmarks_own_rows_have_the_first_table(tmp_path: Path, monkeypatc
     (entry, *_) = json.loads((tmp_path / "page" / "leaderboard.json").read_text())["heads"]
     assert entry["version"] == asdict(first.version)
     assert second.version is None
+
+
+def test_its_table_says_the_names_of_presets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "frozen", lambda model: None)
+    preset = presets.shipped()["attacks", "digits-trojdiff"]
+    made = [
+        changed(each, provenance={"short": {**each.provenance.short, "attack": preset.spec}}) for each in rows_of((10,))
+    ]
+    (first, *_) = headline.published(rows.pooled(made), rows.pooled(made), "unconditional")
+    assert list(first.names.values()) == ["digits-trojdiff"]
 
 
 def test_a_whole_benchmark_has_the_only_table_of_its_model(monkeypatch: pytest.MonkeyPatch) -> None:

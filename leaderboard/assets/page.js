@@ -4,7 +4,10 @@
   const form = document.getElementById("views");
   const narrow = window.matchMedia("(max-width: 700px)");
   const words = (i) => data.words[i];
+  const FILTERS = ["find", "attack", "model"];
   let table = null;
+  let hidden = new Set(); // titles of columns that are not shown
+  let order = null; // [title of a column, "asc" or "desc"]
 
   function element(tag, text, cls) {
     const made = document.createElement(tag);
@@ -75,7 +78,27 @@
       { title: "Doubts", field: "q", hozAlign: "right", headerHozAlign: "right", width: 78, minor: true },
       { title: "Checked", field: "l", formatter: plain, sorter: byWord, width: 116, minor: true },
     );
-    return all.filter((c) => !(narrow.matches && c.minor)).map(({ minor, ...c }) => ({ ...common, ...c }));
+    const fitting = all.filter((c) => !(narrow.matches && c.minor));
+    const kept = fitting.filter((c) => c.field === "d" || !hidden.has(c.title));
+    return { titles: fitting.slice(1).map((c) => c.title), kept: kept.map(({ minor, ...c }) => ({ ...common, ...c })) };
+  }
+
+  /* The columns that can be hidden, each with a box; the first one names the row and stays. */
+  function offer(titles) {
+    document.getElementById("columns").replaceChildren(
+      ...titles.map((title) => {
+        const label = element("label", ""), box = document.createElement("input");
+        box.type = "checkbox";
+        box.checked = !hidden.has(title);
+        box.addEventListener("change", () => {
+          if (box.checked) hidden.delete(title);
+          else hidden.add(title);
+          show(true);
+        });
+        label.append(box, element("span", title));
+        return label;
+      }),
+    );
   }
 
   function rows(view) {
@@ -110,20 +133,45 @@
     table.setFilter(keep);
   }
 
-  function draw(view) {
+  /* The address holds the whole view: what is shown, the filters, the order and the hidden columns. */
+  function remember() {
+    const now = view(), more = new URLSearchParams();
+    for (const id of FILTERS) if (document.getElementById(id).value) more.set(id, document.getElementById(id).value);
+    if (order) more.set("sort", order.join(" "));
+    for (const title of hidden) more.append("hide", title);
+    const query = more.toString();
+    history.replaceState(null, "", "#" + [now.track, now.task, now.given].join("/") + (query ? "?" + query : ""));
+  }
+
+  function draw(view, asked) {
     const found = rows(view), shownColumns = data.columns[view.track + "/" + view.task];
     choose(document.getElementById("attack"), found.map((row) => words(row.b)), "every attack");
     choose(document.getElementById("model"), found.map((row) => words(row.m)), "every model");
+    if (asked) for (const id of FILTERS) pick(document.getElementById(id), asked.get(id) || "");
     if (table) table.destroy();
+    const { titles, kept } = columns(shownColumns);
+    offer(titles);
+    const sorted = order && kept.find((column) => column.title === order[0]);
     const many = found.length > 14 ? { height: "min(70vh, 720px)" } : {};
     table = new Tabulator("#cells", {
-      ...many, data: found, columns: columns(shownColumns), layout: "fitColumns", placeholder: "no cell in this view",
-      index: "id",
+      ...many, data: found, columns: kept, layout: "fitColumns", placeholder: "no cell in this view", index: "id",
+      initialSort: sorted ? [{ column: sorted.field, dir: order[1] }] : [],
     });
     const count = (n) => (document.getElementById("count").value = n + " of " + found.length + " cells");
     table.on("dataFiltered", (_, kept) => count(kept.length));
-    table.on("tableBuilt", filter);
+    table.on("tableBuilt", () => {
+      filter();
+      table.on("dataSorted", (sorters) => {
+        order = sorters.length ? [sorters[0].column.getDefinition().title, sorters[0].dir] : null;
+        remember();
+      });
+    });
     table.on("renderComplete", () => performance.getEntriesByName("first-table").length || performance.mark("first-table"));
+  }
+
+  function pick(field, value) {
+    field.value = value;
+    if (field.selectedIndex < 0) field.value = "";
   }
 
   function view() {
@@ -131,7 +179,7 @@
     return { track: chosen.get("track"), task: chosen.get("task"), given: chosen.get("given") };
   }
 
-  function show(write) {
+  function show(write, asked) {
     const now = view();
     for (const section of document.querySelectorAll(".view")) {
       section.classList.toggle("on", section.dataset.track === now.track && section.dataset.task === now.task);
@@ -139,22 +187,38 @@
     for (const part of document.querySelectorAll("[data-given]")) {
       part.classList.toggle("hide", now.given !== "any" && part.dataset.given !== now.given);
     }
-    if (write) history.replaceState(null, "", "#" + [now.track, now.task, now.given].join("/"));
-    draw(now);
+    if (write) remember();
+    draw(now, asked);
   }
 
+  /* Take the view from the address; a link to a place on the page changes nothing. */
   function restore() {
-    const asked = decodeURIComponent(location.hash.slice(1)).split("/");
+    const [path, query] = location.hash.slice(1).split(/\?(.*)/s), parts = decoded(path).split("/");
+    if (parts.length !== 3) return null;
     ["track", "task", "given"].forEach((name, i) => {
-      for (const input of form.elements[name]) if (input.value === asked[i]) input.checked = true;
+      for (const input of form.elements[name]) if (input.value === parts[i]) input.checked = true;
     });
+    const asked = new URLSearchParams(query || ""), sort = (asked.get("sort") || "").match(/^(.+) (asc|desc)$/);
+    hidden = new Set(asked.getAll("hide"));
+    order = sort ? [sort[1], sort[2]] : null;
+    return asked;
+  }
+
+  function decoded(text) {
+    try {
+      return decodeURIComponent(text);
+    } catch {
+      return "";
+    }
   }
 
   document.documentElement.classList.add("js");
-  restore();
   form.addEventListener("change", () => show(true));
-  window.addEventListener("hashchange", () => { restore(); show(false); });
+  window.addEventListener("hashchange", () => {
+    const asked = restore();
+    if (asked) show(false, asked);
+  });
   narrow.addEventListener("change", () => show(false));
-  for (const id of ["find", "attack", "model"]) document.getElementById(id).addEventListener("input", filter);
-  show(false);
+  for (const id of FILTERS) document.getElementById(id).addEventListener("input", () => { filter(); remember(); });
+  show(false, restore());
 })();
