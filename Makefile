@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SUITE ?= quick
 STAMP := $(VENV)/.installed
 
-.PHONY: run check test fast fast-1 fast-2 lint docs oldest clean
+.PHONY: run check test test-1 test-2 fast fast-1 fast-2 lint docs oldest clean
 run: $(STAMP)
 	$(BIN)/bench run $(SUITE)
 
@@ -15,7 +15,15 @@ check: $(STAMP)
 	$(MAKE) --no-print-directory -O -j2 fast-2 lint fast-1
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	$(MAKE) --no-print-directory -O -j2 test-1 test-2
+
+# all tests in two parts that take about as long on one core each
+HALF := tests/test_[a-l]*.py
+test-1: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(wildcard $(HALF))
+
+test-2: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(filter-out $(wildcard $(HALF)),$(wildcard tests/test_*.py))
 
 fast: fast-1 fast-2
 

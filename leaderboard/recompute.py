@@ -118,9 +118,11 @@ def _share(k: int, n: int) -> Found:
 
 
 def _ratio(name: str, scores: Scores) -> list[Found] | None:
+    """A ratio of two scores. Its interval is a bootstrap over samples that a record does not hold; it stands as it
+    is."""
     stem, _, judge = name.partition("[")
     above, below = (value_of(scores, part.replace("[]", f"[{judge}")) for part in PARTS[f"{stem}[]"])
-    return None if math.isnan(above) or math.isnan(below) or below == 0 else [(above / below, None)]
+    return None if math.isnan(above) or math.isnan(below) or below == 0 else [(above / below, scores[name].interval)]
 
 
 def _removal(scores: Scores) -> list[Found] | None:

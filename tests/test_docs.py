@@ -26,7 +26,7 @@ from harness.registry import presets
 from harness.runs import suite as suites
 from harness.types import Knowledge
 from leaderboard import results
-from tests import controls_table, readme_table
+from tests import controls_table, readme_table, real_small_table
 from tests.benchmarks import detectors
 from tests.oracles import tiny_unet
 
@@ -60,6 +60,13 @@ def test_the_tables_of_controls_are_those_of_the_published_records() -> None:
     written = controls_table.PLACE.written()
     assert "| `elijah` |" in written
     assert written == controls_table.tables(results.read())
+
+
+def test_the_table_of_real_pictures_is_that_of_the_published_records() -> None:
+    """If this fails after a change of the records: python -m tests.real_small_table"""
+    written = real_small_table.PLACE.written()
+    assert "| `elijah` |" in written
+    assert written == real_small_table.table(results.read())
 
 
 # ---- what there is --------------------------------------------------------------------------------------------------

@@ -247,6 +247,8 @@ def test_rates_means_ratios_and_removal_are_recomputed() -> None:
     for name in found.recomputed:
         wrong = {**scores, name: replace(scores[name], value=scores[name].value + 0.25)}
         assert any(words.startswith(name) for words in recompute.recompute(wrong).problems), name
+    around = {**scores, "fid_ratio[j]": score(1.5, interval=(1.2, 1.8))}
+    assert recompute.recompute(around).problems == (), "a bootstrap over samples that no record holds"
     scores["drift"] = replace(scores["drift"], interval=(0.4, 4.6))
     assert "drift has the interval (0.4, 4.6)" in recompute.recompute(scores).problems[0]
 

@@ -56,8 +56,8 @@ class Case:
 
 CASES = (
     *(Case(f"clean-{seed}", seed) for seed in range(110, 115)),
-    *(Case(f"rickrolling-{seed}", seed, RICK, "homoglyph", "style") for seed in (110, 111, 112)),
-    *(Case(f"iba-{seed}", seed, IBA, "syntax", "style") for seed in (110, 111, 112)),
+    *(Case(f"rickrolling-{seed}", seed, RICK, "homoglyph", "prompt") for seed in (110, 111, 112)),
+    *(Case(f"iba-{seed}", seed, IBA, "syntax", "prompt") for seed in (110, 111, 112)),
     *(
         Case(f"eviledit-{seed}", seed, "eviledit(lam=0.1, captions=400, keep=3.0, decoys=0.5)", "noun", "object")
         for seed in (110,)
