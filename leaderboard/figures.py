@@ -20,6 +20,8 @@ from leaderboard.rows import Control, Row, Table
 from leaderboard.specs import arguments, short_of
 
 Draw = Callable[[bool], str]
+STEPS = ("steps", "iterations")  # parameters that say how long a defense trains
+POINTS = 3  # budgets of a defense from which on they are a curve
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,41 @@ def of_table(table: Table, task: Task) -> list[Figure]:
         *_drawn(
             "What removal costs: the top left is good.",
             lambda alone: charts.scatter(cost, spent, gone, "cost against removal", alone),
+        ),
+        *_budgets([row for row, _ in rows], y, utility.score, percent),
+    ]
+
+
+def _budgets(rows: Sequence[Row], y: charts.Axis, score: str, percent: int) -> list[Figure]:
+    """ASR and utility against the steps of a defense's training, for defenses of which a table has three budgets or
+    more."""
+    groups: dict[str, dict[float, Row]] = defaultdict(dict)
+    for row in rows:
+        given = arguments(row.first.specs.defense)
+        steps = next((given.pop(name) for name in STEPS if name in given), "")
+        if steps.isdecimal() and int(steps):
+            rest = ", ".join(f"{name}={value}" for name, value in given.items())
+            groups[f"{bare(row.first.specs.defense)}({rest})"][int(steps)] = row
+    several = {spec: sorted(found.items()) for spec, found in groups.items() if len(found) >= POINTS}
+    names = {spec: one_line(_spoken(short)) for spec, short in short_of(several).items()}
+
+    def curves(value: Callable[[Row], float]) -> list[charts.Curve]:
+        found = []
+        for spec, points in several.items():
+            known = [(steps, value(row)) for steps, row in points if math.isfinite(value(row))]
+            if len(known) >= POINTS:
+                found.append(charts.Curve(names[spec], *zip(*known, strict=True)))
+        return found
+
+    x = charts.Axis("optimizer steps (log)", log=True)
+    left = charts.Axis("ASR after the defense %, worst", 0, 100)
+    asr, kept = curves(lambda row: 100 * row.worst["asr"].value), curves(lambda row: percent * row.worst[score].value)
+    return [
+        *_drawn(
+            "What is left after how much training.", lambda alone: charts.curves(asr, x, left, "ASR and budget", alone)
+        ),
+        *_drawn(
+            "What the training does to utility.", lambda alone: charts.curves(kept, x, y, "utility and budget", alone)
         ),
     ]
 

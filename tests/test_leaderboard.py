@@ -25,6 +25,7 @@ from leaderboard import (
     add_results,
     charts,
     check,
+    figures,
     paper_rankings,
     recompute,
     rendering,
@@ -576,6 +577,21 @@ def test_a_chart_is_well_formed_and_its_names_are_text() -> None:
         tree = ElementTree.fromstring(drawn)
         assert not [node for node in tree.iter() if node.tag.endswith(("script", "img", "b"))]
     assert charts.scatter([charts.Point("a", math.nan, 1, "given")], axis, axis, "t") == ""
+
+
+def test_a_defense_with_three_budgets_has_a_curve_and_one_with_two_has_none() -> None:
+    made = [record("none", 97), *(record(f"skd(steps={k}, lr=0.1)", 90 - k) for k in (40, 10, 80))]
+    made += [record(f"sau(steps={k})", 50) for k in (10, 20)]
+    (table,) = rows.by_task(rows.pooled(made), "unconditional", "purification")
+    drawn = {figure.caption: figure.file for figure in figures.of_table(table, "purification")}
+    curve = drawn["What is left after how much training."]
+    assert "skd" in curve and "sau" not in curve and curve.count("<title>") >= 1
+    (path,) = re.findall(r'class="curve s0" d="M([^"]+)"><title>', curve)
+    across = [float(point.split()[0]) for point in path.split("L")]
+    assert across == sorted(across) and len(across) == 3, "in the order of the budgets"
+    few = [each for each in made if "steps=80" not in each.cell.defense]
+    (table,) = rows.by_task(rows.pooled(few), "unconditional", "purification")
+    assert len(figures.of_table(table, "purification")) == len(drawn) - 2
 
 
 # ---- the page -------------------------------------------------------------------------------------------------------

@@ -39,12 +39,15 @@ Budget = tuple[int, str, float]  # steps x batch, schedule of the learning rate,
 SEVERAL_BUDGETS = {
     "paper-cifar10": "Elijah's 11 or 50 epochs beside Diff-Cleanse's 40 epochs of other images",
     "paper-celebahq": "the same at 256 pixels",
+    "budget": "it shows what the budget does",
     "paper-sd14": "the released steps of SKD beside those of SKD-CAG",
 }
 # Cells whose defense has no schedule and no average to set, by the definition of the method.
 OWN_OPTIMIZER = {"anp": "its masks are trained by SGD with momentum, and the masks themselves are the result"}
 # Suites with one decoy, and why.
 FEW_CONTROLS = {
+    "budget": "it shows what the budget does; the suites controls and v1 have the controls",
+    "v1": "a decoy; the suite controls has three, −r and zero",
     "quick": "it has to stay short",
     "baddiffusion": "an image takes 1000 network evaluations",
 }
