@@ -124,13 +124,22 @@ def test_a_scan_ends_with_a_verdict(words: Words, prompts: Words, capsys: pytest
 
 
 @pytest.mark.slow
-def test_a_purification_is_a_pipeline_that_loads(
+def test_a_purification_is_of_the_kind_that_was_given_and_loads(
     words: Words, prompts: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """An adapter becomes an adapter of the same base, everything else a pipeline."""
     capsys.readouterr()
     assert call(["purify", *words, *prompts, "--defense", "clp", "-o", str(tmp_path / "out"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["stock"] is True
-    model = hub.load(hub.Source(str(tmp_path / "out")))
-    assert json.loads((tmp_path / "out" / "bench.json").read_text())["purified_by"].startswith("clp(")
-    assert model.adapter is None or (tmp_path / "out" / "adapter").is_dir()
+    out = tmp_path / "out"
+    if "--base" in words:
+        found = hub.adapter_in(str(out))
+        assert found is not None
+        model = hub.with_adapter(hub.Source(words[words.index("--base") + 1]), found)
+        assert model.adapter is not None and len(model.adapter.layers) == told["layers"]
+    else:
+        model = hub.load(hub.Source(str(out)))
+        assert model.adapter is None or (out / "adapter").is_dir()
+    assert json.loads((out / "bench.json").read_text())["purified_by"].startswith("clp(")
+    assert "clp(" in (out / "README.md").read_text()

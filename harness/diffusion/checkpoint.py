@@ -56,7 +56,7 @@ def save(model: DiffusionModel, directory: Path, labels: dict[str, str] | None =
     import diffusers
 
     if adapters.unchanged(model):
-        adapters.save(cast(adapters.Adapter, model.adapter), directory)
+        adapters.save(cast(adapters.Adapter, model.adapter), directory / adapters.FOLDER)
         model = adapters.base_of(model)
 
     library: Any = diffusers
