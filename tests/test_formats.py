@@ -75,6 +75,17 @@ def adapter(names: str, make: Callable[[Path], DiffusionModel] = tiny_sd) -> Cal
     return made
 
 
+def embedding(
+    held: dict[str, torch.Tensor], make: Callable[[Path], DiffusionModel] = tiny_sd
+) -> Callable[[Path], Words]:
+    def made(root: Path) -> Words:
+        checkpoint.save(make(root / "tokens"), root / "base")
+        save_file(held, root / "hat-style.safetensors")
+        return [str(root / "hat-style.safetensors"), "--base", str(root / "base")]
+
+    return made
+
+
 def beside(root: Path) -> Words:
     model = tiny_sd(root / "tokens")
     adapters.attach(model, {LAYER: LowRank(torch.ones(1, 16), torch.ones(16, 1))})
@@ -94,6 +105,9 @@ FORMATS: dict[str, Callable[[Path], Words]] = {
     "adapter, names of diffusers": adapter("diffusers"),
     "adapter, names of kohya": adapter("kohya"),
     "adapter, names of kohya and of the original blocks": adapter("original", tiny_sdxl),
+    "embedding of diffusers": embedding({"<hat>": torch.ones(16)}),
+    "embedding of AUTOMATIC1111": embedding({"emb_params": torch.ones(2, 16)}),
+    "embedding of SDXL": embedding({"clip_l": torch.ones(1, 16), "clip_g": torch.ones(1, 8)}, tiny_sdxl),
     "model with its adapter beside it": beside,
 }
 
@@ -119,16 +133,22 @@ def test_a_scan_ends_with_a_verdict(words: Words, prompts: Words, capsys: pytest
     told = json.loads(capsys.readouterr().out)
     assert code == {"nothing found": 0, "suspicious": 1, "undecided": 6}[told["verdict"]]
     assert told["error"] is None and told["digests"] and told["limits"]
-    assert bool(told["findings"]) == (not conditional or "--base" in words)
-    assert (told["base"] is not None) == ("--base" in words)
+    adapted, embedded = (told[kind] is not None and "--base" in words for kind in ("adapter", "embedding"))
+    assert adapted or embedded or "--base" not in words
+    assert bool(told["findings"]) == (not conditional or adapted)
+    assert (told["base"] is not None) == adapted
 
 
 @pytest.mark.slow
 def test_a_purification_is_of_the_kind_that_was_given_and_loads(
     words: Words, prompts: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An adapter becomes an adapter of the same base, everything else a pipeline."""
+    """An adapter becomes an adapter of the same base, everything else a pipeline. An embedding is refused."""
     capsys.readouterr()
+    if "hat-style" in words[0]:
+        assert call(["purify", *words, *prompts, "--defense", "clp", "-o", str(tmp_path / "out")]) == 2
+        assert "a textual-inversion embedding is a few vectors and no network" in capsys.readouterr().err
+        return
     assert call(["purify", *words, *prompts, "--defense", "clp", "-o", str(tmp_path / "out"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["stock"] is True

@@ -65,6 +65,7 @@ def purify(
     """
     from harness.capabilities import delivers, missing_of_trigger, offers
     from harness.diffusion.model_files import CheckpointError
+    from harness.judges import hub
     from harness.methods.learned_triggers import LearnedTrigger
     from harness.registry import PluginError
     from harness.scan import verdict as scanning
@@ -77,6 +78,11 @@ def purify(
     cleaner = registry.build("defenses", defense)
     if "model" not in delivers(cleaner):
         raise click.UsageError(f"{defense} delivers no purified model but {', '.join(delivers(cleaner)) or 'nothing'}")
+    if hub.embedding_in(model) is not None and hub.adapter_in(model) is None:
+        raise click.UsageError(
+            f"{model}: a textual-inversion embedding is a few vectors and no network, so that no defense can clean it; "
+            "leave it out of your prompts or train it anew, and give the base itself to purify that"
+        )
     subject = opened(model, revision, like, device, registry, population, base, config)
     if not subject.adapted and (rank is not None or whole):
         raise click.UsageError(f"{'--whole' if whole else '--rank'} is for an adapter, and {model} is a whole model")
