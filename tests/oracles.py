@@ -160,6 +160,20 @@ def tiny_mmdit(directory: Any) -> DiffusionModel:
     return tiny.fixed(partial(tiny.joint, tokenizer(directory, NEUTRAL), 32), 0)
 
 
+def tiny_sd3_with_t5(directory: Any) -> DiffusionModel:
+    """The same with T5 as a third text encoder."""
+    from plugins.models.shapes_sd import tokenizer
+
+    return tiny.fixed(partial(tiny.joint_with_t5, tokenizer(directory, NEUTRAL), 32), 0)
+
+
+def tiny_flux(directory: Any, guidance: bool = True, dynamic: bool = True) -> DiffusionModel:
+    """A random FluxPipeline of a few thousand weights; the tokenizer's files go below `directory`."""
+    from plugins.models.shapes_sd import tokenizer
+
+    return tiny.fixed(partial(tiny.packed, tokenizer(directory, NEUTRAL), 32, guidance, dynamic), 0)
+
+
 def tiny_sd(directory: Any) -> DiffusionModel:
     """A random text-to-image model with the shape of shapes-sd but a few thousand weights; the tokenizer's files go
     below `directory`."""

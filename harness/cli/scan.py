@@ -524,6 +524,10 @@ def _limits(subject: Subject, base: str | None) -> list[str]:
         (_examined_parts(base) if subject.embedding is None else EMBEDDED.format(base))
         + (", and prompts beside those that were tried may hide a trigger." if subject.model.conditional else "."),
     ]
+    if any(type(part).__name__ == "T5EncoderModel" for part in subject.model.components().values()):
+        lines.append(
+            "No detector examines T5's text encoder by itself: with --base it is compared with the base's, and no more."
+        )
     if subject.population is None:
         lines.append(
             "No population of clean models of this kind is known, so a suspicion says little by itself: "

@@ -24,7 +24,7 @@ COMMIT = r"[0-9a-f]{40}"
 MODEL_FILES = [
     "model_index.json", "config.json", "scheduler_config.json", "diffusion_pytorch_model*.safetensors*",
     "*/config.json", "*/scheduler_config.json", "*/diffusion_pytorch_model*.safetensors*", "*/model*.safetensors*",
-    "tokenizer/*", "tokenizer_2/*", "open_clip_*",
+    "tokenizer/*", "tokenizer_2/*", "tokenizer_3/*", "open_clip_*",
 ]  # fmt: skip
 PASSED_OVER = ["*.non_ema*", "safety_checker/*", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.py"]
 HALF = "*.fp16*"  # fetched only where a part has no other weights
