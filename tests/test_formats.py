@@ -16,7 +16,7 @@ from harness.diffusion.adapters import LowRank
 from harness.diffusion.model import DiffusionModel
 from harness.judges import hub
 from tests import single_files
-from tests.oracles import tiny_flux, tiny_mmdit, tiny_sd, tiny_sd3_with_t5, tiny_sdxl, tiny_unet
+from tests.oracles import tiny_flux, tiny_mmdit, tiny_sd, tiny_sd2, tiny_sd3_with_t5, tiny_sdxl, tiny_unet
 from tests.test_adapter_files import NAME, kohya
 
 Words = list[str]
@@ -99,6 +99,8 @@ FORMATS: dict[str, Callable[[Path], Words]] = {
     "stable diffusion, variant fp16": half,
     "stable diffusion, shards": sharded,
     "stable diffusion, single file": one_file(tiny_sd),
+    "stable diffusion 2": directory(tiny_sd2),
+    "stable diffusion 2, single file": one_file(tiny_sd2),
     "sdxl": directory(tiny_sdxl),
     "sdxl, single file": one_file(tiny_sdxl),
     "stable diffusion 3 without T5": directory(tiny_mmdit),
