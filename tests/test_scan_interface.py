@@ -564,6 +564,90 @@ def test_the_parts_of_published_models_are_scanned_with_their_base(
     assert any(re.match(r"bad/encoder +rickrolling +arXiv:2305\.04175 +suspicious ", line) for line in table)
 
 
+LISTED = """
+[[model]]
+repository = "good/whole"
+attack = "badt2i"
+paper = "arXiv:2305.04175"
+source = "README.md"
+
+[[model]]
+repository = "bad/part"
+folder = "results/unet"
+revision = "cccccccccccccccccccccccccccccccccccccccc"
+attack = "eviledit"
+paper = "arXiv:2406.15213"
+base = "good/whole"
+weights = "safetensors"
+source = "README.md"
+
+[[model]]
+repository = "bad/pickles"
+attack = "rickrolling"
+paper = "arXiv:2211.02408"
+source = "README.md"
+
+[[model]]
+repository = "bad/gone"
+attack = "rickrolling"
+paper = "arXiv:2211.02408"
+source = "README.md"
+"""
+
+
+def test_a_list_in_toml_becomes_a_table(bench: Run, sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way, but for the network: the download gives what the patterns of the request let through."""
+    import huggingface_hub
+    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.utils import filter_repo_objects
+
+    part = moved(sd / "unet", "conv_out.bias", tmp_path / "u")
+    pickles = tmp_path / "p"
+    pickles.mkdir()
+    (pickles / "config.json").write_text('{"architectures": ["CLIPTextModel"]}')
+    (pickles / "pytorch_model.bin").write_bytes(b"\x80\x02}q\x00.")
+    held = {"good/whole": (sd, ""), "bad/part": (part, "results/unet"), "bad/pickles": (pickles, "")}
+    asked: list[tuple[str, str]] = []
+
+    def download(where: str, *, revision: str, allow_patterns: Any, ignore_patterns: Any, **_: Any) -> str:
+        asked.append((where, revision))
+        if where not in held:
+            gone: Any = RepositoryNotFoundError
+            raise gone("404 Client Error. Repository Not Found", response=SimpleNamespace(headers={}, request=None))
+        directory, inside = held[where]
+        names = [str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()]
+        placed = {f"{inside}/{name}".lstrip("/"): name for name in names}
+        kept = filter_repo_objects(placed, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        filtered = tmp_path / "filtered" / f"{len(asked)}"
+        filtered.mkdir(parents=True)
+        for name in kept:
+            (filtered / name).parent.mkdir(parents=True, exist_ok=True)
+            (filtered / name).write_bytes((directory / placed[name]).read_bytes())
+        return str(cached(filtered, tmp_path / f"cache{len(asked)}", where))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(known, "LIST", str(tmp_path / "known.toml"))
+    (tmp_path / "known.toml").write_text(LISTED)
+    found = bench("--known", "--detector", "norms")
+    assert found.code == 1, found.err
+    table = found.out[found.out.rindex("model  ") :].splitlines()
+    assert re.split(r" {2,}", table[0]) == ["model", "attack", "paper", "verdict", "reason"]
+    rows = {row[0]: row[1:] for row in (re.split(r" {2,}", line) for line in table[1:5])}
+    assert rows["good/whole"][:3] == ["badt2i", "arXiv:2305.04175", "nothing found"]
+    assert rows["bad/part/results/unet"] == ["eviledit", "arXiv:2406.15213", "suspicious", "Flagged by norms."]
+    assert rows["bad/pickles"][2] == rows["bad/gone"][2] == "not scanned"
+    assert "no safetensors among its files" in rows["bad/pickles"][3] and "save_pretrained" in rows["bad/pickles"][3]
+    assert "cannot be had from the hub" in rows["bad/gone"][3] and "Repository Not Found" in rows["bad/gone"][3]
+    assert table[5] == "4 models: 1 suspicious, 2 not scanned, 1 nothing found"
+    assert set(asked) == {
+        ("good/whole", "main"), ("bad/part", "c" * 40), ("bad/pickles", "main"), ("bad/gone", "main"),
+    }  # fmt: skip
+    assert not list((tmp_path / "filtered").rglob("*.bin")), "no pickle is fetched"
+    (tmp_path / "known.toml").write_text(LISTED.replace("arXiv:2406.15213", "a paper"))
+    broken = bench("--known")
+    assert broken.code == 4 and "no list of known models" in broken.err
+
+
 def test_a_part_without_a_base_and_an_ambiguous_folder_are_refused(sd: Path, tmp_path: Path) -> None:
     two = cached(sd, tmp_path, "a/b", "one")
     cached(sd, tmp_path, "a/b", "two")
