@@ -17,9 +17,9 @@ from harness.diffusion import adapters, checkpoint
 from harness.diffusion.adapters import LowRank
 from harness.diffusion.model import DiffusionModel
 from harness.diffusion.model_files import ModelFiles
-from harness.diffusion.samplers import DDIM
-from harness.scan import adapter_change, verdict
+from harness.scan import adapter_change
 from harness.scan.adapter_change import change_from, left_over, onto, padded, truncated
+from tests import scans
 from tests.oracles import tiny_mmdit, tiny_sd, tiny_sdxl
 from tests.test_adapter_files import NAME, drawn, kohya
 
@@ -98,9 +98,7 @@ def defenses():
 '''
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verdict, "sampler_of", lambda model: DDIM(steps=2))
+quick = scans.quick
 
 
 @pytest.fixture(scope="module", params=["sd", "sdxl"])

@@ -24,9 +24,8 @@ from scipy.stats import t as student
 
 from harness.cli import Exit, call, scan_output
 from harness.cli.scan import scan as command
-from harness.diffusion import checkpoint, events
+from harness.diffusion import checkpoint
 from harness.diffusion.model_files import CheckpointError, ModelFiles
-from harness.diffusion.samplers import DDIM
 from harness.judges import hub
 from harness.registry import OWN
 from harness.scan import document, known, verdict
@@ -36,6 +35,7 @@ from harness.scan.sarif import sarif
 from harness.scan.verdict import Finding, Population
 from harness.testing import tiny
 from tests import scans
+from tests.scans import Run
 from tests.test_docs import bench_calls, command_of
 from tests.test_face import schema as meets
 from tests.test_scan import DETECTORS, Tags, saved
@@ -71,28 +71,7 @@ class Crash(Bias):
 def defenses():
     return [Bias, Broken, Norms, Crash]
 '''
-Run = Callable[..., SimpleNamespace]
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures in two steps, and no listener of an earlier test."""
-    events.listen(None)
-    monkeypatch.setattr(verdict, "sampler_of", lambda model: DDIM(steps=2))
-
-
-@pytest.fixture
-def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    """bench(*words) → code, out, err of a scan with the detectors above."""
-    file = tmp_path / "detectors.py"
-    file.write_text(DETECTORS.partition("@hookimpl")[0] + TEXT_DETECTOR)
-
-    def run(*words: Any) -> SimpleNamespace:
-        code = call(["scan", *map(str, words), "--plugin-file", str(file)])
-        printed = capsys.readouterr()
-        return SimpleNamespace(code=code, out=printed.out, err=printed.err)
-
-    return run
+quick, bench = scans.quick, scans.bench_with(DETECTORS.partition("@hookimpl")[0] + TEXT_DETECTOR, "scan")
 
 
 # ---- many models ----------------------------------------------------------------------------------------------------
