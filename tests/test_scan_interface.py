@@ -497,8 +497,12 @@ def test_the_parts_of_published_models_are_scanned_with_their_base(
     the_hub(moved(sd / "unet", "conv_out.bias", tmp_path / "u"), "bad/unet")
     the_hub(moved(sd / "text_encoder", "final_layer_norm.bias", tmp_path / "t"), "bad/encoder")
     (tmp_path / "p").mkdir()
-    save_file({"unet.to_q.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "p" / "pytorch_lora_weights.safetensors")
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
+    factors = {f"{layer}.lora_A.weight": torch.ones(2, 16), f"{layer}.lora_B.weight": torch.ones(16, 2)}
+    save_file(factors, tmp_path / "p" / "pytorch_lora_weights.safetensors")
     the_hub(tmp_path / "p", "bad/adapter")
+    the_hub(tmp_path / "p", "bad/nested", "loras/one")
+    the_hub(tmp_path / "p", "bad/lonely")
     (tmp_path / "q").mkdir()
     (tmp_path / "q" / "config.json").write_text("{}")
     the_hub(tmp_path / "q", "bad/pickles")
@@ -506,7 +510,9 @@ def test_the_parts_of_published_models_are_scanned_with_their_base(
         entry("bdm/all", folder="results/clean_sd15"),
         entry("bad/unet", base="base/sd", attack="eviledit"),
         entry("bad/encoder", base="base/sd", attack="rickrolling"),
-        entry("bad/adapter", base="base/sd"),
+        entry("bad/adapter", base="base/sd", weights="adapter"),
+        entry("bad/nested", folder="loras/one", base="base/sd"),
+        entry("bad/lonely"),
         entry("bad/pickles"),
         entry("bad/pickled", weights="pickle"),
         entry("bad/lora", weights="adapter"),
@@ -521,9 +527,14 @@ def test_the_parts_of_published_models_are_scanned_with_their_base(
     verdicts = {name: each["verdict"] for name, each in reports.items()}
     assert verdicts.pop("bdm/all/results/clean_sd15") == "nothing found"
     assert verdicts.pop("bad/unet") == verdicts.pop("bad/encoder") == "suspicious"
+    for name in ("bad/adapter", "bad/nested/loras/one"):
+        assert verdicts.pop(name) == "nothing found" and reports[name]["base"]["base"] == "base/sd"
+        facts = reports[name]["adapter"]
+        assert facts["file"] == "pytorch_lora_weights.safetensors" and facts["largest"][0]["layer"] == layer
+        assert list(reports[name]["digests"]) == [facts["file"]] and "directory" not in reports[name]["facts"]
     assert set(verdicts.values()) == {"not scanned"}
     for name, says in (
-        ("bad/adapter", "pytorch_lora_weights.safetensors: an adapter (LoRA) is a model only with its base"),
+        ("bad/lonely", "pytorch_lora_weights.safetensors: an adapter (LoRA) is a model only with its base"),
         ("bad/pickles", "if it has pickles only: a pickle can run code"),
         ("bad/pickled", "has these weights as a pickle"),
         ("bad/lora", "bad/lora: an adapter (LoRA) is a model only with its base"),
@@ -539,7 +550,7 @@ def test_the_parts_of_published_models_are_scanned_with_their_base(
     assert bench("--known", "--only", "Rickrolling", "--detector", "norms").code == 1
 
     table = bench("--known", "--detector", "norms").out.splitlines()
-    assert table[-1] == "10 models: 2 suspicious, 7 not scanned, 1 nothing found"
+    assert table[-1] == "12 models: 2 suspicious, 7 not scanned, 3 nothing found"
     assert any(re.match(r"bad/encoder +rickrolling +arXiv:2305\.04175 +suspicious ", line) for line in table)
 
 
@@ -661,7 +672,8 @@ def test_only_the_folder_of_an_entry_is_downloaded_and_no_pickle(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     (tmp_path / "into").mkdir()
     pinned = entry("a/b", folder="results/x", revision="0" * 40)
-    place, commit = known.directory(pinned, tmp_path / "into")
+    found = known.found(pinned, tmp_path / "into")
+    place, commit = found.place, found.commit
     assert asked == [("a/b", "0" * 40, ["results/x/unet/model.safetensors"])]
     assert (place, commit) == (tmp_path / "into", "c" * 40) and hub.load(hub.Source(str(place))).conditional
     (weights,) = (place / "unet").glob("*.safetensors")
@@ -672,7 +684,7 @@ def test_a_repository_that_is_a_pipeline_is_scanned_where_it_lies(
     sd: Path, the_hub: Callable[..., None], tmp_path: Path
 ) -> None:
     the_hub(sd, "whole/sd")
-    place, _ = known.directory(entry("whole/sd"), tmp_path / "into")
+    place = known.found(entry("whole/sd"), tmp_path / "into").place
     assert place.parent.name == "snapshots" and not (tmp_path / "into").exists()
 
 

@@ -184,8 +184,9 @@ def _scanned(target: Target, asked: Asked) -> tuple[dict[str, Any], list[tuple[s
     if target.entry is None:
         return _examined(target, target.where, asked, None)
     with tempfile.TemporaryDirectory(prefix=".bench-known-", dir=published.room()) as folder:
-        place, commit = published.directory(target.entry, Path(folder))
-        return _examined(replace(target, revision="main"), str(place), asked, commit)
+        found = published.found(target.entry, Path(folder))
+        with_base = asked if found.base is None else replace(asked, base=found.base)
+        return _examined(replace(target, revision="main"), str(found.place), with_base, found.commit)
 
 
 def _examined(
@@ -220,8 +221,10 @@ def _examined(
         findings, figures = shown(subject, findings, knowledge.prompts, samples)
     unseen = families.unseen(asks, subject.model)
     document = report(subject, findings, skipped, numbers, asked.base)
+    adapter = _adapter(subject)
     if target.entry is not None:
         document["facts"].pop("directory")
+        adapter = None if adapter is None else adapter.model_copy(update={"file": Path(adapter.file).name})
     return {
         **document,
         "error": None,
@@ -232,7 +235,7 @@ def _examined(
         "next_steps": next_steps(target.name, document["verdict"], findings, document["not_examined"], seed, numbers),
         "published": _published(target),
         "base": None if base is None else compared(subject.model, base, str(asked.base), knowledge.prompts),
-        "adapter": _adapter(subject),
+        "adapter": adapter,
         "embedding": _embedding(subject, knowledge.prompts) if numbers else None,
         "unseen": unseen,
     }, figures
