@@ -254,6 +254,31 @@ def test_the_whole_pipeline_is_written_on_request_and_a_pruned_model_has_no_adap
     assert not (tmp_path / "x").exists()
 
 
+def test_an_adapter_that_stock_diffusers_attaches_in_part_is_not_said_to_load(
+    base: tuple[DiffusionModel, Path], tmp_path: Path
+) -> None:
+    from harness.cli.purify import _stock_attaches
+
+    made = adapted(base[0], base[1].parent)
+    assert made.adapter is not None
+    adapters.save(made.adapter, tmp_path)
+    assert _stock_attaches(tmp_path, made)
+    held = load_file(tmp_path / NAME)
+    (first, *_) = [key for key in held if key.startswith("unet.") and key.endswith(FACTORS)]
+    other = first.replace("lora_A", "lora_B")
+    save_file({key: value for key, value in held.items() if key not in (first, other)}, tmp_path / NAME)
+    assert not _stock_attaches(tmp_path, made)
+
+
+def test_the_next_steps_after_a_scan_name_the_base() -> None:
+    from harness.scan.next_steps import next_steps
+
+    steps = " ".join(next_steps("a b.safetensors", "suspicious", [], [], 0, base="my base"))
+    assert "bench purify 'a b.safetensors' --base 'my base' --defense" in steps
+    steps = " ".join(next_steps("e.safetensors", "suspicious", [], [], 0, base="b", embedded=True))
+    assert "bench purify" not in steps and "An embedding cannot be cleaned" in steps
+
+
 def test_ranks_that_are_none_are_refused(
     base: tuple[DiffusionModel, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -167,6 +167,7 @@ def test_an_embedding_is_scanned_with_its_base(
     assert told["adapter"] is None and told["base"] is None and told["not_examined"] == []
     assert any("is made to change images" in line and str(directory) in line for line in told["limits"])
     assert any("amdet was not asked: it compares weights" in line for line in told["limits"])
+    assert not any("bench purify" in step for step in told["next_steps"])
     facts = told["embedding"]
     assert facts["word"] == "<hat>" and [row["place"] for row in facts["vectors"]] == [0, 1] and facts["says"]
     tokens: Any = model.tokenizer

@@ -197,7 +197,12 @@ def _written(
         labels |= {"base": base, **{name: f"{value:.6g}" for name, value in numbers.items()}}
         adapters.save(model.adapter, folder, labels)
         (folder / "bench.json").write_text(json.dumps(labels, indent=1, sort_keys=True))
-        stock, loads = True, f"an adapter of rank {adapter['rank']} for load_lora_weights of diffusers"
+        stock = _stock_attaches(folder, model)
+        loads = (
+            f"an adapter of rank {adapter['rank']} for load_lora_weights of diffusers"
+            if stock
+            else "an adapter that bench scan --base reads, and stock diffusers does not"
+        )
     else:
         checkpoint.save(model.to("cpu"), folder, labels)
         stock = _stock_loads(folder)
@@ -214,6 +219,24 @@ def _written(
     }  # fmt: skip
     model_card.write(folder, facts, subject.name, base)
     return facts
+
+
+def _stock_attaches(folder: Path, model: Any) -> bool:
+    """Whether diffusers alone attaches the adapter that was written to the denoiser, in all its layers there."""
+    from harness.diffusion import adapters
+
+    net: Any = adapters.base_of(model).denoiser
+    part = "transformer" if model.joint else "unet"
+    wanted = sum(name.startswith(f"{part}.") for name in model.adapter.layers)
+    if not wanted:
+        return True
+    try:
+        net.load_lora_adapter(
+            folder, prefix=part, weight_name=Path(adapters.FILE).name, use_safetensors=True, local_files_only=True
+        )
+    except (RuntimeError, ValueError, OSError, KeyError):
+        return False
+    return sum(hasattr(layer, "lora_A") and hasattr(layer, "base_layer") for layer in net.modules()) == wanted
 
 
 def _stock_loads(folder: Path) -> bool:
