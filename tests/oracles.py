@@ -160,12 +160,47 @@ def tiny_mmdit(directory: Any) -> DiffusionModel:
     return tiny.fixed(partial(tiny.joint, tokenizer(directory, NEUTRAL), 32), 0)
 
 
+def tiny_sd3_with_t5(directory: Any) -> DiffusionModel:
+    """The same with T5 as a third text encoder."""
+    from plugins.models.shapes_sd import tokenizer
+
+    return tiny.fixed(partial(tiny.joint_with_t5, tokenizer(directory, NEUTRAL), 32), 0)
+
+
+def tiny_flux(directory: Any, guidance: bool = True, dynamic: bool = True) -> DiffusionModel:
+    """A random FluxPipeline of a few thousand weights; the tokenizer's files go below `directory`."""
+    from plugins.models.shapes_sd import tokenizer
+
+    return tiny.fixed(partial(tiny.packed, tokenizer(directory, NEUTRAL), 32, guidance, dynamic), 0)
+
+
 def tiny_sd(directory: Any) -> DiffusionModel:
     """A random text-to-image model with the shape of shapes-sd but a few thousand weights; the tokenizer's files go
     below `directory`."""
     from plugins.models.shapes_sd import tokenizer
 
     return tiny.fixed(partial(tiny.text_to_image, tokenizer(directory, NEUTRAL), 32), 0)
+
+
+def tiny_sd2(directory: Any) -> DiffusionModel:
+    """A random model in the layout of Stable Diffusion 2: 23 layers of OpenCLIP's text encoder, linear projections and
+    heads by block in the UNet, and v-prediction."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    def make() -> DiffusionModel:
+        like = tiny_sd(directory)
+        unet: Any = UNet2DConditionModel
+        changed = {"use_linear_projection": True, "attention_head_dim": [1, 2], "_use_default_values": []}
+        text: Any = like.text_encoder
+        config = {**text.config.to_dict(), "num_hidden_layers": 23, "hidden_act": "gelu"}
+        encoder = CLIPTextModel(CLIPTextConfig(**config))
+        denoiser = unet.from_config({**dict(like.denoiser.config), **changed})  # type: ignore[call-overload]
+        return DiffusionModel(
+            denoiser, scheduler(steps_offset=1, prediction_type="v_prediction"), like.vae, encoder, like.tokenizer
+        )
+
+    return tiny.fixed(make, 0)
 
 
 def tiny_sdxl(directory: Any, zeros: bool = True) -> DiffusionModel:

@@ -1,15 +1,48 @@
-"""Scans for tests of what is made from them: a suspicious model, an undecided one, one that was not scanned."""
+"""Scans for tests of what is made from them, and fixtures of the tests that run `bench scan`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from pydantic import BaseModel
 
+from harness.cli import call
+from harness.diffusion import events
+from harness.diffusion.samplers import DDIM
+from harness.scan import verdict
 from harness.scan.document import FalseAlarms, FindingRow, Published, Report, Scan
 
+Run = Callable[..., SimpleNamespace]
 EVIL = "</code><script>window.pwned=1</script>\u202e\x1b[31m"  # markup, a mark of direction, an escape
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures in two steps, and no listener of an earlier test."""
+    events.listen(None)
+    monkeypatch.setattr(verdict, "sampler_of", lambda model: DDIM(steps=2))
+
+
+def bench_with(detectors: str, *command: str) -> Any:
+    """A fixture: bench(*words) → code, out, err of `bench COMMAND WORDS` with the detectors of this source."""
+
+    @pytest.fixture
+    def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+        file = tmp_path / "detectors.py"
+        file.write_text(detectors)
+
+        def run(*words: Any) -> SimpleNamespace:
+            code = call([*command, *map(str, words), "--plugin-file", str(file)])
+            printed = capsys.readouterr()
+            return SimpleNamespace(code=code, out=printed.out, err=printed.err)
+
+        return run
+
+    return bench
 
 
 def row(**changed: Any) -> FindingRow:

@@ -21,7 +21,8 @@ OPEN_CLIP = {
 
 
 def write(model: DiffusionModel, path: Path, more: dict[str, Tensor] | None = None) -> None:
-    """The model as one file. more: further tensors of it."""
+    """The model as one file. more: further tensors of it. A text encoder with OpenCLIP's activation is written as in
+    Stable Diffusion 2: with its names, a last layer that diffusers does not use, a projection and a temperature."""
     unet: Any = model.denoiser
     tensors = {f"model.diffusion_model.{unet_name(k, unet.config)}": v for k, v in unet.state_dict().items()}
     vae: Any = model.vae
@@ -31,13 +32,26 @@ def write(model: DiffusionModel, path: Path, more: dict[str, Tensor] | None = No
         tensors[f"first_stage_model.{key}"] = value[:, :, None, None] if whole else value
     first: Any = model.text_encoder
     prefix = "cond_stage_model" if model.text_encoder_2 is None else "conditioner.embedders.0"
-    for name, value in first.state_dict().items():
-        tensors[f"{prefix}.transformer.text_model.{name.removeprefix('text_model.')}"] = value
+    if model.text_encoder_2 is None and first.config.hidden_act == "gelu":
+        tensors |= {f"{prefix}.model.{name}": value for name, value in second_release(first).items()}
+    else:
+        for name, value in first.state_dict().items():
+            tensors[f"{prefix}.transformer.text_model.{name.removeprefix('text_model.')}"] = value
     if model.text_encoder_2 is not None:
         second: Any = model.text_encoder_2
         found = open_clip(second.state_dict())
         tensors |= {f"conditioner.embedders.1.model.{name}": value for name, value in found.items()}
     save_file({name: value.clone().contiguous() for name, value in (tensors | (more or {})).items()}, path)
+
+
+def second_release(encoder: Any) -> dict[str, Tensor]:
+    """The tensors of Stable Diffusion 2's text encoder as its files have them."""
+    projection = torch.randn((encoder.config.hidden_size,) * 2, generator=torch.Generator().manual_seed(0))
+    found = open_clip({**encoder.state_dict(), "text_projection.weight": projection})
+    layers = encoder.config.num_hidden_layers
+    last = {n: v for n, v in found.items() if f".resblocks.{layers - 1}." in n}
+    found |= {n.replace(f".{layers - 1}.", f".{layers}."): v + 1 for n, v in last.items()}
+    return found | {"logit_scale": torch.tensor(4.6)}
 
 
 def unet_name(name: str, config: Any) -> str:

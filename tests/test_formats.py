@@ -16,7 +16,7 @@ from harness.diffusion.adapters import LowRank
 from harness.diffusion.model import DiffusionModel
 from harness.judges import hub
 from tests import single_files
-from tests.oracles import tiny_mmdit, tiny_sd, tiny_sdxl, tiny_unet
+from tests.oracles import tiny_flux, tiny_mmdit, tiny_sd, tiny_sd2, tiny_sd3_with_t5, tiny_sdxl, tiny_unet
 from tests.test_adapter_files import NAME, kohya
 
 Words = list[str]
@@ -75,6 +75,17 @@ def adapter(names: str, make: Callable[[Path], DiffusionModel] = tiny_sd) -> Cal
     return made
 
 
+def embedding(
+    held: dict[str, torch.Tensor], make: Callable[[Path], DiffusionModel] = tiny_sd
+) -> Callable[[Path], Words]:
+    def made(root: Path) -> Words:
+        checkpoint.save(make(root / "tokens"), root / "base")
+        save_file(held, root / "hat-style.safetensors")
+        return [str(root / "hat-style.safetensors"), "--base", str(root / "base")]
+
+    return made
+
+
 def beside(root: Path) -> Words:
     model = tiny_sd(root / "tokens")
     adapters.attach(model, {LAYER: LowRank(torch.ones(1, 16), torch.ones(16, 1))})
@@ -88,12 +99,19 @@ FORMATS: dict[str, Callable[[Path], Words]] = {
     "stable diffusion, variant fp16": half,
     "stable diffusion, shards": sharded,
     "stable diffusion, single file": one_file(tiny_sd),
+    "stable diffusion 2": directory(tiny_sd2),
+    "stable diffusion 2, single file": one_file(tiny_sd2),
     "sdxl": directory(tiny_sdxl),
     "sdxl, single file": one_file(tiny_sdxl),
     "stable diffusion 3 without T5": directory(tiny_mmdit),
+    "stable diffusion 3 with T5": directory(tiny_sd3_with_t5),
+    "flux": directory(tiny_flux),
     "adapter, names of diffusers": adapter("diffusers"),
     "adapter, names of kohya": adapter("kohya"),
     "adapter, names of kohya and of the original blocks": adapter("original", tiny_sdxl),
+    "embedding of diffusers": embedding({"<hat>": torch.ones(16)}),
+    "embedding of AUTOMATIC1111": embedding({"emb_params": torch.ones(2, 16)}),
+    "embedding of SDXL": embedding({"clip_l": torch.ones(1, 16), "clip_g": torch.ones(1, 8)}, tiny_sdxl),
     "model with its adapter beside it": beside,
 }
 
@@ -119,18 +137,38 @@ def test_a_scan_ends_with_a_verdict(words: Words, prompts: Words, capsys: pytest
     told = json.loads(capsys.readouterr().out)
     assert code == {"nothing found": 0, "suspicious": 1, "undecided": 6}[told["verdict"]]
     assert told["error"] is None and told["digests"] and told["limits"]
-    assert bool(told["findings"]) == (not conditional or "--base" in words)
-    assert (told["base"] is not None) == ("--base" in words)
+    adapted, embedded = (told[kind] is not None and "--base" in words for kind in ("adapter", "embedding"))
+    assert adapted or embedded or "--base" not in words
+    assert bool(told["findings"]) == (not conditional or adapted)
+    assert (told["base"] is not None) == adapted
 
 
 @pytest.mark.slow
-def test_a_purification_is_a_pipeline_that_loads(
+def test_a_purification_is_of_the_kind_that_was_given_and_loads(
     words: Words, prompts: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """An adapter becomes an adapter of the same base, everything else a pipeline. An embedding is refused."""
     capsys.readouterr()
-    assert call(["purify", *words, *prompts, "--defense", "clp", "-o", str(tmp_path / "out"), "--json"]) == 0
+    if "hat-style" in words[0]:
+        assert call(["purify", *words, *prompts, "--defense", "clp", "-o", str(tmp_path / "out")]) == 2
+        assert "a textual-inversion embedding is a few vectors and no network" in capsys.readouterr().err
+        return
+    asked = ["--defense", "clp"]
+    index = Path(words[0]) / "model_index.json"
+    if index.is_file() and "FluxTransformer2DModel" in index.read_text():
+        asked = ["--defense", "skd(steps=1)", "--trigger", "text(text='now')"]  # clp prunes convolutions
+    assert call(["purify", *words, *prompts, *asked, "-o", str(tmp_path / "out"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["stock"] is True
-    model = hub.load(hub.Source(str(tmp_path / "out")))
-    assert json.loads((tmp_path / "out" / "bench.json").read_text())["purified_by"].startswith("clp(")
-    assert model.adapter is None or (tmp_path / "out" / "adapter").is_dir()
+    out = tmp_path / "out"
+    if "--base" in words:
+        found = hub.adapter_in(str(out))
+        assert found is not None
+        model = hub.with_adapter(hub.Source(words[words.index("--base") + 1]), found)
+        assert model.adapter is not None and len(model.adapter.layers) == told["layers"]
+    else:
+        model = hub.load(hub.Source(str(out)))
+        assert model.adapter is None or (out / "adapter").is_dir()
+    name = f"{asked[1].partition('(')[0]}("
+    assert json.loads((out / "bench.json").read_text())["purified_by"].startswith(name)
+    assert name in (out / "README.md").read_text()

@@ -6,7 +6,6 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from harness import registry
-from harness.cli import Exit, call, main
+from harness.cli import Exit, main
 from harness.cli.common import writable
 from harness.cli.scan import applicable
 from harness.cli.subject import Subject, known
@@ -33,7 +32,9 @@ from harness.scan import ahead, report, verdict
 from harness.scan.verdict import LEAST, Finding, Population
 from harness.testing import tiny
 from harness.types import Data, Defended, Knowledge
+from tests import scans
 from tests.oracles import PlantedShift, scheduler, tiny_sdxl, tiny_unet
+from tests.scans import Run
 
 DETECTORS = '''
 """Detectors whose answers are known."""
@@ -106,7 +107,6 @@ class Pruner(Told):
 def defenses():
     return [Bias, Broken, Told, Pruner]
 '''
-Run = Callable[..., SimpleNamespace]
 
 
 @pytest.fixture(autouse=True)
@@ -115,18 +115,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verdict, "sampler_of", lambda model: DDIM(steps=3))
 
 
-@pytest.fixture
-def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    """bench(command, *words) → code, out, err; with the detectors above."""
-    file = tmp_path / "detectors.py"
-    file.write_text(DETECTORS)
-
-    def run(command: str, *words: Any) -> SimpleNamespace:
-        code = call([command, *map(str, words), "--plugin-file", str(file)])
-        printed = capsys.readouterr()
-        return SimpleNamespace(code=code, out=printed.out, err=printed.err)
-
-    return run
+bench = scans.bench_with(DETECTORS)  # bench(command, *words)
 
 
 def saved(directory: Path, bias: float = 0.0, labels: dict[str, str] | None = None) -> Path:

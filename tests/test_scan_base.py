@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import jsonschema
@@ -15,14 +13,12 @@ import pytest
 import torch
 
 from harness.capabilities import FAMILIES, StatingDetector, delivers, offers
-from harness.cli import call
-from harness.diffusion import checkpoint, events
+from harness.diffusion import checkpoint
 from harness.diffusion.model import DiffusionModel
 from harness.diffusion.model_files import CheckpointError
-from harness.diffusion.samplers import DDIM
 from harness.registry import load
 from harness.registry.contract import faults
-from harness.scan import comparison, document, families, robust, verdict
+from harness.scan import comparison, document, families, robust
 from harness.scan.comparison import check_base, compared, distances, look_alikes, moved_texts
 from harness.testing import tiny
 from harness.types import Defended
@@ -31,6 +27,8 @@ from plugins.defenses.bias_scan import BiasScan
 from plugins.defenses.elijah import Elijah
 from plugins.defenses.terd import TERD
 from plugins.defenses.vocabulary_scan import VocabularyScan
+from tests import scans
+from tests.scans import Run
 
 NORMS = '''
 """A detector that states nothing."""
@@ -59,28 +57,7 @@ class Norms:
 def defenses():
     return [Norms]
 '''
-Run = Callable[..., SimpleNamespace]
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures in two steps, and no listener of an earlier test."""
-    events.listen(None)
-    monkeypatch.setattr(verdict, "sampler_of", lambda model: DDIM(steps=2))
-
-
-@pytest.fixture
-def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    """bench(*words) → code, out, err of a scan with the detector above."""
-    file = tmp_path / "detectors.py"
-    file.write_text(NORMS)
-
-    def run(*words: Any) -> SimpleNamespace:
-        code = call(["scan", *map(str, words), "--plugin-file", str(file)])
-        printed = capsys.readouterr()
-        return SimpleNamespace(code=code, out=printed.out, err=printed.err)
-
-    return run
+quick, bench = scans.quick, scans.bench_with(NORMS, "scan")
 
 
 @pytest.fixture(scope="module")

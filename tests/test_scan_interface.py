@@ -24,9 +24,8 @@ from scipy.stats import t as student
 
 from harness.cli import Exit, call, scan_output
 from harness.cli.scan import scan as command
-from harness.diffusion import checkpoint, events
+from harness.diffusion import checkpoint
 from harness.diffusion.model_files import CheckpointError, ModelFiles
-from harness.diffusion.samplers import DDIM
 from harness.judges import hub
 from harness.registry import OWN
 from harness.scan import document, known, verdict
@@ -36,6 +35,7 @@ from harness.scan.sarif import sarif
 from harness.scan.verdict import Finding, Population
 from harness.testing import tiny
 from tests import scans
+from tests.scans import Run
 from tests.test_docs import bench_calls, command_of
 from tests.test_face import schema as meets
 from tests.test_scan import DETECTORS, Tags, saved
@@ -71,28 +71,7 @@ class Crash(Bias):
 def defenses():
     return [Bias, Broken, Norms, Crash]
 '''
-Run = Callable[..., SimpleNamespace]
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures in two steps, and no listener of an earlier test."""
-    events.listen(None)
-    monkeypatch.setattr(verdict, "sampler_of", lambda model: DDIM(steps=2))
-
-
-@pytest.fixture
-def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    """bench(*words) → code, out, err of a scan with the detectors above."""
-    file = tmp_path / "detectors.py"
-    file.write_text(DETECTORS.partition("@hookimpl")[0] + TEXT_DETECTOR)
-
-    def run(*words: Any) -> SimpleNamespace:
-        code = call(["scan", *map(str, words), "--plugin-file", str(file)])
-        printed = capsys.readouterr()
-        return SimpleNamespace(code=code, out=printed.out, err=printed.err)
-
-    return run
+quick, bench = scans.quick, scans.bench_with(DETECTORS.partition("@hookimpl")[0] + TEXT_DETECTOR, "scan")
 
 
 # ---- many models ----------------------------------------------------------------------------------------------------
@@ -518,8 +497,12 @@ def test_the_parts_of_published_models_are_scanned_with_their_base(
     the_hub(moved(sd / "unet", "conv_out.bias", tmp_path / "u"), "bad/unet")
     the_hub(moved(sd / "text_encoder", "final_layer_norm.bias", tmp_path / "t"), "bad/encoder")
     (tmp_path / "p").mkdir()
-    save_file({"unet.to_q.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "p" / "pytorch_lora_weights.safetensors")
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
+    factors = {f"{layer}.lora_A.weight": torch.ones(2, 16), f"{layer}.lora_B.weight": torch.ones(16, 2)}
+    save_file(factors, tmp_path / "p" / "pytorch_lora_weights.safetensors")
     the_hub(tmp_path / "p", "bad/adapter")
+    the_hub(tmp_path / "p", "bad/nested", "loras/one")
+    the_hub(tmp_path / "p", "bad/lonely")
     (tmp_path / "q").mkdir()
     (tmp_path / "q" / "config.json").write_text("{}")
     the_hub(tmp_path / "q", "bad/pickles")
@@ -527,7 +510,9 @@ def test_the_parts_of_published_models_are_scanned_with_their_base(
         entry("bdm/all", folder="results/clean_sd15"),
         entry("bad/unet", base="base/sd", attack="eviledit"),
         entry("bad/encoder", base="base/sd", attack="rickrolling"),
-        entry("bad/adapter", base="base/sd"),
+        entry("bad/adapter", base="base/sd", weights="adapter"),
+        entry("bad/nested", folder="loras/one", base="base/sd"),
+        entry("bad/lonely"),
         entry("bad/pickles"),
         entry("bad/pickled", weights="pickle"),
         entry("bad/lora", weights="adapter"),
@@ -542,9 +527,14 @@ def test_the_parts_of_published_models_are_scanned_with_their_base(
     verdicts = {name: each["verdict"] for name, each in reports.items()}
     assert verdicts.pop("bdm/all/results/clean_sd15") == "nothing found"
     assert verdicts.pop("bad/unet") == verdicts.pop("bad/encoder") == "suspicious"
+    for name in ("bad/adapter", "bad/nested/loras/one"):
+        assert verdicts.pop(name) == "nothing found" and reports[name]["base"]["base"] == "base/sd"
+        facts = reports[name]["adapter"]
+        assert facts["file"] == "pytorch_lora_weights.safetensors" and facts["largest"][0]["layer"] == layer
+        assert list(reports[name]["digests"]) == [facts["file"]] and "directory" not in reports[name]["facts"]
     assert set(verdicts.values()) == {"not scanned"}
     for name, says in (
-        ("bad/adapter", "pytorch_lora_weights.safetensors: an adapter (LoRA) is a model only with its base"),
+        ("bad/lonely", "pytorch_lora_weights.safetensors: an adapter (LoRA) is a model only with its base"),
         ("bad/pickles", "if it has pickles only: a pickle can run code"),
         ("bad/pickled", "has these weights as a pickle"),
         ("bad/lora", "bad/lora: an adapter (LoRA) is a model only with its base"),
@@ -560,8 +550,92 @@ def test_the_parts_of_published_models_are_scanned_with_their_base(
     assert bench("--known", "--only", "Rickrolling", "--detector", "norms").code == 1
 
     table = bench("--known", "--detector", "norms").out.splitlines()
-    assert table[-1] == "10 models: 2 suspicious, 7 not scanned, 1 nothing found"
+    assert table[-1] == "12 models: 2 suspicious, 7 not scanned, 3 nothing found"
     assert any(re.match(r"bad/encoder +rickrolling +arXiv:2305\.04175 +suspicious ", line) for line in table)
+
+
+LISTED = """
+[[model]]
+repository = "good/whole"
+attack = "badt2i"
+paper = "arXiv:2305.04175"
+source = "README.md"
+
+[[model]]
+repository = "bad/part"
+folder = "results/unet"
+revision = "cccccccccccccccccccccccccccccccccccccccc"
+attack = "eviledit"
+paper = "arXiv:2406.15213"
+base = "good/whole"
+weights = "safetensors"
+source = "README.md"
+
+[[model]]
+repository = "bad/pickles"
+attack = "rickrolling"
+paper = "arXiv:2211.02408"
+source = "README.md"
+
+[[model]]
+repository = "bad/gone"
+attack = "rickrolling"
+paper = "arXiv:2211.02408"
+source = "README.md"
+"""
+
+
+def test_a_list_in_toml_becomes_a_table(bench: Run, sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way, but for the network: the download gives what the patterns of the request let through."""
+    import huggingface_hub
+    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.utils import filter_repo_objects
+
+    part = moved(sd / "unet", "conv_out.bias", tmp_path / "u")
+    pickles = tmp_path / "p"
+    pickles.mkdir()
+    (pickles / "config.json").write_text('{"architectures": ["CLIPTextModel"]}')
+    (pickles / "pytorch_model.bin").write_bytes(b"\x80\x02}q\x00.")
+    held = {"good/whole": (sd, ""), "bad/part": (part, "results/unet"), "bad/pickles": (pickles, "")}
+    asked: list[tuple[str, str]] = []
+
+    def download(where: str, *, revision: str, allow_patterns: Any, ignore_patterns: Any, **_: Any) -> str:
+        asked.append((where, revision))
+        if where not in held:
+            gone: Any = RepositoryNotFoundError
+            raise gone("404 Client Error. Repository Not Found", response=SimpleNamespace(headers={}, request=None))
+        directory, inside = held[where]
+        names = [str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()]
+        placed = {f"{inside}/{name}".lstrip("/"): name for name in names}
+        kept = filter_repo_objects(placed, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        filtered = tmp_path / "filtered" / f"{len(asked)}"
+        filtered.mkdir(parents=True)
+        for name in kept:
+            (filtered / name).parent.mkdir(parents=True, exist_ok=True)
+            (filtered / name).write_bytes((directory / placed[name]).read_bytes())
+        return str(cached(filtered, tmp_path / f"cache{len(asked)}", where))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(known, "LIST", str(tmp_path / "known.toml"))
+    (tmp_path / "known.toml").write_text(LISTED)
+    found = bench("--known", "--detector", "norms")
+    assert found.code == 1, found.err
+    table = found.out[found.out.rindex("model  ") :].splitlines()
+    assert re.split(r" {2,}", table[0]) == ["model", "attack", "paper", "verdict", "reason"]
+    rows = {row[0]: row[1:] for row in (re.split(r" {2,}", line) for line in table[1:5])}
+    assert rows["good/whole"][:3] == ["badt2i", "arXiv:2305.04175", "nothing found"]
+    assert rows["bad/part/results/unet"] == ["eviledit", "arXiv:2406.15213", "suspicious", "Flagged by norms."]
+    assert rows["bad/pickles"][2] == rows["bad/gone"][2] == "not scanned"
+    assert "no safetensors among its files" in rows["bad/pickles"][3] and "save_pretrained" in rows["bad/pickles"][3]
+    assert "cannot be had from the hub" in rows["bad/gone"][3] and "Repository Not Found" in rows["bad/gone"][3]
+    assert table[5] == "4 models: 1 suspicious, 2 not scanned, 1 nothing found"
+    assert set(asked) == {
+        ("good/whole", "main"), ("bad/part", "c" * 40), ("bad/pickles", "main"), ("bad/gone", "main"),
+    }  # fmt: skip
+    assert not list((tmp_path / "filtered").rglob("*.bin")), "no pickle is fetched"
+    (tmp_path / "known.toml").write_text(LISTED.replace("arXiv:2406.15213", "a paper"))
+    broken = bench("--known")
+    assert broken.code == 4 and "no list of known models" in broken.err
 
 
 def test_a_part_without_a_base_and_an_ambiguous_folder_are_refused(sd: Path, tmp_path: Path) -> None:
@@ -598,7 +672,8 @@ def test_only_the_folder_of_an_entry_is_downloaded_and_no_pickle(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     (tmp_path / "into").mkdir()
     pinned = entry("a/b", folder="results/x", revision="0" * 40)
-    place, commit = known.directory(pinned, tmp_path / "into")
+    found = known.found(pinned, tmp_path / "into")
+    place, commit = found.place, found.commit
     assert asked == [("a/b", "0" * 40, ["results/x/unet/model.safetensors"])]
     assert (place, commit) == (tmp_path / "into", "c" * 40) and hub.load(hub.Source(str(place))).conditional
     (weights,) = (place / "unet").glob("*.safetensors")
@@ -609,7 +684,7 @@ def test_a_repository_that_is_a_pipeline_is_scanned_where_it_lies(
     sd: Path, the_hub: Callable[..., None], tmp_path: Path
 ) -> None:
     the_hub(sd, "whole/sd")
-    place, _ = known.directory(entry("whole/sd"), tmp_path / "into")
+    place = known.found(entry("whole/sd"), tmp_path / "into").place
     assert place.parent.name == "snapshots" and not (tmp_path / "into").exists()
 
 

@@ -19,7 +19,7 @@ from harness.diffusion.model_files import CheckpointError
 from harness.diffusion.single_file_layouts import LAYOUTS
 from harness.judges import hub
 from tests import single_files
-from tests.oracles import tiny_sd, tiny_sdxl
+from tests.oracles import tiny_sd, tiny_sd2, tiny_sdxl
 
 MORE = {"model_ema.decay": torch.zeros(1), "betas": torch.zeros(3)}
 
@@ -39,7 +39,7 @@ def attentive(directory: Path) -> DiffusionModel:
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[DiffusionModel, Path, Path]]:
     """Kind → the model, its one file, and its directory."""
     found = {}
-    for kind, make in (("sd", tiny_sd), ("sdxl", tiny_sdxl), ("attentive", attentive)):
+    for kind, make in (("sd", tiny_sd), ("sd2", tiny_sd2), ("sdxl", tiny_sdxl), ("attentive", attentive)):
         root = tmp_path_factory.mktemp(kind)
         model = make(root / "tokens")
         checkpoint.save(model, root / "m")
@@ -48,7 +48,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[DiffusionM
     return found
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl", "attentive"])
+@pytest.mark.parametrize("kind", ["sd", "sd2", "sdxl", "attentive"])
 def test_every_tensor_comes_back_to_its_place(kind: str, made: dict[str, Any]) -> None:
     model, file, config = made[kind]
     again = hub.load(hub.Source(str(file), config=config))
@@ -58,6 +58,42 @@ def test_every_tensor_comes_back_to_its_place(kind: str, made: dict[str, Any]) -
         assert set(held) == set(part.state_dict())
         assert all(torch.equal(held[key], value) for key, value in part.state_dict().items()), name
     assert again.tokenizer("a red circle").input_ids == model.tokenizer("a red circle").input_ids  # type: ignore[misc]
+
+
+def test_the_second_release_answers_v_with_openclips_names(made: dict[str, Any], tmp_path: Path) -> None:
+    """Its file has names of OpenCLIP, projections that are linear layers, and a 24th layer that is left out."""
+    model, file, config = made["sd2"]
+    held = load_file(file)
+    names = [name for name in held if name.startswith("cond_stage_model.")]
+    assert all(name.startswith("cond_stage_model.model.") for name in names)
+    assert "cond_stage_model.model.transformer.resblocks.23.ln_1.weight" in held
+    assert held["model.diffusion_model.middle_block.1.proj_in.weight"].dim() == 2
+    again = hub.load(hub.Source(str(file), config=config))
+    assert again.text_encoder.config.num_hidden_layers == 23 and again.text_encoder.config.hidden_act == "gelu"  # type: ignore[union-attr]
+    x_t, t = torch.randn((2, *model.shape), generator=torch.Generator().manual_seed(0)), torch.tensor([100, 800])
+    prompts = ["a red circle", "a blue square"]
+    with torch.no_grad():
+        v = again.denoiser(x_t, t, encoder_hidden_states=again.embed(prompts)).sample
+        a_bar = model.alpha_bar(t)
+        wanted = a_bar.sqrt() * v + (1 - a_bar).sqrt() * x_t
+        assert torch.allclose(again.eps(x_t, t, again.embed(prompts)), wanted, atol=1e-5)
+        assert torch.equal(again.eps(x_t, t, again.embed(prompts)), model.eps(x_t, t, model.embed(prompts)))
+    with pytest.raises(CheckpointError, match="--config DIR names a diffusers directory"):
+        hub.Source(str(file)).fetch()
+
+
+def test_a_single_file_of_the_second_release_is_read_as_stock_diffusers_reads_it(made: dict[str, Any]) -> None:
+    from diffusers import StableDiffusionPipeline  # type: ignore[attr-defined]
+
+    _, file, config = made["sd2"]
+    pipeline: Any = StableDiffusionPipeline.from_single_file(
+        str(file), config=str(config), local_files_only=True, safety_checker=None
+    )
+    again = hub.load(hub.Source(str(file), config=config))
+    assert pipeline.scheduler.config.prediction_type == again.scheduler.config.prediction_type == "v_prediction"
+    for part, net in again.components().items():
+        theirs = getattr(pipeline, part).state_dict()
+        assert all(torch.equal(theirs[key], value) for key, value in net.state_dict().items()), part
 
 
 def test_what_belongs_to_no_part_is_named_and_schedules_are_not(made: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,27 @@ from harness.cli.subject import Subject, config_option, known, listen, model_opt
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from harness.scan.adapter_change import Change
+
 SHOWN = 8  # samples in a row of the picture
+FULL = 2**31  # a rank that no layer has
+
+
+class Rank(click.ParamType):
+    """A rank of at least 1; "full" is more than any layer has."""
+
+    name = "rank"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if value == "full":
+            return FULL
+        try:
+            found = int(value)
+        except ValueError:
+            found = 0
+        if found < 1:
+            self.fail(f"{value!r} is no rank; give a number of at least 1, or full", param, ctx)
+        return found
 
 
 @click.command(short_help="Clean your own model with a defense.")
@@ -23,20 +44,28 @@ SHOWN = 8  # samples in a row of the picture
 @click.option("--trigger", metavar="TRIGGER", help="The trigger, for a defense that needs it.")
 @click.option("--base", metavar="DIR", help="Of an adapter (LoRA): the model that it is for, a directory or a hub id.")
 @config_option
+@click.option(
+    "--rank",
+    type=Rank(),
+    metavar="N|full",
+    help="Of an adapter: the rank of each layer that is written; default: that of the adapter.",
+)
+@click.option("--whole", is_flag=True, help="Of an adapter: write the whole pipeline instead of an adapter.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory to write.")
 def purify(
     model: str, revision: str, like: str | None, population: Path | None, data: Path | None, prompts: Path | None,
     seed: int, device: str | None, files: tuple[Path, ...], strict: bool, as_json: bool, defense: str,
-    trigger: str | None, base: str | None, config: Path | None, out: Path,
+    trigger: str | None, base: str | None, config: Path | None, rank: int | None, whole: bool, out: Path,
 ) -> int:  # fmt: skip
     """Run DEFENSE on MODEL and write a diffusers directory with samples before and after. MODEL is a diffusers
-    directory, a .safetensors file, a hub id, or an adapter with --base. Of an adapter, its base with
-    the adapter is cleaned, and a whole pipeline is written.
+    directory, a .safetensors file, a hub id, or an adapter with --base. Of an adapter, its base with the adapter is
+    cleaned, and an adapter for the same base is written.
 
     No purification proves that a backdoor is removed: scan the result, and look at its samples.
     """
     from harness.capabilities import delivers, missing_of_trigger, offers
     from harness.diffusion.model_files import CheckpointError
+    from harness.judges import hub
     from harness.methods.learned_triggers import LearnedTrigger
     from harness.registry import PluginError
     from harness.scan import verdict as scanning
@@ -49,7 +78,16 @@ def purify(
     cleaner = registry.build("defenses", defense)
     if "model" not in delivers(cleaner):
         raise click.UsageError(f"{defense} delivers no purified model but {', '.join(delivers(cleaner)) or 'nothing'}")
+    if hub.embedding_in(model) is not None and hub.adapter_in(model) is None:
+        raise click.UsageError(
+            f"{model}: a textual-inversion embedding is a few vectors and no network, so that no defense can clean it; "
+            "leave it out of your prompts or train it anew, and give the base itself to purify that"
+        )
     subject = opened(model, revision, like, device, registry, population, base, config)
+    if not subject.adapted and (rank is not None or whole):
+        raise click.UsageError(f"{'--whole' if whole else '--rank'} is for an adapter, and {model} is a whole model")
+    if rank is not None and whole:
+        raise click.UsageError("--rank and --whole: a whole pipeline has no rank; give one of them")
     missing = unmet(cleaner.needs, subject, {"data": data, "prompts": prompts, "trigger": trigger})
     if missing is not None:
         raise click.UsageError(f"{defense}: {missing}")
@@ -72,16 +110,56 @@ def purify(
         says = {"directory": None, "defense": registry.canonical("defenses", defense), "suspicion": done.suspicion}
         print_json(says) if as_json else echo(f"{defense} found nothing to clean; nothing was written")
         return Exit.ok
-    after = scanning.pictures(done.model, inputs)
+    result, change = done.model, None
+    if subject.adapted and not whole:
+        result, change = _as_adapter(defense, subject, done.model, rank)
+    after = scanning.pictures(result, inputs)
     if not bool(after.isfinite().all()):
         raise PluginError(f"{defense} returned a model whose samples hold NaN or infinity; nothing was written")
-    facts = _written(folder, subject, done.model, registry.canonical("defenses", defense), seed, before, after)
+    spec, facts = registry.canonical("defenses", defense), {}
+    if change is not None:
+        from harness.scan.adapter_change import left_over
+
+        facts = _adapter_facts(change, left_over(subject.model, done.model, result, knowledge.prompts))
+    origin = str(base) if base is None or not Path(base).exists() else Path(base).resolve().name  # no path is published
+    told = _written(folder, subject, result, facts, spec, seed, (before, after), origin if facts else None)
     if as_json:
-        print_json(facts)
+        print_json(told)
     else:
-        echo(f"{folder}: {facts['loads']}; drift {facts['drift']:.4g}, samples in {facts['samples']}")
+        echo(f"{folder}: {told['loads']}; drift {told['drift']:.4g}, samples in {told['samples']}")
+        for line in told.get("says", ()):
+            echo(line)
         echo("scan it again, and look at the samples: no purification proves that a backdoor is gone")
     return Exit.ok
+
+
+def _as_adapter(defense: str, subject: Subject, purified: Any, rank: int | None) -> tuple[Any, Change]:
+    """The base with the adapter that is written, and that adapter."""
+    from harness.diffusion import adapters
+    from harness.registry import PluginError
+    from harness.scan.adapter_change import change_from, onto
+
+    base = adapters.base_of(subject.model)
+    try:
+        change = change_from(base, subject.model, purified, rank)
+    except ValueError as error:
+        raise PluginError(
+            f"{defense} gives no adapter of the base: {error}; --whole writes the whole pipeline"
+        ) from None
+    if not change.layers:
+        raise PluginError(f"{defense} took away all that the adapter changes: use the base; nothing was written")
+    return onto(base, change), change
+
+
+def _adapter_facts(change: Change, left: float) -> dict[str, Any]:
+    from harness.scan import model_card
+
+    facts = {
+        "rank": change.rank, "layers": len(change.layers), "kept": change.kept, "purification": change.purification,
+        "left": left, "added": list(change.added),
+        "lost": [{"tensor": each.tensor, "relative": each.relative} for each in change.lost],
+    }  # fmt: skip
+    return facts | {"says": model_card.says(facts)}
 
 
 def _cleaned(defense: str, cleaner: Any, subject: Subject, knowledge: Any, seed: int) -> Any:
@@ -99,36 +177,70 @@ def _cleaned(defense: str, cleaner: Any, subject: Subject, knowledge: Any, seed:
 
 
 def _written(
-    folder: Path, subject: Subject, model: Any, defense: str, seed: int, before: Tensor, after: Tensor
-) -> dict[str, Any]:
-    """Write the purified model, its label and the samples; the facts."""
-    from harness.diffusion import checkpoint
+    folder: Path, subject: Subject, model: Any, adapter: dict[str, Any], defense: str, seed: int,
+    samples: tuple[Tensor, Tensor], base: str | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Write the purified model or adapter, its label, its card and the samples; the facts. adapter: facts about the
+    adapter, empty for a whole model. base: of an adapter, what it is for."""
+    from harness.diffusion import adapters, checkpoint
     from harness.diffusion.images import grid, save_png, to_unit
+    from harness.scan import model_card
 
+    before, after = samples
     drift = (to_unit(before) - to_unit(after)).square().mean().item()
     labels = {
         "purified_by": defense, "purified_from": Path(subject.name).name, "seed": str(seed), "drift": f"{drift:.6g}",
         "note": "purified by diffusion-defense-bench; a backdoor may remain",
     }  # fmt: skip
-    checkpoint.save(model.to("cpu"), folder, labels)
+    if base is not None:
+        numbers = {name: adapter[name] for name in ("rank", "kept", "purification", "left")}
+        labels |= {"base": base, **{name: f"{value:.6g}" for name, value in numbers.items()}}
+        adapters.save(model.adapter, folder, labels)
+        (folder / "bench.json").write_text(json.dumps(labels, indent=1, sort_keys=True))
+        stock = _stock_attaches(folder, model)
+        loads = (
+            f"an adapter of rank {adapter['rank']} for load_lora_weights of diffusers"
+            if stock
+            else "an adapter that bench scan --base reads, and stock diffusers does not"
+        )
+    else:
+        checkpoint.save(model.to("cpu"), folder, labels)
+        stock = _stock_loads(folder)
+        loads = (
+            "loads with stock diffusers"
+            if stock
+            else "pruned: loads with harness.diffusion.checkpoint.load, not stock diffusers"
+        )
     picture = grid([before[:SHOWN], after[:SHOWN]], max(1, 96 // before.shape[-1]))
     save_png(picture, folder / "before-and-after.png")
-    stock = _stock_loads(folder)
-    loads = (
-        "loads with stock diffusers"
-        if stock
-        else "pruned: loads with harness.diffusion.checkpoint.load, not stock diffusers"
-    )
-    return {
-        "directory": folder, "loads": loads, "stock": stock, "drift": drift, "defense": defense,
-        "samples": "before-and-after.png",
+    facts = {
+        "directory": folder, "loads": loads, "stock": stock, "drift": drift, "defense": defense, "seed": seed,
+        "samples": "before-and-after.png", **adapter,
     }  # fmt: skip
+    model_card.write(folder, facts, subject.name, base)
+    return facts
+
+
+def _stock_attaches(folder: Path, model: Any) -> bool:
+    """Whether diffusers alone attaches the adapter that was written to the denoiser, in all its layers there."""
+    from harness.diffusion import adapters
+
+    net: Any = adapters.base_of(model).denoiser
+    part = "transformer" if model.joint else "unet"
+    wanted = sum(name.startswith(f"{part}.") for name in model.adapter.layers)
+    if not wanted:
+        return True
+    try:
+        net.load_lora_adapter(
+            folder, prefix=part, weight_name=Path(adapters.FILE).name, use_safetensors=True, local_files_only=True
+        )
+    except (RuntimeError, ValueError, OSError, KeyError):
+        return False
+    return sum(hasattr(layer, "lora_A") and hasattr(layer, "base_layer") for layer in net.modules()) == wanted
 
 
 def _stock_loads(folder: Path) -> bool:
     """Whether diffusers alone loads the denoiser that was written; it does not load a pruned one."""
-    import json
-
     import diffusers
 
     index = json.loads((folder / "model_index.json").read_text())

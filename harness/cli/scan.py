@@ -38,6 +38,10 @@ SHOWN = 8  # samples in a row of a figure
 MOST_LABEL = 2**16  # bytes of a bench.json
 MOST_NAMED = 1000  # files in the report
 FORMATS = ("text", "json", "sarif", "html")
+EMBEDDED = (
+    "The base {} is taken for clean: only the vectors of the embedding, and what its word does, are new. An embedding "
+    "is made to change images, so that a word which does so is no proof of a backdoor"
+)
 EXITS = {"nothing found": Exit.ok, "suspicious": Exit.failed, "undecided": Exit.undecided}
 
 
@@ -58,7 +62,7 @@ EXITS = {"nothing found": Exit.ok, "suspicious": Exit.failed, "undecided": Exit.
     "--base",
     metavar="DIR",
     help="The clean model from which MODEL was made, a directory or a hub id: MODEL is compared with it. An adapter "
-    "(LoRA) needs it.",
+    "(LoRA) and an embedding (textual inversion) need it.",
 )
 @config_option
 @click.option(
@@ -90,7 +94,7 @@ def scan(
     config: Path | None, fail_on: str, form: str | None, outs: tuple[Path, ...], quiet: bool,
 ) -> int:  # fmt: skip
     """Ask detectors about each MODEL, and give a verdict with its evidence. MODEL is a diffusers directory, a
-    .safetensors file, a hub id, or an adapter with --base.
+    .safetensors file, a hub id, or an adapter or an embedding with --base.
 
     A model that cannot be loaded does not stop the scan of the others. Exit code: 0 nothing found, 1 suspicious, 4
     cannot be loaded, 6 nothing to judge it by; a crash is 70, never 1. For several models it is the worst: 1, then 70,
@@ -180,8 +184,9 @@ def _scanned(target: Target, asked: Asked) -> tuple[dict[str, Any], list[tuple[s
     if target.entry is None:
         return _examined(target, target.where, asked, None)
     with tempfile.TemporaryDirectory(prefix=".bench-known-", dir=published.room()) as folder:
-        place, commit = published.directory(target.entry, Path(folder))
-        return _examined(replace(target, revision="main"), str(place), asked, commit)
+        found = published.found(target.entry, Path(folder))
+        with_base = asked if found.base is None else replace(asked, base=found.base)
+        return _examined(replace(target, revision="main"), str(found.place), with_base, found.commit)
 
 
 def _examined(
@@ -201,7 +206,7 @@ def _examined(
     base = None
     if place is not None and subject.adapted:
         base = adapters.base_of(subject.model)
-    elif place is not None:
+    elif place is not None and subject.embedding is None:
         base = opened_base(place, str(asked.base), subject.model)
     given = {"data": data, "prompts": prompts, "clean_model": base}
     asks, skipped = applicable(subject, registry, asked.detectors, given)
@@ -216,8 +221,10 @@ def _examined(
         findings, figures = shown(subject, findings, knowledge.prompts, samples)
     unseen = families.unseen(asks, subject.model)
     document = report(subject, findings, skipped, numbers, asked.base)
+    adapter = _adapter(subject)
     if target.entry is not None:
         document["facts"].pop("directory")
+        adapter = None if adapter is None else adapter.model_copy(update={"file": Path(adapter.file).name})
     return {
         **document,
         "error": None,
@@ -225,10 +232,20 @@ def _examined(
         "commit": commit or _commit(subject.directory),
         "digests": _digests(subject),
         "false_alarms": false_alarms(findings, subject.population),
-        "next_steps": next_steps(target.name, document["verdict"], findings, document["not_examined"], seed, numbers),
+        "next_steps": next_steps(
+            target.name,
+            document["verdict"],
+            findings,
+            document["not_examined"],
+            seed,
+            numbers,
+            asked.base if subject.beside_a_base else None,
+            subject.embedding is not None,
+        ),
         "published": _published(target),
         "base": None if base is None else compared(subject.model, base, str(asked.base), knowledge.prompts),
-        "adapter": _adapter(subject),
+        "adapter": adapter,
+        "embedding": _embedding(subject, knowledge.prompts) if numbers else None,
         "unseen": unseen,
     }, figures
 
@@ -249,6 +266,7 @@ def unscanned(target: Target, seed: int, error: str, code: int) -> dict[str, Any
         "model": target.name, "verdict": "not scanned", "because": error, "exit_code": int(code), "error": error,
         "seed": seed, "commit": None, "digests": {}, "false_alarms": None, "findings": (), "limits": (),
         "not_examined": (), "facts": {}, "published": _published(target), "base": None, "adapter": None, "unseen": (),
+        "embedding": None,
         "next_steps": ["Nothing is known about this model. Do not read this outcome as a verdict."],
     }  # fmt: skip
 
@@ -361,6 +379,8 @@ def _unfit(detector: Any, modality: str, subject: Subject, given: Mapping[str, A
         return "it returns no suspicion for a model (see bench show)"
     if modality not in detector.accepts_triggers:
         return f"it looks for triggers in {' or '.join(detector.accepts_triggers)}, this model takes them in {modality}"
+    if subject.embedding is not None and "clean_model" in detector.needs:
+        return "it compares weights with those of the base, and an embedding changes none of them"
     return unmet(detector.needs, subject, given)
 
 
@@ -442,10 +462,10 @@ def report(
         "directory": str(subject.directory if subject.file is None else subject.file),
         "compared with": None if subject.population is None else f"clean models of {subject.population.model}",
         "level": LEVEL,
-        "its own label": None if subject.adapted else _label(subject.directory),
+        "its own label": None if subject.beside_a_base else _label(subject.directory),
     }
     limits = _limits(subject, base) + list(skipped)
-    ignored = hub.Ignored((), ()) if subject.adapted else hub.ignored(subject.directory)
+    ignored = hub.Ignored((), ()) if subject.beside_a_base else hub.ignored(subject.directory)
     limits += ignored.sentences()
     return {
         "model": subject.name,
@@ -469,9 +489,18 @@ def _adapter(subject: Subject) -> Any:
     from harness.scan.lowrank import described
 
     adapter = subject.model.adapter
-    if adapter is None:
+    if adapter is None or subject.embedding is not None:
         return None
     return described(adapter, str(subject.directory if subject.file is None else subject.file))
+
+
+def _embedding(subject: Subject, prompts: Sequence[str] | None) -> Any:
+    """What the scanned embedding is and does; None for anything else."""
+    from harness.scan.embedding import described
+
+    if subject.embedding is None:
+        return None
+    return described(subject.model, subject.embedding, prompts)
 
 
 def _label(directory: Path) -> str | None:
@@ -504,9 +533,13 @@ def _limits(subject: Subject, base: str | None) -> list[str]:
         "kinds that its paper describes, and an attacker can train against it.",
         "A suspicious model may be clean: clean models are flagged at the rate that the level states, and one that was "
         "trained on other data than the models it is compared with more often.",
-        _examined_parts(base)
+        (_examined_parts(base) if subject.embedding is None else EMBEDDED.format(base))
         + (", and prompts beside those that were tried may hide a trigger." if subject.model.conditional else "."),
     ]
+    if any(type(part).__name__ == "T5EncoderModel" for part in subject.model.components().values()):
+        lines.append(
+            "No detector examines T5's text encoder by itself: with --base it is compared with the base's, and no more."
+        )
     if subject.population is None:
         lines.append(
             "No population of clean models of this kind is known, so a suspicion says little by itself: "

@@ -117,6 +117,9 @@ def _lines(report: Report) -> list[str]:
     if report.adapter is not None:
         lines.append(f"the adapter {one_line(report.adapter.file)}:")
         lines += [f"  {one_line(line)}" for line in report.adapter.says]
+    if report.embedding is not None:
+        lines.append(f"the embedding {one_line(report.embedding.file)}:")
+        lines += [f"  {one_line(line)}" for line in report.embedding.says]
     if report.base is not None:
         lines.append(f"compared with {one_line(report.base.base)}:")
         lines += [f"  {one_line(line)}" for line in report.base.says]

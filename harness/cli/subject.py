@@ -13,6 +13,7 @@ from harness.cli.common import as_json, check_device, plugin_files, strict_optio
 from harness.cli.completion import Named
 
 if TYPE_CHECKING:
+    from harness.diffusion.embedding_files import Embedding
     from harness.diffusion.model import DiffusionModel
     from harness.registry import Registry
     from harness.scan.verdict import Population
@@ -63,7 +64,7 @@ def options_of_kind(command: Any) -> Any:
 @dataclass(frozen=True)
 class Subject:
     """The model under test, its origin, and the plugin that it is assumed to resemble. file: the one file that was
-    given, a whole pipeline or an adapter."""
+    given, a whole pipeline, an adapter or an embedding."""
 
     name: str
     directory: Path
@@ -71,19 +72,25 @@ class Subject:
     like: Any | None
     population: Population | None
     file: Path | None = None
+    embedding: Embedding | None = None
 
     @property
     def adapted(self) -> bool:
         """Whether an adapter was given, and the model is its base with it."""
         return self.file is not None and self.model.adapter is not None
 
+    @property
+    def beside_a_base(self) -> bool:
+        """Whether what was given is a model only with its base: an adapter or an embedding."""
+        return self.adapted or self.embedding is not None
+
 
 def opened(
     where: str, revision: str, like: str | None, device: str | None, registry: Registry, population: Path | None = None,
     base: str | None = None, config: Path | None = None,
 ) -> Subject:  # fmt: skip
-    """The model at `where`. base: of an adapter, the model that it is for. config: of a single file, a directory with
-    the configurations that it does not hold.
+    """The model at `where`. base: of an adapter or an embedding, the model that it is for. config: of a single file, a
+    directory with the configurations that it does not hold.
 
     Raises CheckpointError for a model that cannot be loaded, UnknownName for an unknown plugin, click.UsageError for a
     plugin of another kind of model and for a device that this machine does not have. population: a file of clean
@@ -98,8 +105,9 @@ def opened(
 
     check_device(device)
     plugin = None if like is None else registry.build("models", like)
-    adapter = hub.adapter_in(where)
-    if adapter is None:
+    adapter, embedding = hub.adapter_in(where), None
+    word = None if adapter is not None else hub.embedding_in(where)
+    if (adapter or word) is None:
         source = hub.Source(where, revision, config=config)
         directory = source.fetch()
         model = hub.load(hub.Source(str(directory)) if source.directory is None else source)
@@ -107,12 +115,16 @@ def opened(
         file = None if laid_out is None else laid_out.file
     else:
         if base is None:
-            raise CheckpointError(
-                f"{where}: a low-rank adapter, which is a model only with its base; --base DIR names that"
-            )
+            what = "a low-rank adapter" if word is None else "a textual-inversion embedding"
+            raise CheckpointError(f"{where}: {what}, which is a model only with its base; --base DIR names that")
         source = hub.Source(base)
         directory = source.fetch()
-        model, file = hub.with_adapter(hub.Source(str(directory)), adapter), adapter
+        file = adapter or word
+        if adapter is not None:
+            model = hub.with_adapter(hub.Source(str(directory)), adapter)
+        else:
+            assert word is not None
+            model, embedding = hub.with_embedding(hub.Source(str(directory)), word)
     if plugin is not None:
         _check_like(plugin, where, model, registry)
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -123,7 +135,7 @@ def opened(
     else:
         matching = [population for population in populations if dict(population.signature) == signature(model)]
         plugin = registry.build("models", matching[0].model) if matching else None
-    return Subject(where, directory, model, plugin, matching[0] if matching else None, file)
+    return Subject(where, directory, model, plugin, matching[0] if matching else None, file, embedding)
 
 
 def opened_base(where: str, name: str, model: DiffusionModel) -> DiffusionModel:

@@ -155,10 +155,13 @@ def base_of(model: DiffusionModel) -> DiffusionModel:
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def save(adapter: Adapter, directory: Path) -> None:
-    """Writes the adapter as diffusers does, into the folder FOLDER of a model's directory."""
+def save(adapter: Adapter, folder: Path, labels: Mapping[str, str] | None = None) -> None:
+    """Writes the adapter in diffusers' layout, into `folder`. labels: further metadata of the file.
+
+    The factors are called lora_A and lora_B everywhere, because diffusers 0.42 drops those of attention with its older
+    names where a file has both. The layers of text encoders begin with text_model, as they did before transformers 5.
+    """
     import diffusers
-    from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
 
     states: dict[str, dict[str, Tensor]] = {}
     for name, factors in adapter.layers.items():
@@ -166,6 +169,8 @@ def save(adapter: Adapter, directory: Path) -> None:
         a, b, kernel = factors.a, factors.b, adapter.base[name].shape[1:]
         if len(kernel) == 3:
             a, b = a.view(-1, *kernel), b[:, :, None, None]
+        if part.startswith("text_encoder"):
+            path = f"text_model.{path.removeprefix('text_model.')}"
         held = {f"{path}.lora_A.weight": a.contiguous(), f"{path}.lora_B.weight": b.contiguous()}
         states.setdefault(part, {}).update(held)
     library: Any = diffusers
@@ -174,8 +179,15 @@ def save(adapter: Adapter, directory: Path) -> None:
         pipeline = library.StableDiffusion3Pipeline
     elif "text_encoder_2" in states:
         pipeline = library.StableDiffusionXLPipeline
-    named = {f"{part}_lora_layers": convert_state_dict_to_diffusers(state) for part, state in states.items()}
-    pipeline.save_lora_weights(directory / FOLDER, safe_serialization=True, **named)
+    named = {f"{part}_lora_layers": state for part, state in states.items()}
+    pipeline.save_lora_weights(folder, safe_serialization=True, save_function=_labelled(labels or {}), **named)
+
+
+def _labelled(labels: Mapping[str, str]) -> Any:
+    """What diffusers calls to write a file: as it does itself, and with labels in the file's metadata."""
+    from safetensors.torch import save_file
+
+    return lambda weights, file: save_file(weights, file, metadata={"format": "pt", **labels})
 
 
 def read(files: ModelFiles, model: DiffusionModel) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import resources
 from math import prod
 from pathlib import Path
@@ -25,13 +26,15 @@ SIZES = 6  # numbers of SDXL's condition on size
 _INDEX = "{}.safetensors.index.json"
 PARTS = {
     "unet": ("UNet2DModel", "UNet2DConditionModel"),
-    "transformer": ("SD3Transformer2DModel",),
+    "transformer": ("SD3Transformer2DModel", "FluxTransformer2DModel"),
     "vae": ("AutoencoderKL",),
     "vqvae": ("AutoencoderKL", "VQModel"),  # an LDMPipeline's name for it
     "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
-    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "text_encoder_2": ("CLIPTextModelWithProjection", "T5EncoderModel"),
+    "text_encoder_3": ("T5EncoderModel",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast"),
+    "tokenizer_3": ("T5Tokenizer", "T5TokenizerFast"),
     "scheduler": (
         "DDPMScheduler",
         "DDIMScheduler",
@@ -56,15 +59,22 @@ def save(model: DiffusionModel, directory: Path, labels: dict[str, str] | None =
     import diffusers
 
     if adapters.unchanged(model):
-        adapters.save(cast(adapters.Adapter, model.adapter), directory)
+        adapters.save(cast(adapters.Adapter, model.adapter), directory / adapters.FOLDER)
         model = adapters.base_of(model)
 
     library: Any = diffusers
-    if model.joint:
+    if model.packed:
+        pipeline: Any = library.FluxPipeline(
+            scheduler=schedules.as_saved(model.scheduler, model.dynamic_shift), vae=model.vae,
+            text_encoder=model.text_encoder, tokenizer=model.tokenizer, text_encoder_2=model.text_encoder_2,
+            tokenizer_2=model.tokenizer_2, transformer=model.denoiser,
+        )  # fmt: skip
+    elif model.joint:
         parts = {"transformer": model.denoiser, "scheduler": model.scheduler, "vae": model.vae}
-        texts = {"text_encoder": model.text_encoder, "text_encoder_2": model.text_encoder_2, "text_encoder_3": None}
-        tokens = {"tokenizer": model.tokenizer, "tokenizer_2": model.tokenizer_2, "tokenizer_3": None}
-        pipeline: Any = library.StableDiffusion3Pipeline(**parts, **texts, **tokens)
+        texts = {"text_encoder": model.text_encoder, "text_encoder_2": model.text_encoder_2}
+        tokens = {"tokenizer": model.tokenizer, "tokenizer_2": model.tokenizer_2}
+        third = {"text_encoder_3": model.text_encoder_3, "tokenizer_3": model.tokenizer_3}
+        pipeline = library.StableDiffusion3Pipeline(**parts, **texts, **tokens, **third)
     elif model.text_encoder_2 is not None:
         pipeline = library.StableDiffusionXLPipeline(
             vae=model.vae, text_encoder=model.text_encoder, text_encoder_2=model.text_encoder_2,
@@ -117,13 +127,39 @@ def load(directory: Path) -> DiffusionModel:
         model = DiffusionModel(
             parts["transformer"] if "transformer" in parts else parts["unet"], parts["scheduler"], vae,
             parts.get("text_encoder"), parts.get("tokenizer"), parts.get("text_encoder_2"), parts.get("tokenizer_2"),
-            empty_is_zero=_empty_is_zero(files, parts),
+            empty_is_zero=_empty_is_zero(files, parts), text_encoder_3=parts.get("text_encoder_3"),
+            tokenizer_3=parts.get("tokenizer_3"),
         )  # fmt: skip
+        model = _at_its_size(model, directory)
+    except CheckpointError:
+        raise
     except ValueError as error:  # a prediction type, say, that no model here has
         raise CheckpointError(f"{directory}: {error}") from None
     _check_together(files, model)
     adapters.read(files, model)
     return model
+
+
+def _at_its_size(model: DiffusionModel, where: Path) -> DiffusionModel:
+    """The model with the noise levels that FLUX has at its size; any other model as it is.
+
+    Raises CheckpointError for other models whose shift depends on their size, and for a size that is none.
+    """
+    config: Any = model.scheduler.config
+    dynamic = bool(config.get(schedules.DYNAMIC))
+    if not model.packed:
+        if dynamic:
+            raise CheckpointError(
+                f"{where}: {schedules.DYNAMIC} gives a flow other levels than shift does; such models are not supported"
+            )
+        return model
+    side = getattr(cast(Any, model.vae).config, "sample_size", None)
+    if type(side) is not int or not 0 < side <= networks.MOST_SIDE:
+        raise CheckpointError(f"{where}: the autoencoder's sample_size is {side!r}; it should be a whole number")
+    _check_size(where, model.shape)
+    _, height, width = model.shape
+    at_size = schedules.at_size(model.scheduler, height * width // 4)
+    return replace(model, scheduler=at_size, dynamic_shift=float(config.shift) if dynamic else None)
 
 
 def _empty_is_zero(files: ModelFiles, parts: Mapping[str, Any]) -> bool:
@@ -145,7 +181,7 @@ def read_files(directory: Path) -> list[str]:
     for folder, cls in parts_of(files).values():
         inside = f"{folder}/" if folder else ""
         config = "scheduler_config.json" if cls.endswith("Scheduler") else "config.json"
-        if cls.startswith("CLIPTokenizer"):
+        if "Tokenizer" in cls:
             names += [name for name in tokenizer_files.read(folder) if name in files]
             continue
         names.append(f"{inside}{config}")
@@ -189,18 +225,29 @@ def parts_of(files: ModelFiles) -> dict[str, tuple[str, str]]:
 def _check_parts(place: Path, found: Mapping[str, str]) -> None:
     """Raise CheckpointError unless the classes of the parts are those of one kind of pipeline."""
     joint, conditional = "transformer" in found, found.get("unet") == "UNet2DConditionModel"
+    flux = found.get("transformer") == "FluxTransformer2DModel"
     two = joint or "text_encoder_2" in found or "tokenizer_2" in found
+    three = joint and not flux and ("text_encoder_3" in found or "tokenizer_3" in found)
     text = ("text_encoder", "tokenizer", *(("text_encoder_2", "tokenizer_2") if two else ()))
+    text += ("text_encoder_3", "tokenizer_3") if three else ()
     wanted = ("vae", *text) if joint or conditional else ()
     missing = [name for name in wanted if name not in found]
     if missing:
         raise CheckpointError(f"{place}: a text-to-image model without {' and '.join(missing)} is not supported")
     more = [name for name in found if name.startswith(("text_encoder", "tokenizer")) and name not in wanted]
     if more:
-        raise CheckpointError(f"{place}: an unconditional unet with a text encoder is not supported")
-    encoder = "CLIPTextModelWithProjection" if joint else "CLIPTextModel"
-    if wanted and found["text_encoder"] != encoder:
-        raise CheckpointError(f"{place}: text_encoder is a {found['text_encoder']!r}; supported here: {encoder}")
+        unconditional = not joint and not conditional
+        raise CheckpointError(
+            f"{place}: {'an unconditional unet with a text encoder' if unconditional else f'a {more[0]} here'} is not "
+            "supported"
+        )
+    kinds = {"text_encoder": "CLIPTextModelWithProjection" if joint and not flux else "CLIPTextModel"}
+    if two and wanted:
+        kinds |= {"text_encoder_2": "T5EncoderModel" if flux else "CLIPTextModelWithProjection"}
+        kinds |= {"tokenizer_2": "T5Tokenizer" if flux else "CLIPTokenizer"}
+    for name, kind in kinds.items() if wanted else ():
+        if found[name].removesuffix("Fast") != kind:
+            raise CheckpointError(f"{place}: {name} is a {found[name]!r}; supported here: {kind}")
     if joint and not found["scheduler"].startswith("FlowMatch"):
         raise CheckpointError(f"{place}: a transformer with a {found['scheduler']} is not supported; it is for flows")
     if joint and "vqvae" in found:
@@ -222,6 +269,8 @@ def _part(files: ModelFiles, folder: str, cls: str) -> Any:
         return schedules.read(files, folder, cls)
     if cls.startswith("CLIPTokenizer"):
         return tokenizer_files.load(files, folder)
+    if cls.startswith("T5Tokenizer"):
+        return tokenizer_files.load_pieces(files, folder)
     return networks.load(files, folder, cls)
 
 
@@ -232,24 +281,34 @@ def _check_together(files: ModelFiles, model: DiffusionModel) -> None:
     if classes:
         raise CheckpointError(f"{where}: a denoiser that takes a class ({classes[0]}) is not supported")
     _check_added(where, model)
-    side = getattr(denoiser, "sample_size", None)
+    side = model.shape[1:] if model.packed else getattr(denoiser, "sample_size", None)
     sides = side if isinstance(side, list | tuple) else (side, side)
     if len(sides) != 2 or any(type(n) is not int or not 0 < n <= networks.MOST_SIDE for n in sides):
         raise CheckpointError(f"{where}: the denoiser's sample_size is {side!r}; it should be 1 or 2 whole numbers")
-    if prod(model.shape) > networks.MOST:
-        raise CheckpointError(f"{where}: makes samples of {model.shape} numbers; at most {networks.MOST:,} are read")
-    if denoiser.in_channels != denoiser.out_channels:
+    _check_size(where, model.shape)
+    if model.packed and (denoiser.patch_size != 1 or denoiser.in_channels % 4 or sum(denoiser.axes_dims_rope) !=
+                         denoiser.attention_head_dim):  # fmt: skip
+        raise CheckpointError(
+            f"{where}: a transformer with patch_size {denoiser.patch_size}, {denoiser.in_channels} channels and "
+            f"axes_dims_rope {list(denoiser.axes_dims_rope)} is not FLUX's"
+        )
+    if denoiser.in_channels != (denoiser.out_channels or denoiser.in_channels):
         raise CheckpointError(
             f"{where}: the denoiser takes {denoiser.in_channels} channels and returns {denoiser.out_channels}; "
             "inpainting models and learned variances are not supported"
         )
-    if model.vae is not None and model.vae.config.latent_channels != denoiser.in_channels:
+    channels = model.shape[0]
+    if model.vae is not None and model.vae.config.latent_channels != channels:
         raise CheckpointError(
-            f"{where}: the autoencoder has {model.vae.config.latent_channels} latent channels, the denoiser "
-            f"{denoiser.in_channels}"
+            f"{where}: the autoencoder has {model.vae.config.latent_channels} latent channels, the denoiser {channels}"
         )
     if model.text_encoder is not None:
         _check_text(where, model)
+
+
+def _check_size(where: Path, shape: tuple[int, int, int]) -> None:
+    if prod(shape) > networks.MOST:
+        raise CheckpointError(f"{where}: makes samples of {shape} numbers; at most {networks.MOST:,} are read")
 
 
 def _check_added(where: Path, model: DiffusionModel) -> None:
@@ -275,18 +334,47 @@ def _check_added(where: Path, model: DiffusionModel) -> None:
 
 def _check_text(where: Path, model: DiffusionModel) -> None:
     text, tokens = cast(Any, model.text_encoder).config, cast(Any, model.tokenizer)
-    if model.joint:
+    if model.packed:
+        _check_texts_of_flux(where, model)
+    elif model.joint:
         _check_two_texts(where, model)
     elif model.text_encoder_2 is not None:
         _check_side_by_side(where, model)
     elif cast(Any, model.denoiser.config).cross_attention_dim != text.hidden_size:
         raise CheckpointError(f"{where}: the text encoder's width is not the denoiser's cross_attention_dim")
     _check_tokens(where, "tokenizer", text, tokens)
-    if model.text_encoder_2 is not None:
+    if model.text_encoder_3 is not None:
+        _check_pieces(where, "3", model.text_encoder_3, model.tokenizer_3)
+    if model.text_encoder_2 is not None and not model.packed:
         second = cast(Any, model.text_encoder_2).config
         if tokens.model_max_length > second.max_position_embeddings:
             raise CheckpointError(f"{where}: the second text encoder takes fewer tokens than the first tokenizer gives")
         _check_tokens(where, "tokenizer_2", second, cast(Any, model.tokenizer_2))
+
+
+def _check_texts_of_flux(where: Path, model: DiffusionModel) -> None:
+    """Raise CheckpointError unless FLUX's transformer takes T5's states and CLIP's pooled state."""
+    denoiser, second = (cast(Any, part).config for part in (model.denoiser, model.text_encoder_2))
+    pooled = cast(Any, model.text_encoder).config.hidden_size
+    if denoiser.joint_attention_dim != second.d_model:
+        raise CheckpointError(
+            f"{where}: the denoiser's joint_attention_dim is {denoiser.joint_attention_dim}, T5's width "
+            f"{second.d_model}"
+        )
+    if denoiser.pooled_projection_dim != pooled or pooled > second.d_model:
+        raise CheckpointError(
+            f"{where}: the denoiser's pooled_projection_dim is {denoiser.pooled_projection_dim}, CLIP's width "
+            f"{pooled}; they should be the same, and at most T5's width"
+        )
+    _check_pieces(where, "2", model.text_encoder_2, model.tokenizer_2)
+
+
+def _check_pieces(where: Path, which: str, encoder: Any, tokens: Any) -> None:
+    if len(tokens) > encoder.config.vocab_size:
+        raise CheckpointError(
+            f"{where / f'tokenizer_{which}'}: has {len(tokens)} tokens, the text encoder {encoder.config.vocab_size} "
+            "embeddings"
+        )
 
 
 def _check_two_texts(where: Path, model: DiffusionModel) -> None:
@@ -303,6 +391,9 @@ def _check_two_texts(where: Path, model: DiffusionModel) -> None:
         raise CheckpointError(f"{where}: the denoiser's pooled_projection_dim is not the text encoders' {pooled}")
     if any(config.num_hidden_layers < 2 for config in both):
         raise CheckpointError(f"{where}: a text encoder of one layer has no last hidden state but one")
+    third = None if model.text_encoder_3 is None else model.text_encoder_3.config.d_model
+    if third is not None and third != denoiser.joint_attention_dim:
+        raise CheckpointError(f"{where}: T5's width {third} is not the denoiser's joint_attention_dim")
 
 
 def _check_side_by_side(where: Path, model: DiffusionModel) -> None:

@@ -30,6 +30,8 @@ from harness.types import Family, Inputs, Sampler
 if TYPE_CHECKING:
     from harness.diffusion.adapters import Adapter
 
+GUIDANCE = 3.5  # that a network takes as an input; the default of diffusers' FluxPipeline
+T5_OF_FLUX, T5_OF_SD3 = 512, 256  # tokens that diffusers' pipelines give T5
 BATCH = 64  # images that an autoencoder gets at once, at most
 PIXELS = 2**20  # of all of them
 
@@ -42,10 +44,14 @@ class DiffusionModel:
     betas and prediction type. For a variance-exploding model it is a ScoreSdeVeScheduler; the denoiser then takes σ
     instead of t and returns the score -ε/σ of images in [0, 1], as in diffusers' ScoreSdeVePipeline. For a flow it is a
     FlowMatchEulerDiscreteScheduler; the denoiser then takes T σ instead of t. A transformer has two CLIP text encoders
-    with projection, as in diffusers' StableDiffusion3Pipeline without T5; both read the same prompt. A UNet with two
-    text encoders is SDXL's: the second one has a projection, and the UNet also takes the image's size. adapter: the
+    with projection, as in diffusers' StableDiffusion3Pipeline, and may have T5's encoder as a third one; all read the
+    same prompt. FLUX's transformer (`packed`) has a CLIP text encoder, whose pooled state it gets, and T5's encoder as
+    the second, whose states are the context; it takes patches of 2×2 latents. A UNet with two text encoders is SDXL's:
+    the second one has a projection, and the UNet also takes the image's size. adapter: the
     low-rank adapter that is a part of the networks' weights (harness.diffusion.adapters), None for a model without one.
     empty_is_zero: guidance compares with a context of zeros instead of an empty prompt, as SDXL's pipelines do.
+    dynamic_shift: for a flow whose shift depends on the number of patches, which is fixed here, the unused `shift` of
+    its scheduler's config; `scheduler` then has the shift of this number (harness.diffusion.schedules.at_size).
     """
 
     denoiser: nn.Module
@@ -57,6 +63,9 @@ class DiffusionModel:
     tokenizer_2: Any | None = None
     adapter: Adapter | None = None
     empty_is_zero: bool = False
+    text_encoder_3: Any | None = None
+    tokenizer_3: Any | None = None
+    dynamic_shift: float | None = None
     _alpha_bar: Tensor = field(init=False, repr=False)
     _sigmas: Tensor = field(init=False, repr=False)
 
@@ -98,8 +107,13 @@ class DiffusionModel:
 
     @property
     def joint(self) -> bool:
-        """Whether text and image share their attention, as in SD3's transformer."""
+        """Whether text and image share their attention, as in the transformers of SD3 and FLUX."""
         return getattr(self.denoiser.config, "joint_attention_dim", None) is not None
+
+    @property
+    def packed(self) -> bool:
+        """Whether the denoiser is FLUX's transformer. Its guidance is an input of the network, or it has none."""
+        return getattr(self.denoiser.config, "axes_dims_rope", None) is not None
 
     @property
     def device(self) -> torch.device:
@@ -109,6 +123,9 @@ class DiffusionModel:
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the noise: latents for a latent model, images otherwise."""
         config: Any = self.denoiser.config
+        if self.packed:
+            side = 2 * (cast(Any, self.vae).config.sample_size // (2 * self._factor))
+            return config.in_channels // 4, side, side
         side = config.sample_size
         height, width = (side, side) if isinstance(side, int) else side
         return config.in_channels, height, width
@@ -174,16 +191,17 @@ class DiffusionModel:
         """The networks by their names in a diffusers pipeline."""
         parts = {
             "transformer" if self.joint else "unet": self.denoiser, "vae": self.vae, "text_encoder": self.text_encoder,
-            "text_encoder_2": self.text_encoder_2,
+            "text_encoder_2": self.text_encoder_2, "text_encoder_3": self.text_encoder_3,
         }  # fmt: skip
         return {name: part for name, part in parts.items() if part is not None}
 
     def clone(self) -> DiffusionModel:
         """A copy that shares no trainable tensor."""
-        vae, first, second = (copy.deepcopy(part) for part in (self.vae, self.text_encoder, self.text_encoder_2))
+        parts = (self.vae, self.text_encoder, self.text_encoder_2, self.text_encoder_3)
+        vae, first, second, third = (copy.deepcopy(part) for part in parts)
         return DiffusionModel(
             copy.deepcopy(self.denoiser), self.scheduler, vae, first, self.tokenizer, second, self.tokenizer_2,
-            self.adapter, self.empty_is_zero,
+            self.adapter, self.empty_is_zero, third, self.tokenizer_3, self.dynamic_shift,
         )  # fmt: skip
 
     def to(self, device: torch.device | str) -> DiffusionModel:
@@ -228,9 +246,14 @@ class DiffusionModel:
         signal = self.signal(t)
         return error * torch.where(signal > 0, signal, torch.inf) ** -2
 
-    def answer(self, x_t: Tensor, time: Tensor, context: Tensor | None = None) -> Tensor:
+    def answer(
+        self, x_t: Tensor, time: Tensor, context: Tensor | None = None, guidance: float = GUIDANCE
+    ) -> Tensor:  # fmt: skip
         """The network's own answer (B, C, H, W) float32 (ε, v or the score) at `time` (B,) or one number, in its own
-        units: those of `time(t)` and of the schedulers. context as in `eps`."""
+        units: those of `time(t)` and of the schedulers. context as in `eps`. guidance: for a network that takes it as
+        an input, as FLUX.1-dev's."""
+        if self.packed and context is not None:
+            return self._answer_of_patches(x_t, time, context, guidance)
         if self.joint and context is not None:
             sequence, pooled = self.parted(context)
             return self.denoiser(
@@ -244,10 +267,32 @@ class DiffusionModel:
         kwargs = {} if context is None else {"encoder_hidden_states": context}
         return self.denoiser(x_t, time, **kwargs).sample.float()
 
+    def _answer_of_patches(self, x_t: Tensor, time: Tensor, context: Tensor, guidance: float) -> Tensor:
+        """The answer of FLUX's transformer, as diffusers' FluxPipeline asks for it: patches of 2×2 latents in rows,
+        their places as (0, y, x), text at (0, 0, 0), and time over 1000."""
+        sequence, pooled = self.parted(context)
+        height, width = (side // 2 for side in x_t.shape[2:])
+        patches = x_t.unflatten(3, (width, 2)).unflatten(2, (height, 2)).permute(0, 2, 4, 1, 3, 5)
+        grid = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        places = torch.stack([torch.zeros(height, width), *grid], 2).flatten(0, 1).to(x_t.device)
+        given = torch.full((len(x_t),), float(guidance), device=x_t.device)
+        out = self.denoiser(
+            hidden_states=patches.flatten(3).flatten(1, 2), timestep=time.to(x_t.device).expand(len(x_t)) / 1000,
+            guidance=given if cast(Any, self.denoiser.config).guidance_embeds else None, pooled_projections=pooled,
+            encoder_hidden_states=sequence, txt_ids=torch.zeros(sequence.shape[1], 3, device=x_t.device),
+            img_ids=places,
+        ).sample.float()  # fmt: skip
+        back = out.unflatten(2, (-1, 2, 2)).unflatten(1, (height, width)).permute(0, 3, 1, 4, 2, 5)
+        return back.flatten(4, 5).flatten(2, 3)
+
+    @property
+    def _factor(self) -> int:
+        """Pixels on a side of a latent."""
+        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+
     def _sizes(self) -> Tensor:
         """(1, 6) SDXL's conditions on size: of the original, where it was cut, of the image; here one size, uncut."""
-        factor = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
-        height, width = (float(side * factor) for side in self.shape[1:])
+        height, width = (float(side * self._factor) for side in self.shape[1:])
         return torch.tensor([[height, width, 0.0, 0.0, height, width]], device=self.device)
 
     def _eps_of_score(self, x_t: Tensor, t: Tensor) -> Tensor:
@@ -262,8 +307,10 @@ class DiffusionModel:
         assert self.tokenizer is not None, "an unconditional model has no tokenizer"
         return self._tokens(self.tokenizer, prompts)
 
-    def _tokens(self, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
-        length = cast(Any, self.tokenizer).model_max_length
+    def _tokens(self, tokenizer: Any, prompts: Sequence[str], longest: int | None = None) -> Tensor:
+        """longest: of T5's tokens, as many as diffusers' pipelines give it; else the length of the first tokenizer."""
+        length = cast(Any, self.tokenizer if longest is None else tokenizer).model_max_length
+        length = length if longest is None else min(length, longest)
         for prompt, row in zip(prompts, tokenizer(list(prompts)).input_ids, strict=True):
             if len(row) > length:
                 raise ValueError(f"prompt of {len(row)} tokens does not fit the text encoder's {length}: {prompt!r}")
@@ -275,23 +322,32 @@ class DiffusionModel:
 
         With two text encoders they are (B, L + 1, D): at L positions the last hidden states but one of both, side by
         side, and in the last row the pooled projections of those that have one, side by side; zeros fill what is left
-        of D. `parted` takes them apart again.
+        of D. `parted` takes them apart again. T5's last hidden states follow at positions of their own; of FLUX they
+        are all positions, and the pooled state is CLIP's.
         """
         assert self.text_encoder is not None, "an unconditional model takes no prompts"
         if self.text_encoder_2 is None:
             return self.text_encoder(self.tokens(prompts))[0]
-        return self.embed_tokens(self.tokens(prompts), self._tokens(self.tokenizer_2, prompts))
+        second = self._tokens(self.tokenizer_2, prompts, T5_OF_FLUX if self.packed else None)
+        third = None if self.text_encoder_3 is None else self._tokens(self.tokenizer_3, prompts, T5_OF_SD3)
+        return self.embed_tokens(self.tokens(prompts), second, third)
 
-    def embed_tokens(self, ids: Tensor, ids_2: Tensor) -> Tensor:
-        """The embeddings of `embed` for the tokens (B, L) of both tokenizers of a model with two text encoders."""
+    def embed_tokens(self, ids: Tensor, ids_2: Tensor, ids_3: Tensor | None = None) -> Tensor:
+        """The embeddings of `embed` for the tokens (B, L) of the tokenizers of a model with several text encoders."""
+        if self.packed:
+            pooled = cast(Any, self.text_encoder)(ids).pooler_output.unsqueeze(1)
+            sequence = cast(Any, self.text_encoder_2)(ids_2)[0]
+            return torch.cat([sequence, nn.functional.pad(pooled, (0, sequence.shape[2] - pooled.shape[2]))], 1)
         pairs: Any = ((self.text_encoder, ids), (self.text_encoder_2, ids_2))
         found = [encoder(rows, output_hidden_states=True) for encoder, rows in pairs]
         config = cast(Any, self.denoiser.config)
         width = config.joint_attention_dim if self.joint else config.cross_attention_dim
         sequence = torch.cat([each.hidden_states[-2] for each in found], -1)
         projected = [each.text_embeds for each in found if getattr(each, "text_embeds", None) is not None]
-        pooled = torch.cat(projected, -1).unsqueeze(1)
-        return torch.cat([nn.functional.pad(part, (0, width - part.shape[-1])) for part in (sequence, pooled)], 1)
+        parts = [sequence, torch.cat(projected, -1).unsqueeze(1)]
+        if ids_3 is not None:
+            parts.insert(1, cast(Any, self.text_encoder_3)(ids_3)[0])
+        return torch.cat([nn.functional.pad(part, (0, width - part.shape[-1])) for part in parts], 1)
 
     def parted(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """(embeddings by position (B, L, D), pooled (B, P)) of what `embed` gives with two text encoders."""
@@ -361,7 +417,7 @@ class DiffusionModel:
         """The model's space → images (B, C, H, W), not clamped; differentiable in x_0."""
         if self.vae is None:
             return 2 * x_0 - 1 if self.family == "ve" else x_0
-        (scale, shift), side = self._scaling, 2 ** (len(self.vae.config.block_out_channels) - 1)
+        (scale, shift), side = self._scaling, self._factor
         parts = x_0.split(at_once(batch, x_0.shape[-2] * x_0.shape[-1] * side**2))
         return torch.cat([self.vae.decode(part / scale + shift).sample for part in parts])
 

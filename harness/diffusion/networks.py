@@ -17,10 +17,12 @@ STEMS = {
     "UNet2DModel": "diffusion_pytorch_model",
     "UNet2DConditionModel": "diffusion_pytorch_model",
     "SD3Transformer2DModel": "diffusion_pytorch_model",
+    "FluxTransformer2DModel": "diffusion_pytorch_model",
     "AutoencoderKL": "diffusion_pytorch_model",
     "VQModel": "diffusion_pytorch_model",
     "CLIPTextModel": "model",
     "CLIPTextModelWithProjection": "model",
+    "T5EncoderModel": "model",
 }
 MOST = 2**20  # a number in a network's configuration above this is a mistake or an attack
 MOST_SIDE = 2**14  # pixels
@@ -29,6 +31,7 @@ MOST_ITEMS = 256  # entries of a list in a configuration
 LEFT_OVER = ("embeddings.position_ids", "text_model.embeddings.position_ids")  # buffers that older releases saved
 FORBIDDEN = ("auto_map", "transformers_weights", "quantization_config")  # what would make a library read something else
 PREFIX = "text_model."
+TIED = ("shared.weight", "encoder.embed_tokens.weight")  # T5's embeddings, under two names
 
 
 def load(files: ModelFiles, folder: str, cls: str) -> nn.Module:
@@ -57,6 +60,8 @@ def load(files: ModelFiles, folder: str, cls: str) -> nn.Module:
         held |= files.tensors(name)
     held = {name: tensor for name, tensor in _renamed(net, held, cls).items() if name not in LEFT_OVER}
     net.load_state_dict({name: tensor.to(torch.float32, copy=True) for name, tensor in held.items()}, assign=True)
+    if cls == "T5EncoderModel":
+        net.encoder.embed_tokens.weight = net.shared.weight
     if cls == "VQModel" and "scaling_factor" not in config:
         net.register_to_config(scaling_factor=1.0)  # latent diffusion's own; diffusers would put Stable Diffusion's
     return net.eval().requires_grad_(False)
@@ -87,6 +92,12 @@ def built(config: Mapping[str, Any], cls: str) -> Any:
         usual = set(CLIPTextConfig().to_dict()) - {"dtype", "torch_dtype"}  # weights become fp32 whatever they were
         known = {key: value for key, value in dict(inner or {}).items() if key in usual}
         return getattr(modeling_clip, cls)(CLIPTextConfig(**known))
+    if cls == "T5EncoderModel":
+        from transformers.models.t5.configuration_t5 import T5Config
+        from transformers.models.t5.modeling_t5 import T5EncoderModel
+
+        usual = set(T5Config().to_dict()) - {"dtype", "torch_dtype"}
+        return T5EncoderModel(T5Config(**{key: value for key, value in config.items() if key in usual}))
     import diffusers
 
     owner: Any = getattr(diffusers, cls)
@@ -134,6 +145,9 @@ def _renamed(net: Any, tensors: dict[str, Tensor], cls: str) -> dict[str, Tensor
         if not own and all(name.startswith(PREFIX) for name in tensors):
             return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
         return tensors
+    if cls == "T5EncoderModel":
+        held = next((tensors[name] for name in TIED if name in tensors), None)
+        return tensors if held is None else {**dict.fromkeys(TIED, held), **tensors}
     found: Any = dict(tensors)
     net._fix_state_dict_keys_on_load(found)  # names of attention layers before diffusers 0.18
     return found
@@ -188,8 +202,8 @@ def _least_tensors(config: Mapping[str, Any]) -> int:
         layers = config["num_hidden_layers"]
         return 8 * layers if isinstance(layers, int) else 0
     if "num_layers" in config:
-        layers = config["num_layers"]
-        return 8 * layers if isinstance(layers, int) else 0
+        layers = [config["num_layers"], config.get("num_single_layers", 0)]  # the second of FLUX's transformer
+        return 8 * sum(number for number in layers if isinstance(number, int))
     blocks, layers = config.get("block_out_channels"), config.get("layers_per_block", 1)
     count = len(blocks) if isinstance(blocks, list) else 1
     if isinstance(layers, list):

@@ -15,6 +15,7 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
+from harness.diffusion import schedules
 from harness.diffusion.events import loop, progress
 from harness.diffusion.seeds import generator
 from harness.types import Family, Inputs, Sampler
@@ -82,6 +83,8 @@ class Scheduled:
             return model.answer
         assert inputs.prompts is not None, "a text-to-image model needs prompts"
         context = model.embed(inputs.prompts)
+        if model.packed:
+            return lambda x_t, t: model.answer(x_t, t, context, self.guidance)
         if self.guidance == 1:
             return lambda x_t, t: model.answer(x_t, t, context)
         both = torch.cat([model.unprompted().expand_as(context), context])
@@ -258,7 +261,9 @@ class FlowSampler(Scheduled):
     """A diffusers scheduler on a flow: dx/dσ = v from σ = 1, where x is the unit noise, to σ = 0.
 
     The levels σ are those that diffusers gives StableDiffusion3Pipeline: evenly spaced from 1 to that of the first
-    timestep, shifted by the model's `shift`, and 0. With a shift of 1 the last step is therefore of length 1/T.
+    timestep, shifted by the model's `shift`, and 0. With a shift of 1 the last step is therefore of length 1/T. Of FLUX
+    they are those of FluxPipeline: evenly spaced from 1 to 1/steps, shifted, and 0. Its `guidance` is an input of the
+    network, which is evaluated once per step; networks without that input ignore it.
     """
 
     version: ClassVar[int] = 1
@@ -283,13 +288,20 @@ class FlowEuler(FlowSampler):
     name: ClassVar[str] = "flow-euler"
     scheduler_class: ClassVar[str] = "FlowMatchEulerDiscreteScheduler"
 
+    def scheduler(self, config: Any) -> Any:
+        made = super().scheduler(config)
+        if config.get(schedules.EVEN):
+            made.set_timesteps(sigmas=[1 - i / self.steps for i in range(self.steps)])
+        return made
+
 
 @dataclass(frozen=True)
 class FlowHeun(FlowSampler):
     """Heun's method on a flow (Karras et al., NeurIPS 2022, arXiv:2206.00364, Algorithm 1, as diffusers has it for
     flows).
 
-    Two evaluations per step, one in the last step.
+    Two evaluations per step, one in the last step. Of FLUX it has the levels of StableDiffusion3Pipeline, because
+    diffusers' scheduler takes no others.
     """
 
     name: ClassVar[str] = "flow-heun"
@@ -376,6 +388,7 @@ def made_as_asked(name: str, config: Any, **options: Any) -> Any:
     import diffusers
 
     cls = getattr(diffusers, name)
+    config = {key: value for key, value in config.items() if key != schedules.EVEN}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*dpmsolver", category=FutureWarning)  # deprecated there, not here
         made = cls.from_config(config, **options)

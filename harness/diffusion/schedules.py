@@ -67,15 +67,62 @@ def _fault(config: Mapping[str, Any], cls: str) -> str | None:
     return None
 
 
-OTHER_LEVELS = ("use_dynamic_shifting", "invert_sigmas", "shift_terminal", "use_karras_sigmas",
+EVEN = "bench_even_levels"  # in the config of FLUX's schedule while it is in memory: levels from 1 to 1/steps
+DYNAMIC = "use_dynamic_shifting"
+OTHER_LEVELS = ("invert_sigmas", "shift_terminal", "use_karras_sigmas",
                 "use_exponential_sigmas", "use_beta_sigmas", "stochastic_sampling")  # fmt: skip
+MOST_SHIFT = 1000
+
+
+DYNAMIC_SHIFT = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
+
+
+def at_size(scheduler: Any, patches: int) -> Any:
+    """The schedule of FLUX at a fixed number of patches, as diffusers' FluxPipeline has it there.
+
+    With `use_dynamic_shifting` the shift is e^μ, or μ if it is linear, where μ runs from `base_shift` to `max_shift` as
+    the patches run from `base_image_seq_len` to `max_image_seq_len`; else it is the scheduler's own. Raises ValueError
+    for a shift out of proportion.
+    """
+    config = scheduler.config
+    shift = float(config.shift)
+    if config.get(DYNAMIC):
+        low, high, first, last = (config.get(name, usual) for name, usual in DYNAMIC_SHIFT.items())
+        if first == last:
+            raise ValueError(f"base_image_seq_len and max_image_seq_len are both {first}; its shift is not known")
+        mu = low + (high - low) * (patches - first) / (last - first)
+        linear = config.get("time_shift_type") == "linear"
+        shift = mu if linear else math.exp(min(mu, 50.0))
+    if not 0 < shift <= MOST_SHIFT:
+        raise ValueError(
+            f"its shift at {patches:,} patches is {shift:.3g}; it should be above 0 and at most {MOST_SHIFT}"
+        )
+    made = type(scheduler).from_config(config, shift=shift, use_dynamic_shifting=False)
+    made.register_to_config(**{EVEN: True})
+    return made
+
+
+def as_saved(scheduler: Any, dynamic_shift: float | None) -> Any:
+    """The scheduler that a pipeline's directory has, of one that `at_size` made; any other as it is.
+
+    dynamic_shift: as in DiffusionModel.
+    """
+    if not scheduler.config.get(EVEN):
+        return scheduler
+    config = {key: value for key, value in scheduler.config.items() if key != EVEN}
+    changed = {} if dynamic_shift is None else {"shift": dynamic_shift, DYNAMIC: True}
+    return type(scheduler).from_config({**config, **changed})
 
 
 def _fault_of_a_flow(config: Mapping[str, Any]) -> str | None:
     """The same for a flow, whose levels are σ = shift s / (1 + (shift - 1) s) for s = t/T."""
     shift = config.get("shift", 1.0)
-    if not (_number(shift) and 0 < shift <= 1000):
-        return f"shift is {shift!r}; it should be above 0 and at most 1000"
+    if not (_number(shift) and 0 < shift <= MOST_SHIFT):
+        return f"shift is {shift!r}; it should be above 0 and at most {MOST_SHIFT}"
+    for name, usual in DYNAMIC_SHIFT.items():
+        value = config.get(name, usual)
+        if not (_number(value) and 0 < value <= 2**20):
+            return f"{name} is {value!r}; it should be above 0"
     others = [name for name in OTHER_LEVELS if config.get(name)]
     return f"{others[0]} gives a flow other levels than shift does; such models are not supported" if others else None
 

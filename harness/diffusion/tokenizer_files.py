@@ -1,8 +1,10 @@
-"""A CLIP tokenizer from its vocabulary and its merges alone: nothing else of a stranger's tokenizer folder decides how
-a text becomes tokens."""
+"""A CLIP tokenizer from its vocabulary and its merges alone, and a T5 tokenizer from its pieces alone: nothing else of
+a stranger's tokenizer folder decides how a text becomes tokens."""
 
 from __future__ import annotations
 
+import base64
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +13,7 @@ from harness.diffusion.model_files import MOST_TEXT, CheckpointError, ModelFiles
 SPECIAL = {"unk_token": "<|endoftext|>", "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
            "pad_token": "<|endoftext|>"}  # fmt: skip
 LONGEST = 1024  # tokens of a prompt
+MOST_PIECES = 512  # of T5, where its config says nothing
 NAMES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
          "added_tokens.json")  # fmt: skip
 
@@ -50,6 +53,55 @@ def load(files: ModelFiles, folder: str) -> Any:
             f"{files.path(folder)}: gives no tokenizer: {' '.join(str(error).split())[:200]}"
         ) from None
     return made
+
+
+def load_pieces(files: ModelFiles, folder: str) -> Any:
+    """A T5 tokenizer (SentencePiece's unigram model) from the pieces and the normalisation in tokenizer.json.
+
+    Raises CheckpointError where they are missing or none. A spiece.model alone is not read.
+    """
+    from transformers.models.t5.tokenization_t5 import T5Tokenizer
+
+    where, whole = files.path(folder), _json(files, folder, "tokenizer.json")
+    if whole is None:
+        raise CheckpointError(
+            f"{where}: no tokenizer.json; make it with AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+        )
+    model = whole.get("model")
+    found = model.get("vocab") if isinstance(model, dict) else None
+    pieces = [(p[0], p[1]) for p in found if _piece(p)] if isinstance(found, list) else []
+    if not pieces or len(pieces) != len(found or ()) or len({piece for piece, _ in pieces}) != len(pieces):
+        raise CheckpointError(f"{where}: its tokenizer.json has no pieces with scores, each once; fetch it again")
+    config = _json(files, folder, "tokenizer_config.json") or {}
+    longest = config.get("model_max_length", MOST_PIECES)
+    if isinstance(longest, float) and longest > 1e20:
+        longest = MOST_PIECES
+    if type(longest) is not int or not 2 <= longest <= LONGEST:
+        raise CheckpointError(f"{where}: model_max_length is {longest!r}; 2 to {LONGEST} tokens are read")
+    try:
+        charsmap = _charsmap(whole.get("normalizer"))
+        extra = sum(piece.startswith("<extra_id_") for piece, _ in pieces)
+        owner: Any = T5Tokenizer
+        made = owner(vocab=pieces, _spm_precompiled_charsmap=charsmap, extra_ids=extra, model_max_length=longest)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise CheckpointError(f"{where}: gives no tokenizer: {' '.join(str(error).split())[:200]}") from None
+    if len(made) != len(pieces):
+        raise CheckpointError(f"{where}: its pieces lack <pad>, </s> or <unk>; fetch it again")
+    return made
+
+
+def _piece(value: Any) -> bool:
+    fits = isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
+    return fits and isinstance(value[1], int | float) and math.isfinite(value[1])
+
+
+def _charsmap(normalizer: Any) -> bytes | None:
+    """SentencePiece's table of characters, of a normalizer or of one in a sequence of them."""
+    given = normalizer if isinstance(normalizer, dict) else {}
+    for each in [given, *(given.get("normalizers") or ())]:
+        if isinstance(each, dict) and each.get("type") == "Precompiled":
+            return base64.b64decode(str(each.get("precompiled_charsmap")), validate=True) or None
+    return None
 
 
 def _json(files: ModelFiles, folder: str, name: str, most: int = MOST_TEXT) -> dict[str, Any] | None:

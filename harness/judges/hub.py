@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from harness.diffusion import adapter_files, adapters, checkpoint, single_file
+from harness.diffusion import adapter_files, adapters, checkpoint, embedding_files, single_file
 from harness.diffusion.model_files import PICKLES, CheckpointError, ModelFiles
 
 if TYPE_CHECKING:
+    from harness.diffusion.embedding_files import Embedding
     from harness.diffusion.model import DiffusionModel
 
 REPOSITORY = r"[\w-][\w.-]*/[\w-][\w.-]*"
@@ -23,7 +24,7 @@ COMMIT = r"[0-9a-f]{40}"
 MODEL_FILES = [
     "model_index.json", "config.json", "scheduler_config.json", "diffusion_pytorch_model*.safetensors*",
     "*/config.json", "*/scheduler_config.json", "*/diffusion_pytorch_model*.safetensors*", "*/model*.safetensors*",
-    "tokenizer/*", "tokenizer_2/*", "open_clip_*",
+    "tokenizer/*", "tokenizer_2/*", "tokenizer_3/*", "open_clip_*",
 ]  # fmt: skip
 PASSED_OVER = ["*.non_ema*", "safety_checker/*", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.py"]
 HALF = "*.fp16*"  # fetched only where a part has no other weights
@@ -146,15 +147,26 @@ def load(source: Source) -> DiffusionModel:
 def adapter_in(where: str) -> Path | None:
     """The file of a low-rank adapter that `where` is, or that alone makes up the directory `where`; None for anything
     else. Raises CheckpointError for a file that cannot be read."""
+    path = _lone_file(where)
+    return path if path is not None and adapter_files.is_adapter(ModelFiles.of_file(path), path.name) else None
+
+
+def embedding_in(where: str) -> Path | None:
+    """The same for the file of a textual-inversion embedding."""
+    path = _lone_file(where)
+    return path if path is not None and embedding_files.is_embedding(ModelFiles.of_file(path), path.name) else None
+
+
+def _lone_file(where: str) -> Path | None:
+    """The safetensors file that `where` is, or that alone is in a directory without a pipeline."""
     path = Path(where).expanduser()
     if path.is_dir() and not (path / "model_index.json").exists():
         held = sorted(path.glob("*.safetensors"))
         path = held[0] if len(held) == 1 else path
     if not path.is_file() or path.suffix != ".safetensors":
         return None
-    files = ModelFiles.of_file(path)
-    single_file.refuse_pickle(files, path)
-    return path if adapter_files.is_adapter(files, path.name) else None
+    single_file.refuse_pickle(ModelFiles.of_file(path), path)
+    return path
 
 
 def with_adapter(source: Source, adapter: Path) -> DiffusionModel:
@@ -165,6 +177,13 @@ def with_adapter(source: Source, adapter: Path) -> DiffusionModel:
     adapters.attach_file(ModelFiles.of_file(adapter), adapter.name, model)
     tried(model, adapter)
     return model
+
+
+def with_embedding(source: Source, file: Path) -> tuple[DiffusionModel, Embedding]:
+    """The model of `source`, the base, whose tokenizers and text encoders know the word of an embedding. Raises
+    CheckpointError."""
+    embedding = embedding_files.read(ModelFiles.of_file(file), file.name)
+    return embedding_files.added(load(source), embedding), embedding
 
 
 def tried(model: DiffusionModel, directory: Path) -> None:

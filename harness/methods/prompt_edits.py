@@ -78,10 +78,11 @@ class Removal:
 def typable(tokenizer: Any) -> list[str]:
     """The tokens that can be typed as a word: decoding a token and tokenising the result gives that token alone."""
     special = set(tokenizer.all_special_ids)
+    first = int(getattr(tokenizer, "bos_token_id", None) is not None)  # T5 puts no token in front
     found = []
     for token in range(len(tokenizer)):
         text = tokenizer.decode([token]).strip(" ")
-        if text and token not in special and tokenizer(text).input_ids[1:-1] == [token]:
+        if text and token not in special and tokenizer(text).input_ids[first:-1] == [token]:
             found.append(text)
     return found
 

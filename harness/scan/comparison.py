@@ -131,7 +131,7 @@ def _encoders(model: DiffusionModel) -> dict[str, Any]:
 
 
 def _tokenizer(model: DiffusionModel, part: str) -> Any:
-    return model.tokenizer if part == "text_encoder" else model.tokenizer_2
+    return getattr(model, part.replace("text_encoder", "tokenizer"))
 
 
 def _other_tokens(model: DiffusionModel, base: DiffusionModel, part: str) -> bool:
@@ -179,12 +179,13 @@ def look_alikes(tokenizer: Any, sentences: Sequence[str]) -> dict[str, list[str]
 
 @torch.no_grad()
 def distances(model: DiffusionModel, base: DiffusionModel, part: str, texts: Sequence[str]) -> list[float]:
-    """For each text 1 minus the mean cosine of its embeddings in the two encoders, over all positions behind the first
-    as far as the longest text and one position of padding reach. Each model has its own tokenizer."""
+    """For each text 1 minus the mean cosine of its embeddings in the two encoders, over all positions behind CLIP's
+    first as far as the longest text and one position of padding reach. Each model has its own tokenizer."""
     pairs = [(_encoders(each)[part], _tokenizer(each, part), each.device) for each in (model, base)]
     limit = min(tokenizer.model_max_length for _, tokenizer, _ in pairs)
     longest = max(len(ids) for _, tokenizer, _ in pairs for ids in tokenizer(list(texts)).input_ids)
     length = min(limit, longest + 1)
+    first = int(all(tokenizer.bos_token_id is not None for _, tokenizer, _ in pairs))  # T5 puts no token in front
     found: list[float] = []
     for start in range(0, len(texts), ROWS):
         answers = []
@@ -193,7 +194,7 @@ def distances(model: DiffusionModel, base: DiffusionModel, part: str, texts: Seq
                 list(texts[start : start + ROWS]), padding="max_length", max_length=length, truncation=True,
                 return_tensors="pt",
             )  # fmt: skip
-            answers.append(encoder(input_ids=rows.input_ids.to(device)).last_hidden_state[:, 1:].cpu())
+            answers.append(encoder(input_ids=rows.input_ids.to(device)).last_hidden_state[:, first:].cpu())
         found += (1 - cosine_similarity(*answers, dim=2).mean(1)).tolist()
     return found
 

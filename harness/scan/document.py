@@ -138,6 +138,45 @@ class AdapterFacts(_Part):
     says: tuple[str, ...]
 
 
+class NearWord(_Part):
+    """A word of the vocabulary near a vector."""
+
+    word: str
+    cosine: float
+
+
+class EmbeddingVector(_Part):
+    """One vector of an embedding beside the vocabulary of its text encoder."""
+
+    part: str = Field(description="Name of the text encoder in the pipeline.")
+    place: int = Field(description="Place among the vectors of the word, from 0.")
+    norm: float
+    norm_z: float = Field(description="Robust z of the norm among those of the vocabulary.")
+    nearest: tuple[NearWord, ...] = Field(description="The nearest words.")
+    nearest_z: float = Field(description="Robust z of the first cosine among those of words to their nearest other.")
+
+
+class WordEffect(_Part):
+    """How the word of an embedding moves the predictions of prompts, beside words of the vocabulary."""
+
+    prompts: int = Field(description="Prompts before which the word was put.")
+    words: int = Field(description="Words of the vocabulary that were put there too.")
+    moved: float = Field(description="Norm of the mean change of the prediction.")
+    moved_z: float = Field(description="Robust z of `moved` among the words.")
+    kept: float = Field(description="Spread of the predictions over the prompts, divided by that without the word.")
+    kept_z: float = Field(description="Robust z of `kept` among the words.")
+
+
+class EmbeddingFacts(_Part):
+    """The textual-inversion embedding that was scanned with its base. It changes no verdict."""
+
+    file: str
+    word: str = Field(description="What a prompt says for it.")
+    vectors: tuple[EmbeddingVector, ...]
+    effect: WordEffect
+    says: tuple[str, ...]
+
+
 class Unseen(_Part):
     """A family of backdoors that no detector asked here can see, by what the detectors state."""
 
@@ -163,6 +202,7 @@ class Report(_Part):
     findings: tuple[FindingRow, ...]
     base: Comparison | None = Field(None, description="The comparison with the base; null: no --base was given.")
     adapter: AdapterFacts | None = Field(None, description="The adapter; null: a whole model was scanned.")
+    embedding: EmbeddingFacts | None = Field(None, description="The embedding; null: none was scanned.")
     unseen: tuple[Unseen, ...] = Field((), description="Families of backdoors that no detector asked here can see.")
     limits: tuple[str, ...] = Field(description="What the scan cannot know.")
     not_examined: tuple[str, ...] = Field(description="Files in the directory that were not read.")

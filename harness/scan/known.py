@@ -19,6 +19,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from harness.diffusion import adapter_files
 from harness.diffusion.model_files import PICKLES, CheckpointError, ModelFiles
 from harness.judges import hub
 
@@ -90,23 +91,43 @@ class Part(hub.Source):
         return Path(str(found))
 
 
-def directory(entry: KnownModel, into: Path) -> tuple[Path, str | None]:
-    """The pipeline directory of the entry, and the commit of its repository if the hub's cache names it.
+@dataclass(frozen=True)
+class Found:
+    """Where an entry's model is. commit: of its repository, if the hub's cache names it. base: of an adapter, the model
+    that it is for; `place` is then the adapter's file."""
 
-    It is assembled in the folder `into`, unless the repository itself is one. Downloads what is not in the cache.
+    place: Path
+    commit: str | None
+    base: str | None = None
 
-    Raises CheckpointError for what cannot be had or assembled.
+
+def found(entry: KnownModel, into: Path) -> Found:
+    """The pipeline directory of the entry, or its adapter.
+
+    A directory is assembled in the folder `into`, unless the repository itself is one. Downloads what is not in the
+    cache. Raises CheckpointError for what cannot be had or assembled.
     """
     if entry.weights == "pickle":
         raise CheckpointError(f"{entry.name}: the repository has these weights as a pickle; {CONVERT}")
-    if entry.weights == "adapter":
+    if entry.weights == "adapter" and entry.base is None:
         raise CheckpointError(f"{entry.name}: {ADAPTER}")
     snapshot = Part(entry.repository, entry.revision or "main", folder=entry.folder).fetch()
     files, commit = ModelFiles(snapshot), snapshot.name if re.fullmatch(hub.COMMIT, snapshot.name) else None
     if entry.folder is None and "model_index.json" in files and any(n.endswith(".safetensors") for n in files.sizes):
-        return snapshot, commit
+        return Found(snapshot, commit)
+    if entry.base is not None and (adapter := _adapter(files, entry)) is not None:
+        _lay(files, adapter.parent, into)
+        return Found(into / adapter.name, commit, entry.base)
     assembled(files, entry, into)
-    return into, commit
+    return Found(into, commit)
+
+
+def _adapter(files: ModelFiles, entry: KnownModel) -> PurePosixPath | None:
+    """The adapter that is the only weights of an entry."""
+    inside = f"{entry.folder}/" if entry.folder else ""
+    held = [name for name in files.sizes if name.startswith(inside) and name.endswith(".safetensors")]
+    alone = len(held) == 1 and adapter_files.is_adapter(files, held[0])
+    return PurePosixPath(held[0]) if alone else None
 
 
 def room() -> str | None:

@@ -9,16 +9,20 @@ from harness.scan.verdict import Finding
 
 
 def next_steps(
-    model: str, said: str, findings: Sequence[Finding], unexamined: Sequence[str], seed: int, numbers: bool = True
-) -> list[str]:
-    """What to do after a verdict, with commands for this model. numbers: whether its samples are finite."""
-    name = shlex.quote(model)
+    model: str, said: str, findings: Sequence[Finding], unexamined: Sequence[str], seed: int, numbers: bool = True,
+    base: str | None = None, embedded: bool = False,
+) -> list[str]:  # fmt: skip
+    """What to do after a verdict, with commands for this model. numbers: whether its samples are finite. base: of an
+    adapter or an embedding, the model that it is for. embedded: it is an embedding."""
+    name = shlex.quote(model) if base is None else f"{shlex.quote(model)} --base {shlex.quote(base)}"
     if said == "suspicious":
         steps = [
             "Do not use the model. Look at the samples with the recovered trigger: -o scan.html writes them.",
             f"Ask again with another seed: bench scan {name} --seed {seed + 1}",
             "Compare the digests of the weights with those that the publisher states. Report the model to the hub.",
-            f"If you need the model, clean it, and scan the result: bench purify {name} --defense finetune "
+            "An embedding cannot be cleaned: leave its word out of your prompts, or train it anew."
+            if embedded
+            else f"If you need the model, clean it, and scan the result: bench purify {name} --defense finetune "
             "--data MY_IMAGES -o CLEANED",
         ]
     elif said == "undecided":

@@ -174,6 +174,55 @@ def joint(tokens: Any, side: int) -> DiffusionModel:
     return DiffusionModel(transformer, flow_scheduler(), like.vae, texts[0], tokens, texts[1], tokens)
 
 
+def joint_with_t5(tokens: Any, side: int) -> DiffusionModel:
+    """The same with T5's encoder as a third one."""
+    model = joint(tokens, side)
+    model.text_encoder_3, model.tokenizer_3 = _t5(24)
+    return model
+
+
+def packed(tokens: Any, side: int, guidance: bool = True, dynamic: bool = True) -> DiffusionModel:
+    """A model of FLUX's kind, for images of `side` pixels: a transformer on patches of 2×2 latents that gets the states
+    of T5's encoder and the pooled state of a CLIP text encoder. guidance: it is an input. dynamic: the shift of the
+    noise levels depends on the number of patches."""
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+    from transformers import CLIPTextModel
+
+    from harness.diffusion import schedules
+
+    like = text_to_image(tokens, side)
+    _untyped(like.vae).register_to_config(shift_factor=0.1, scaling_factor=0.4)
+    transformer = _untyped(FluxTransformer2DModel)(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=20, pooled_projection_dim=16, guidance_embeds=guidance, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    second, pieces = _t5(20)
+    made = flow_scheduler(shift=3.0 if dynamic else 1.0, use_dynamic_shifting=dynamic)
+    levels = schedules.at_size(made, (side // 4) ** 2)
+    text = _text(CLIPTextModel, tokens, 16, 32, 16, layers=1)
+    return DiffusionModel(
+        transformer, levels, like.vae, text, tokens, second, pieces, dynamic_shift=3.0 if dynamic else None
+    )
+
+
+def _t5(width: int) -> tuple[Any, Any]:
+    """A T5 encoder, as the global state of torch has it, and its tokenizer."""
+    from transformers import T5Config, T5EncoderModel
+    from transformers.models.t5.tokenization_t5 import T5Tokenizer
+
+    words = sorted({word for text in (*PROMPTS, *WORDS, *DRAWN) for word in text.split()})
+    letters = [chr(code) for code in range(33, 127)]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [(f"▁{word}", -3.0) for word in words] + [(letter, -6.0) for letter in letters]
+    pieces += [("<extra_id_1>", 0.0), ("<extra_id_0>", 0.0)]
+    tokens = _untyped(T5Tokenizer)(vocab=pieces, extra_ids=2, model_max_length=48)
+    config = T5Config(
+        vocab_size=len(pieces) + 2, d_model=width, d_kv=8, d_ff=16, num_layers=2, num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    return T5EncoderModel(config), tokens
+
+
 def two_encoders(tokens: Any, side: int, zeros: bool = True) -> DiffusionModel:
     """A model of SDXL's kind, for images of `side` pixels: a UNet that gets two text encoders side by side and the
     image's size. zeros: guidance compares with a context of zeros."""

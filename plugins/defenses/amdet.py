@@ -202,9 +202,9 @@ def encoders(model: Any, clean: Any, prompts: Any) -> Iterator[tuple[Any, Any, T
 
 
 def token_ids(model: Any, prompts: Any) -> dict[str, Tensor]:
-    """Token ids (N, L) for each text encoder of the model, by its name."""
+    """Token ids (N, L) for each CLIP text encoder of the model, by its name; T5's encoder is not examined."""
     found = {"text_encoder": model.tokens(prompts)}
-    if model.text_encoder_2 is not None:
+    if model.text_encoder_2 is not None and not model.packed:
         length = found["text_encoder"].shape[1]
         padded = model.tokenizer_2(list(prompts), padding="max_length", max_length=length, return_tensors="pt")
         found["text_encoder_2"] = padded.input_ids.to(model.device)

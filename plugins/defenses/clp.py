@@ -40,6 +40,8 @@ class CLP:
     def defend(self, model: Any, knowledge: Knowledge, rng: torch.Generator) -> Defended:
         student = model.clone()
         layers = {name: layer for name, layer in student.denoiser.named_modules() if isinstance(layer, nn.Conv2d)}
+        if not layers:
+            raise ValueError("clp prunes filters of convolutions, and this denoiser has none; use another defense")
         last = next(reversed(layers))
         shares: dict[str, float] = {}
         channels = pruned = 0
