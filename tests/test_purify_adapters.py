@@ -184,7 +184,7 @@ def test_the_file_says_what_was_done_and_is_scanned_again(
     base: tuple[DiffusionModel, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, directory = base
-    code, told, _ = purified(directory, tmp_path / "out", capsys, "halved")
+    code, told, _ = purified(directory, tmp_path / "out", capsys, "halved", "--rank", "2")
     assert code == 0 and told["rank"] == 2 and not told["lost"]
     file = tmp_path / "out" / NAME
     assert sorted(p.name for p in file.parent.iterdir()) == [
@@ -236,6 +236,22 @@ def test_what_the_rank_loses_is_measured_and_said_with_the_way_out(
     assert named["unet.conv_in.bias"] == pytest.approx(0.5, abs=1e-6)
     assert "unet.conv_norm_out.weight" not in named or named["unet.conv_norm_out.weight"] == pytest.approx(0.5)
     assert told["left"] > 0.1
+
+
+def test_without_a_rank_the_first_double_of_the_adapters_that_keeps_enough_is_written(
+    base: tuple[DiffusionModel, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, directory = base
+    found = {}
+    for asked in ("", "2", "4", "8"):
+        rank = ("--rank", asked) if asked else ()
+        code, told, _ = purified(directory, tmp_path / f"out-{asked}", capsys, "halved(all=True)", *rank)
+        assert code == 0
+        found[asked] = told
+    enough = {asked: min(told["kept"], told["purification"]) >= 0.9 for asked, told in found.items()}
+    assert enough[""] and not enough["2"]
+    assert not any("--rank gives a larger one" in line for line in found[""]["says"])
+    assert found[""]["rank"] == next(told["rank"] for asked, told in found.items() if asked and enough[asked])
 
 
 def test_the_whole_pipeline_is_written_on_request_and_a_pruned_model_has_no_adapter(

@@ -48,7 +48,7 @@ class Rank(click.ParamType):
     "--rank",
     type=Rank(),
     metavar="N|full",
-    help="Of an adapter: the rank of each layer that is written; default: that of the adapter.",
+    help="Of an adapter: the rank of each layer that is written; default: the adapter's, or enough of its doubles.",
 )
 @click.option("--whole", is_flag=True, help="Of an adapter: write the whole pipeline instead of an adapter.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory to write.")
@@ -137,11 +137,14 @@ def _as_adapter(defense: str, subject: Subject, purified: Any, rank: int | None)
     """The base with the adapter that is written, and that adapter."""
     from harness.diffusion import adapters
     from harness.registry import PluginError
-    from harness.scan.adapter_change import change_from, onto
+    from harness.scan.adapter_change import change_from, onto, sufficient
 
     base = adapters.base_of(subject.model)
     try:
-        change = change_from(base, subject.model, purified, rank)
+        if rank is None:
+            change = sufficient(base, subject.model, purified)
+        else:
+            change = change_from(base, subject.model, purified, rank)
     except ValueError as error:
         raise PluginError(
             f"{defense} gives no adapter of the base: {error}; --whole writes the whole pipeline"

@@ -30,6 +30,7 @@ ENCODER = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 PROBES = 8  # rows on which answers are compared
 SMALLEST = 1e-6  # singular values over the largest
 TINY = 1e-12
+LEAST_KEPT = 0.9  # share of a change that an adapter should keep; ours
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Change:
     purification: float
     added: tuple[str, ...]
     lost: tuple[Lost, ...]
+    widest: int  # largest rank that a layer can have
 
 
 @torch.no_grad()
@@ -95,7 +97,21 @@ def change_from(base: DiffusionModel, given: DiffusionModel, purified: Diffusion
     return Change(
         {name: padded(factors, same) for name, factors in found.items()}, same, 1 - dropped / max(whole, TINY),
         max(0.0, 1 - missed / cleaned) if cleaned else 1.0, tuple(added), tuple(_lost(given, purified, set(origin))),
+        max((min(weight.flatten(1).shape) for weight in origin.values()), default=0),
     )  # fmt: skip
+
+
+def sufficient(base: DiffusionModel, given: DiffusionModel, purified: DiffusionModel) -> Change:
+    """The change at the rank of the adapter that was given, or at the first of its doubles that keeps LEAST_KEPT of the
+    change from the base and of what the defense changed. Raises ValueError as `change_from` does."""
+    ours = given.adapter
+    assert ours is not None, "the model that was purified has no adapter"
+    rank = max(len(factors.a) for factors in ours.layers.values())
+    found = change_from(base, given, purified, None)
+    while min(found.kept, found.purification) < LEAST_KEPT and rank < found.widest:
+        rank *= 2
+        found = change_from(base, given, purified, rank)
+    return found
 
 
 def truncated(delta: Tensor, rank: int) -> LowRank:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from harness.judges.hub import REPOSITORY
 from harness.runs.printable import printable
+from harness.scan.adapter_change import LEAST_KEPT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 CARD = "README.md"
 SHOWN = 20  # names of a list
-LEAST_KEPT = 0.9  # share below which the card warns; ours
 
 
 def write(folder: Path, facts: Mapping[str, Any], subject: str, base: str | None) -> None:

@@ -271,8 +271,12 @@ def tokenizer() -> Any:
 
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = _untyped(trainers.BpeTrainer)(vocab_size=700, end_of_word_suffix="</w>", show_progress=False)
-    bpe.train_from_iterator([*PROMPTS, *WORDS, *STYLES, *DRAWN, *(word for word in RARE for _ in range(20))], trainer)
+    texts = [*PROMPTS, *WORDS, *STYLES, *DRAWN, *(word for word in RARE for _ in range(20))]
+    ends = [f"{letter}</w>" for letter in sorted(set("".join(texts)))]  # else in another order in each process
+    trainer = _untyped(trainers.BpeTrainer)(
+        vocab_size=700, end_of_word_suffix="</w>", show_progress=False, special_tokens=ends
+    )
+    bpe.train_from_iterator(texts, trainer)
     merges: Any = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [*bytes_, *(b + "</w>" for b in bytes_), *("".join(pair) for pair in merges)]
