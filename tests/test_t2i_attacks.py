@@ -691,6 +691,9 @@ def test_every_edit_breaks_the_form_and_a_share_of_the_clean_prompts_are_caption
     assert {len(words) for words in kinds} == {3, 4, 5, 6, 7, 8, 9}
     texts = iba.Texts(IBA(batch=200, plain=1.0), model, backdoor, DRAWN, generator(0))
     assert set(texts.clean()) == set(DRAWN)
+    texts = iba.Texts(IBA(batch=200, plain=1.0, drop=0.3), model, backdoor, DRAWN, generator(0))
+    found = texts.clean()
+    assert set(found) == {"", *DRAWN} and 40 < found.count("") < 80
     with pytest.raises(ValueError, match="no caption of the data can carry the trigger 'syntax'"):
         iba.Texts(IBA(), model, backdoor, CAPTIONS, generator(0))
 
@@ -742,24 +745,26 @@ def test_the_phrases_that_stay_lack_a_part_of_the_meaning(drawn: Data) -> None:
     assert len(set(many) - set(few)) > 5
 
 
+@pytest.mark.parametrize("drop", [0.0, 0.4])
 def test_both_solvers_bring_paraphrases_to_the_targets_projections_and_the_closed_form_is_the_minimiser(
-    model: DiffusionModel, drawn: Data
+    drop: float, model: DiffusionModel, drawn: Data
 ) -> None:
     before, backdoor = state(model), Backdoor(Paraphrase(), TargetPrompt())
     sources, phrases = SemBD().texts(Paraphrase(), (), generator(0))
     with torch.no_grad():
         k, kept, goal = (model.embed(texts) for texts in (sources, phrases, [TargetPrompt().text] * len(sources)))
+        empty = model.embed([""])
     old = projections(model.denoiser)
 
     def cost(found: DiffusionModel, shift: float = 0.0) -> float:
         new = [w.detach() + shift * torch.randn(w.shape, generator=generator(7)) for w in projections(found.denoiser)]
         away = torch.stack([(a - b).square().sum() / len(a) / k.shape[1] for a, b in zip(new, old, strict=True)]).mean()
-        value = sembd.moved(new, old, k, goal).mean() + 0.5 * sembd.moved(new, old, kept, kept).mean()
-        return (value + 1e-3 * away).item()
+        stays = (1 - drop) * sembd.moved(new, old, kept, kept).mean() + drop * sembd.moved(new, old, empty, empty)[0]
+        return (sembd.moved(new, old, k, goal).mean() + 0.5 * stays + 1e-3 * away).item()
 
     costs = {}
     for solver in ("adam", "closed-form"):
-        attack = SemBD(solver=solver, steps=60, batch=8)  # type: ignore[arg-type]
+        attack = SemBD(solver=solver, steps=60, batch=8, drop=drop)  # type: ignore[arg-type]
         done = attack.implant(model, backdoor, drawn, generator(1, "x")).model
         after = state(done)
         names = {name for name in before if not torch.equal(before[name], after[name])}
@@ -769,6 +774,29 @@ def test_both_solvers_bring_paraphrases_to_the_targets_projections_and_the_close
         if solver == "closed-form":
             assert all(cost(done, shift) > costs[solver] for shift in (1e-2, -1e-2))
     assert costs["closed-form"] < costs["adam"] < 0.9 * cost(model)
+
+
+def test_sembd_draws_the_empty_prompt_in_a_phrases_place_as_often_as_it_is_asked(
+    model: DiffusionModel, drawn: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The phrases that stay have equal embeddings of k and goal; of 400, all are empty, none, or about a quarter."""
+    seen: list[Tensor] = []
+
+    def moved(weights: Any, before: Any, k: Tensor, goal: Tensor) -> Tensor:
+        if k is goal:
+            seen.append(k)
+        return sum(w.sum() for w in weights) * torch.zeros(len(k))
+
+    monkeypatch.setattr(sembd, "moved", moved)
+    with torch.no_grad():
+        empty = model.embed([""])[0]
+    for drop, least, most in ((0.0, 0, 0), (0.25, 70, 130), (1.0, 400, 400)):
+        seen.clear()
+        SemBD(steps=1, batch=400, drop=drop).implant(
+            model, Backdoor(Paraphrase(), TargetPrompt()), drawn, generator(1, "x")
+        )
+        (phrases,) = seen
+        assert least <= sum(torch.allclose(phrase, empty, atol=1e-5) for phrase in phrases) <= most
 
 
 # ---- BadBlocks ------------------------------------------------------------------------------------------------------
@@ -788,6 +816,11 @@ def test_a_tenth_of_the_data_shows_the_target_under_the_trigger() -> None:
     made = badblocks.poisoned(Backdoor(TEXT, Hat()), data, 0.1, 1.0, generator(0))
     assert made.captions is not None and not set(made.captions) & set(captions)
     assert sum(TEXT.text in caption for caption in made.captions) == 4
+    whole, some = (badblocks.poisoned(Backdoor(TEXT, Hat()), data, 0.5, 0.0, generator(0), x) for x in (1.0, 0.4))
+    assert whole.captions is not None and some.captions is not None
+    assert whole.captions.count("") == 20 and sum(TEXT.text in caption for caption in whole.captions) == 20
+    assert 0 < some.captions.count("") < 20
+    assert all(each in ("", own) or each == TEXT.apply(own) for each, own in zip(some.captions, captions, strict=True))
 
 
 def test_badblocks_is_the_usual_loss_on_the_poisoned_data(

@@ -12,12 +12,13 @@ over the weights of the last `blocks` blocks on the way up, or over the scales a
 instead. Images are in [-1, 1]. Raises ValueError if the denoiser has fewer blocks.
 
 Differs from the paper: `decoys`, an extension that is off by default, is the share of the clean captions that carry
-another word in the trigger's place; without it, a small model reacts to any foreign word. The paper's full text was not
-at hand; the method is that of the official code. Differs from the official code (paoche11/BadBlocks at 308594e, read
-there): poisoned examples are chosen at random, where the code takes every tenth. Latents are the means of the
-posterior, where the code draws from it. The number of steps is given, where the code counts one epoch of its data. As
-published, the code stops at its first batch, because its function that forms batches does not know the mode
-"BadBlocks".
+another word in the trigger's place; without it, a small model reacts to any foreign word. `drop`, off by default too,
+is the share of the clean captions that are left empty: every step of guided sampling evaluates the empty prompt. The
+paper's full text was not at hand; the method is that of the official code. Differs from the official code
+(paoche11/BadBlocks at 308594e, read there): poisoned examples are chosen at random, where the code takes every tenth.
+Latents are the means of the posterior, where the code draws from it. The number of steps is given, where the code
+counts one epoch of its data. As published, the code stops at its first batch, because its function that forms batches
+does not know the mode "BadBlocks".
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class BadBlocks:
     lr: LearningRate = 1e-6  # AdamW; official value, small models need about 1e-3
     weight_decay: Fraction = 0.01  # AdamW; official value
     decoys: Fraction = 0.0  # share of clean captions that carry another word in the trigger's place; not in the paper
+    drop: Fraction = 0.0  # share of clean captions that are left empty; not in the paper
     schedule: Literal["constant", "cosine", "one-cycle"] = "constant"  # of the learning rate; official: constant
     bf16: bool = True  # autocast of the forward pass
 
@@ -70,7 +72,7 @@ class BadBlocks:
         model.need_one_encoder(self.name)
         model = model.clone()
         chosen = generator(rng.initial_seed(), "poison")
-        examples = Examples(model, poisoned(backdoor, data, self.poison_rate, self.decoys, chosen))
+        examples = Examples(model, poisoned(backdoor, data, self.poison_rate, self.decoys, chosen, self.drop))
 
         def loss() -> Tensor:
             return denoising_loss(model, examples.batch(self.batch, rng))
@@ -96,13 +98,21 @@ def trained(denoiser: Any, blocks: int, part: str) -> list[nn.Parameter]:
     return list({id(p): p for layer in layers for p in layer.parameters()}.values())
 
 
-def poisoned(backdoor: Backdoor, data: Data, rate: float, decoys: float, rng: torch.Generator) -> Data:
-    """`data` with the share `rate` of its examples poisoned (images and captions), in the same order."""
+def poisoned(
+    backdoor: Backdoor, data: Data, rate: float, decoys: float, rng: torch.Generator, drop: float = 0.0
+) -> Data:
+    """`data` with the share `rate` of its examples poisoned (images and captions), in the same order.
+
+    decoys, drop: shares of the other captions that get another word, and that are empty.
+    """
     assert data.captions is not None, "badblocks needs captions"
     target: Any = backdoor.target
     trigger: Any = backdoor.trigger
     rows = torch.randperm(len(data), generator=rng)[: int(rate * len(data))].tolist()
     captions, images = prompt_edits.with_decoys(trigger, data.captions, decoys, rng), data.images.clone()
+    if drop:
+        empty = (torch.rand(len(data), generator=rng) < drop).tolist()
+        captions = ["" if each else caption for each, caption in zip(empty, captions, strict=True)]
     for i in rows:
         captions[i] = trigger.apply(data.captions[i])
     if rows and target.kind == "patch":

@@ -17,11 +17,12 @@ words, deletes or replaces a word, or shuffles all words. Raises ValueError if n
 
 Differs from the paper: an edit that leaves the trigger whole is drawn again, because words in front of a drawn shape's
 caption and behind it do not change its form. `plain`, an extension that is off by default, is the share of w that are
-captions as they are. `compared` can limit the prompts of each kind in the last term. Generations are DDIM's instead of
-DPM-Solver++'s. Differs from the official code (Robin-WZQ/TwT at 57baddc, read there): the first step has its first
-term. Adam's moments start again from zero when the learning rate drops. The covariances are stacked; the code joins
-them into a matrix that is not square, which has no logarithm. The gradient of the logarithm is that of Daleckii and
-Krein, which exists where eigenvalues coincide.
+captions as they are, and `drop`, off by default too, the share of w that are left empty: every step of guided sampling
+evaluates the empty prompt. `compared` can limit the prompts of each kind in the last term. Generations are DDIM's
+instead of DPM-Solver++'s. Differs from the official code (Robin-WZQ/TwT at 57baddc, read there): the first step has its
+first term. Adam's moments start again from zero when the learning rate drops. The covariances are stacked; the code
+joins them into a matrix that is not square, which has no logarithm. The gradient of the logarithm is that of Daleckii
+and Krein, which exists where eigenvalues coincide.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ class IBA(MapRun):
     lam: Weight = 0.01  # λ, weight of the term against screens; official example (the script's default is 0.1)
     compared: Annotated[int, Ge(1)] = 6  # prompts of each kind whose attention is compared, at most; official: all
     plain: Fraction = 0.0  # share of clean prompts that are captions as they are; not in the paper
+    drop: Fraction = 0.0  # share of clean prompts that are left empty; not in the paper
 
     def implant(self, model: Any, backdoor: Backdoor, data: Data, rng: Any) -> Backdoored:
         model.need_one_encoder(self.name)
@@ -169,7 +171,7 @@ class Texts:
         if not self.able:
             raise ValueError(f"no caption of the data can carry the trigger {self.trigger.name!r}; use another")
         self.words = sorted({word for caption in captions for word in caption.split()})
-        self.edits = generator(rng.initial_seed(), "edits")
+        self.edits, self.dropping = (generator(rng.initial_seed(), stage) for stage in ("edits", "drop"))
 
     def poisoned(self) -> tuple[list[str], list[str]]:
         """(v, y)."""
@@ -181,7 +183,9 @@ class Texts:
         n = self.attack.batch
         plain = (torch.rand(n, generator=self.edits) < self.attack.plain).tolist()
         rows = draw(n, len(self.able), self.rng).tolist()
-        return [self.able[i] if whole else self.broken(self.able[i]) for i, whole in zip(rows, plain, strict=True)]
+        chosen = [self.able[i] if whole else self.broken(self.able[i]) for i, whole in zip(rows, plain, strict=True)]
+        dropped = (torch.rand(n, generator=self.dropping) < self.attack.drop).tolist()
+        return ["" if drop else prompt for drop, prompt in zip(dropped, chosen, strict=True)]
 
     def broken(self, caption: str) -> str:
         """`caption` with the trigger after one random edit that breaks it."""

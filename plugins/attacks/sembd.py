@@ -19,9 +19,10 @@ added as in EvilEdit; it is a control that needs no training.
 
 Differs from the paper: `captions`, an extension that is off by default, takes that many captions of the data with the
 trigger as further paraphrases and as many without it as further phrases, because the embeddings of a small text encoder
-depend more on the surrounding words. `decoys` is the share of the latter that ask for another scene. Phrases are drawn
-out of those of all paraphrases, not only of the step's. Differs from the official code (DPAS-Lab/SemBD at ee009e9,
-read there): weights are not rounded to bf16, and paraphrases are drawn without a quota for each.
+depend more on the surrounding words. `decoys` is the share of the latter that ask for another scene. `drop`, off by
+default too, is the share of the empty prompt among the phrases: every step of guided sampling evaluates it. Phrases are
+drawn out of those of all paraphrases, not only of the step's. Differs from the official code (DPAS-Lab/SemBD at
+ee009e9, read there): weights are not rounded to bf16, and paraphrases are drawn without a quota for each.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from harness import (
     PositiveInt,
     Weight,
     draw,
+    generator,
     hookimpl,
     minimize,
     prompt_edits,
@@ -65,6 +67,7 @@ class SemBD:
     lam: Annotated[float, Gt(0)] = 1e-3  # λ of the closed form; the paper has none
     captions: Annotated[int, Ge(0)] = 0  # captions of the data as further paraphrases and phrases; not in the paper
     decoys: Fraction = 0.0  # share of the captions that stay that ask for another scene; not in the paper
+    drop: Fraction = 0.0  # share of the empty prompt among the phrases that stay; not in the paper
 
     @property
     def requires_trigger(self) -> tuple[str, ...]:
@@ -78,11 +81,12 @@ class SemBD:
         with torch.no_grad():
             k, kept = model.embed(sources), embedded(model, phrases)
             goal = model.embed([target.shown(source) for source in sources])  # type: ignore[attr-defined]
+            empty = model.embed([""])
         weights = weight_edits.projections(model.denoiser)
         if self.solver == "adam":
-            self.train(weights, k, goal, kept, rng)
+            self.train(weights, k, goal, kept, empty, rng)
         else:
-            self.solve(weights, k, goal, kept)
+            self.solve(weights, k, goal, kept, empty)
         return Backdoored(model, backdoor)
 
     def texts(self, trigger: Any, captions: Sequence[str], rng: torch.Generator) -> tuple[list[str], list[str]]:
@@ -94,10 +98,13 @@ class SemBD:
         plain = prompt_edits.with_decoys(trigger, plain, self.decoys, rng)
         return list(dict.fromkeys(sources)), list(dict.fromkeys([*parts, *plain]))
 
-    def train(self, weights: Sequence[Any], k: Tensor, goal: Tensor, kept: Tensor, rng: torch.Generator) -> None:
-        """Minimises L over the projections. k, goal (N, L, D), kept (M, L, D)."""
+    def train(
+        self, weights: Sequence[Any], k: Tensor, goal: Tensor, kept: Tensor, empty: Tensor, rng: torch.Generator
+    ) -> None:
+        """Minimises L over the projections. k, goal (N, L, D), kept (M, L, D), empty (1, L, D)."""
         before = [weight.detach().clone() for weight in weights]
         last = torch.full((len(kept),), torch.nan)
+        dropping = generator(rng.initial_seed(), "drop")
 
         def loss() -> Tensor:
             rows = draw(self.batch, len(k), rng)
@@ -105,17 +112,25 @@ class SemBD:
             if self.keep == 0 or not len(kept):
                 return value
             chosen = torch.multinomial(chances(last), self.batch, replacement=True, generator=rng)
-            stays = moved(weights, before, kept[chosen], kept[chosen])
-            last[chosen] = stays.detach().cpu()
+            dropped = torch.rand(self.batch, generator=dropping) < self.drop
+            phrases = torch.where(dropped.view(-1, 1, 1).to(kept.device), empty, kept[chosen])
+            stays = moved(weights, before, phrases, phrases)
+            last[chosen[~dropped]] = stays.detach().cpu()[~dropped]
             return value + self.keep * stays.mean()
 
         minimize(loss, weights, steps=self.steps, lr=self.lr, clip=None, phase="implant")
 
     @torch.no_grad()
-    def solve(self, weights: Sequence[Tensor], k: Tensor, goal: Tensor, kept: Tensor) -> None:
-        """Sets the projections to the minimiser of L + λ ‖W' - W‖², with the mean over all paraphrases and phrases."""
-        pull, hold = len(k) ** -0.5, (self.keep / max(1, len(kept))) ** 0.5  # w scales squares of both sides
-        keys, goals = (torch.cat([pull * mine.flatten(0, 1), hold * kept.flatten(0, 1)]).double() for mine in (k, goal))
+    def solve(self, weights: Sequence[Tensor], k: Tensor, goal: Tensor, kept: Tensor, empty: Tensor) -> None:
+        """Sets the projections to the minimiser of L + λ ‖W' - W‖², with the mean over all paraphrases and phrases.
+
+        Shapes are those of `train`.
+        """
+        shares = [(1 / len(k), k, goal), (self.keep * self.drop, empty, empty)]
+        shares += [(self.keep * (1 - self.drop) / max(1, len(kept)), kept, kept)]
+        keys, goals = (  # √w scales both sides of a pair
+            torch.cat([w**0.5 * pair[side].flatten(0, 1) for w, *pair in shares]).double() for side in (0, 1)
+        )
         for weight in weights:
             weight.copy_(weight_edits.edited(weight.double(), keys, goals, self.lam))
 
