@@ -243,7 +243,7 @@ def test_without_a_rank_the_first_double_of_the_adapters_that_keeps_enough_is_wr
 ) -> None:
     _, directory = base
     found = {}
-    for asked in ("", "2", "4", "8"):
+    for asked in ("", "2", "4", "8", "16", "32"):
         rank = ("--rank", asked) if asked else ()
         code, told, _ = purified(directory, tmp_path / f"out-{asked}", capsys, "halved(all=True)", *rank)
         assert code == 0
