@@ -165,20 +165,32 @@ def _seeds(suite: Suite, protocol: Protocol) -> Iterator[str]:
 
 
 def _holes(suite: Suite) -> Iterator[str]:
-    """Every defense meets every attack on its model, on every seed, unless the suite says why it cannot."""
-    known = [*suite.cells, *(entry.cell for entry in suite.dropped)]
+    """Every defense meets every attack on its model, on every seed, unless the suite says why it cannot. A defense that
+    cannot be given the trigger has no controls either."""
     met: dict[tuple[str, ...], set[tuple[str, str]]] = defaultdict(set)
     defenses: dict[str, set[tuple[str, str]]] = defaultdict(set)
-    for cell in known:
+    never: set[tuple[str, ...]] = set()
+    for cell in (*suite.cells, *(entry.cell for entry in suite.dropped)):
         if bare(cell.attack) != "none":
-            setting = (cell.model, cell.attack, cell.trigger, cell.target, cell.sampler, str(cell.seed))
-            met[setting].add((cell.defense, cell.trigger_given))
+            met[_setting(cell)].add((cell.defense, cell.trigger_given))
             defenses[cell.model].add((cell.defense, cell.trigger_given))
-    missing = [(setting, pair) for setting, there in met.items() for pair in sorted(defenses[setting[0]] - there)]
+    for entry in suite.dropped:
+        if entry.cell.trigger_given == "true":
+            never.add((*_setting(entry.cell), entry.cell.defense))
+    missing = [
+        (setting, pair)
+        for setting, there in met.items()
+        for pair in sorted(defenses[setting[0]] - there)
+        if (*setting, pair[0]) not in never
+    ]
     if missing:
         setting, (defense, given) = missing[0]
         words = f"{bare(defense)}{'' if given == 'true' else ' given ' + given} does not meet {bare(setting[1])}"
         yield f"has {len(missing)} holes: {words} on {setting[0]}, seed {setting[-1]}"
+
+
+def _setting(cell: Cell) -> tuple[str, ...]:
+    return cell.model, cell.attack, cell.trigger, cell.target, cell.sampler, str(cell.seed)
 
 
 def _moved(model: str, cells: Sequence[Cell], protocol: Protocol, current: Callable[[str], str]) -> Iterator[str]:
