@@ -35,9 +35,6 @@ HITS = 32  # samples for the success rate of an attack
 PROMPTS = 100  # clean prompts that the detector and the comparison are given
 SAMPLER = "ddim(steps=10, bf16=True)"
 AMDET = "amdet"
-RICK = "rickrolling(steps=600, lr=1e-3, batch=48, poisoned=16, decoys=0.4, beta=0.3)"
-IBA = "iba(steps=300, lr=1e-3, batch=24, poisoned=12, plain=0.5, lam=0.0)"
-EVIL = "eviledit(lam=0.1, captions=400, keep=3.0, decoys=0.5)"
 FILE = Path(__file__).with_suffix(".json")
 PLACE = Place(Path(__file__).parents[2] / "docs" / "results.md", "python -m tests.benchmarks.encoders --table")
 
@@ -56,12 +53,9 @@ class Case:
 
 CASES = (
     *(Case(f"clean-{seed}", seed) for seed in range(110, 115)),
-    *(Case(f"rickrolling-{seed}", seed, RICK, "homoglyph", "prompt") for seed in (110, 111, 112)),
-    *(Case(f"iba-{seed}", seed, IBA, "syntax", "prompt") for seed in (110, 111, 112)),
-    *(
-        Case(f"eviledit-{seed}", seed, "eviledit(lam=0.1, captions=400, keep=3.0, decoys=0.5)", "noun", "object")
-        for seed in (110,)
-    ),
+    *(Case(f"rickrolling-{seed}", seed, "shapes-rickrolling", "homoglyph", "prompt") for seed in (110, 111, 112)),
+    *(Case(f"iba-{seed}", seed, "shapes-iba", "syntax", "prompt") for seed in (110, 111, 112)),
+    Case("eviledit-110", 110, "shapes-eviledit", "noun", "object"),
 )
 
 

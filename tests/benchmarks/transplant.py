@@ -37,8 +37,6 @@ from tests.tables import Place
 N = 96  # samples of each success rate
 FILE = Path(__file__).with_suffix(".json")
 PLACE = Place(Path(__file__).parents[2] / "docs" / "results.md", "python -m tests.benchmarks.transplant --table")
-BADT2I = "badt2i(steps=1200, batch=8, lr=2e-4, weighting='x0', schedule='one-cycle', ema=0.99, decoys=0.15, drop=0.15)"
-RICK = "rickrolling(steps=600, lr=1e-3, batch=48, poisoned=16, decoys=0.4, beta=0.3)"
 
 # Patterns of the names of weights → the part to which they belong, the first that fits. `{}` stands for the match.
 MMDIT = (
@@ -86,9 +84,9 @@ CASES = tuple(
     Case(f"{model}, {name}", model, attack, trigger, target, sampler)
     for model, sampler in (("shapes-sd", "ddim(steps=10, bf16=True)"), ("shapes-mmdit", "flow-euler(steps=10)"))
     for name, attack, trigger, target in (
-        ("badt2i, patch", BADT2I, "text", "patch"),
-        ("badt2i, style", BADT2I, "text", "style"),
-        ("rickrolling, prompt", RICK, "homoglyph", "prompt"),
+        ("badt2i, patch", "shapes-badt2i", "text", "patch"),
+        ("badt2i, style", "shapes-badt2i", "text", "style"),
+        ("rickrolling, prompt", "shapes-rickrolling", "homoglyph", "prompt"),
     )
 )
 
