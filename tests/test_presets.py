@@ -109,6 +109,18 @@ def test_a_suite_names_a_preset_and_its_cells_hold_the_whole_spec(tmp_path: Path
 
 
 @pytest.mark.usefixtures("ode_digits")
+def test_a_filter_takes_the_name_of_a_preset(tmp_path: Path, plugins: Registry) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        '[[grid]]\nmodel = "digits-ddpm"\nattack = ["ode-digits", "villandiffusion"]\ntrigger = "box"\n'
+        'target = "hat"\ndefense = "none"\nn = 16\n'
+    )
+    both = expand(read(path), plugins, ["attack=villandiffusion"]).cells
+    (cell,) = expand(read(path), plugins, ["attack=ode-digits"]).cells
+    assert len(both) == 2 and cell.attack == plugins.canonical("attacks", WHOLE)
+
+
+@pytest.mark.usefixtures("ode_digits")
 def test_tables_say_the_name_of_a_preset(plugins: Registry) -> None:
     one = record()
     whole = plugins.canonical("attacks", WHOLE)

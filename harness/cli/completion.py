@@ -11,13 +11,16 @@ from click.shell_completion import CompletionItem
 
 class Named(click.ParamType):
     """A text that may be one of some names, which a shell completes. kinds: of plugins. suites: also names of suites.
+    presets: also names of presets of these kinds.
+
     Nothing is checked here: the command says what is wrong with a name."""
 
     name = "text"
 
-    def __init__(self, *kinds: str, suites: bool = False) -> None:
+    def __init__(self, *kinds: str, suites: bool = False, presets: bool = True) -> None:
         self.kinds = kinds
         self.suites = suites
+        self.presets = presets
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return value
@@ -42,7 +45,7 @@ class Named(click.ParamType):
 
             entries = registry.index().entries
             yield from ((e.name, e.summary) for e in entries if e.kind in self.kinds or "any" in self.kinds)
-            named = presets.shipped().values()
+            named = presets.shipped().values() if self.presets else ()
             yield from ((p.name, p.spec) for p in named if p.kind in self.kinds or "any" in self.kinds)
 
 

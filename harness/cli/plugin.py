@@ -120,7 +120,7 @@ def _filled(file: str, words: dict[str, str]) -> str:
 
 
 @plugin.command(short_help="Check plugins against the contract.")
-@click.argument("what", nargs=-1, type=Named("any"))
+@click.argument("what", nargs=-1, type=Named("any", presets=False))
 @click.option("--kind", help="Only plugins of this kind, if several kinds have the name.")
 @click.option("--seconds", type=Finite(1), help="Limit of one run on a tiny model; default: 60.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Report to write, .md or .json.")

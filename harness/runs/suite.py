@@ -42,7 +42,7 @@ from harness.capabilities import (
     scales_noise,
 )
 from harness.methods.learned_triggers import unlearnable
-from harness.registry import Registry, RegistryError, did_you_mean, parse_spec, spec_of
+from harness.registry import Registry, RegistryError, did_you_mean, parse_spec, presets, spec_of
 from harness.runs.evaluations import nfe_of
 from harness.runs.record import Dropped
 from harness.types import Cell
@@ -256,8 +256,8 @@ def expand(draft: Draft, registry: Registry, only: Sequence[str] = ()) -> Suite:
     """Meet the plugins: canonical specs, impossible combinations dropped, duplicates merged, `only` applied.
 
     only: "defense=skd" keeps cells whose defense's name contains "skd" ("defense=skd(" and on: whose canonical spec
-    starts so); seed and n match exactly. Several of one key are alternatives, several keys must all hold.
-    Raises SuiteError for a filter that leaves nothing.
+    starts so; the name of a preset: whose spec is the preset's); seed and n match exactly. Several of one key are
+    alternatives, several keys must all hold. Raises SuiteError for a filter that leaves nothing.
     """
     cells: dict[Cell, None] = {}
     dropped: dict[Cell, str] = {}
@@ -267,7 +267,7 @@ def expand(draft: Draft, registry: Registry, only: Sequence[str] = ()) -> Suite:
                 cells[cell] = None
             else:
                 dropped[cell] = reason
-    wanted = _filter(only)
+    wanted = _filter(only, registry)
     kept = tuple(cell for cell in cells if wanted(cell))
     out = tuple(Dropped(cell, reason) for cell, reason in dropped.items() if wanted(cell))
     if not kept and not out:
@@ -396,7 +396,7 @@ def _words(names: Sequence[str]) -> str:
     return " or ".join(names) or "nothing"
 
 
-def _filter(only: Sequence[str]) -> Any:
+def _filter(only: Sequence[str], registry: Registry) -> Any:
     """Cell → bool for filters as in `expand`. Raises SuiteError for an unknown key."""
     wanted: dict[str, list[str]] = {}
     for text in only:
@@ -405,6 +405,8 @@ def _filter(only: Sequence[str]) -> Any:
             raise SuiteError(f"--only {text}: write key=value, as in --only defense=skd")
         if key not in FILTERS:
             raise SuiteError(f"--only {text}: no key '{key}'{did_you_mean(key, FILTERS)} known: {', '.join(FILTERS)}")
+        if (AXES.get(key), value) in presets.shipped():
+            value = registry.canonical(AXES[key], value)
         wanted.setdefault(key, []).append(value)
     return lambda cell: all(any(_matches(cell, key, value) for value in values) for key, values in wanted.items())
 
