@@ -87,7 +87,7 @@ class Version:
     def words(self) -> str:
         if not self.digest:
             return f"Benchmark {self.name}, draft: its cells are not frozen yet."
-        return f"Benchmark {self.name}, frozen as {self.digest[:12]}: {self.done} of {self.planned} cells are computed."
+        return f"Benchmark {self.name}: {self.done} of {self.planned} frozen cells are computed ({self.digest[:12]})."
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """The protocol of the benchmark: a numbered suite, the seeds on which it is computed, and what counts as cleaned.
 
-`leaderboard/protocols/v1.toml` states it. The cells of one model are frozen together: `protocols/v1/MODEL.json` keeps
-their whole specs with every default, and the thresholds. After that no preset, default or threshold of these cells can
-change without the check saying so; a change needs another version. A parameter that a plugin gains later changes
-nothing, because a spec that does not name it means its default.
+`leaderboard/protocols/v1.toml` states it. Cells are frozen before they are computed: `protocols/v1/MODEL.json` keeps
+their whole specs with every default, and the thresholds. A frozen cell stays as it is: after that no preset, default or
+threshold of it can change without the check saying so. Further attacks and defenses bring further cells, which are
+frozen in their turn. A parameter that a plugin gains later changes nothing, because a spec that does not name it means
+its default.
 
     bench leaderboard protocol                        hold the suite against the protocol
-    bench leaderboard protocol --freeze digits-ddpm   freeze the cells of a model
+    bench leaderboard protocol --freeze digits-ddpm   freeze the cells of a model; --attack: those of one attack
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from harness.runs.record import bare
 from harness.runs.suite import AXES, Suite
 from harness.types import Cell
 from leaderboard.results import ResultsError, write_text
-from leaderboard.specs import today
+from leaderboard.specs import as_written, today
 
 FOLDER = Path(__file__).parent / "protocols"
 NUMBER = 1
@@ -103,36 +104,55 @@ def frozen(model: str) -> Frozen | None:
     return found
 
 
-def freeze(suite: Suite, model: str) -> Path:
-    """Write what is frozen of a model. Raises ResultsError where it is frozen already, or has no cell."""
-    protocol = shipped()
+def freeze(suite: Suite, model: str, current: Callable[[str], str] = as_written, attack: str | None = None) -> Path:
+    """Add cells of a model to what is frozen of it, and return the file.
+
+    current: a spec as it is written today. attack: the canonical spec of the only attack whose cells, with those of the
+    clean model, are frozen now; None: all. Raises ResultsError where there is no new cell, or where a frozen one is no
+    longer as it was.
+    """
+    protocol, before = shipped(), frozen(model)
     path = protocol.frozen_file(model)
-    if path.exists():
-        raise ResultsError(f"{path}: {model} is frozen; a change is another version of the protocol")
-    cells = tuple(cell for cell in suite.cells if bare(cell.model) == bare(model))
-    if not cells:
-        raise ResultsError(f"suite {suite.name} has no cell of {model}")
-    kept = Frozen(protocol.thresholds, cells)
-    specs = sorted({getattr(cell, axis) for cell in cells for axis in (*AXES, "utility_sampler")})
-    places = {spec: i for i, spec in enumerate(specs)}
-    rows = [{name: places[value] if name in (*AXES, "utility_sampler") else value for name, value in asdict(c).items()}
-            for c in cells]  # fmt: skip
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-    head = {"sha256": kept.digest, "thresholds": asdict(protocol.thresholds), "specs": specs}
-    text = json.dumps(head, indent=1).removesuffix("\n}") + f',\n "cells": [\n{lines}\n ]\n}}\n'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
+    mine = [cell for cell in suite.cells if bare(cell.model) == bare(model)]
+    old = () if before is None else before.cells
+    known = {today(cell, current) for cell in old}
+    gone = known - set(mine)
+    if gone or (before is not None and before.thresholds != protocol.thresholds):
+        raise ResultsError(f"{path}: frozen cells or thresholds have changed; bench leaderboard protocol says which")
+    if attack is not None:
+        places = {(cell.trigger, cell.target, cell.sampler) for cell in mine if cell.attack == attack}
+        clean = [c for c in mine if bare(c.attack) == "none" and (c.trigger, c.target, c.sampler) in places]
+        mine = [*clean, *(cell for cell in mine if cell.attack == attack)]
+    new = [cell for cell in mine if cell not in known]
+    if not new:
+        raise ResultsError(f"suite {suite.name} has no cell of {model} that is not frozen yet")
+    _write(path, Frozen(protocol.thresholds, (*old, *new)))
+    frozen.cache_clear()
     return path
 
 
+def _write(path: Path, kept: Frozen) -> None:
+    names = (*AXES, "utility_sampler")
+    specs = sorted({getattr(cell, axis) for cell in kept.cells for axis in names})
+    places = {spec: i for i, spec in enumerate(specs)}
+    rows = [
+        {name: places[value] if name in names else value for name, value in asdict(cell).items()} for cell in kept.cells
+    ]
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    head = {"sha256": kept.digest, "thresholds": asdict(kept.thresholds), "specs": specs}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(head, indent=1).removesuffix("\n}") + f',\n "cells": [\n{lines}\n ]\n}}\n')
+
+
 def states(suite: Suite) -> dict[str, dict[str, Any]]:
-    """Model → the number of its cells in the suite, and the sha256 of what is frozen of it, None where nothing is."""
+    """Model → the number of its cells in the suite, how many are frozen, and the sha256 of these, None for none."""
     models = sorted({bare(cell.model) for cell in suite.cells})
     kept = {model: frozen(model) for model in models}
     return {
         model: {
             "cells": sum(bare(cell.model) == model for cell in suite.cells),
-            "sha256": None if (found := kept[model]) is None else found.digest,
+            "frozen": 0 if (found := kept[model]) is None else len(found.cells),
+            "sha256": None if found is None else found.digest,
         }
         for model in models
     }
@@ -199,11 +219,10 @@ def _moved(model: str, cells: Sequence[Cell], protocol: Protocol, current: Calla
         return
     if kept.thresholds != protocol.thresholds:
         yield f"{model}: its cells were frozen under other thresholds than those of {protocol.name}.toml"
-    wanted = {today(cell, current) for cell in kept.cells}
-    gone, new = sorted(wanted - set(cells), key=str), sorted(set(cells) - wanted, key=str)
-    for words, odd in (("no longer has", gone), ("has, and did not have when it was frozen,", new)):
-        for cell in odd[:LISTED]:
-            yield f"{model}: the suite {words} {bare(cell.defense)} on {bare(cell.attack)}, seed {cell.seed}"
+    gone = sorted({today(cell, current) for cell in kept.cells} - set(cells), key=str)
+    for cell in gone[:LISTED]:
+        words = f"{bare(cell.defense)} on {bare(cell.attack)}, seed {cell.seed}"
+        yield f"{model}: the suite no longer has a frozen cell, {words}"
 
 
 def _parsed(form: Any, document: Any, path: Path) -> Any:

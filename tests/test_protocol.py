@@ -56,7 +56,7 @@ def test_what_was_frozen_can_be_read_and_is_as_it_was_written(planned: Suite, em
     kept = protocol.frozen("digits-ddpm")
     assert kept is not None and set(kept.cells) == {c for c in planned.cells if c.model.startswith("digits-ddpm")}
     assert protocol.frozen("shapes-ldm") is None
-    with pytest.raises(ResultsError, match="is frozen; a change is another version"):
+    with pytest.raises(ResultsError, match="no cell of digits-ddpm that is not frozen yet"):
         protocol.freeze(planned, "digits-ddpm")
     protocol.frozen.cache_clear()
     path.write_text(path.read_text().replace('"seed": 10', '"seed": 13', 1))
@@ -64,12 +64,30 @@ def test_what_was_frozen_can_be_read_and_is_as_it_was_written(planned: Suite, em
         protocol.frozen("digits-ddpm")
 
 
-def test_a_changed_cell_of_a_frozen_model_is_named(planned: Suite, empty: Path) -> None:
+def test_a_changed_cell_of_a_frozen_model_is_named_and_a_new_one_is_not(planned: Suite, empty: Path) -> None:
     protocol.freeze(planned, "digits-ddpm")
     assert protocol.problems(planned, same) == []
     other = replace(planned.cells[0], n=7)
-    found = protocol.problems(replace(planned, cells=(*planned.cells[1:], other)), same)
-    assert len(found) == 2 and all("digits-ddpm: the suite" in words for words in found)
+    (words,) = protocol.problems(replace(planned, cells=(*planned.cells[1:], other)), same)
+    assert words.startswith("digits-ddpm: the suite no longer has a frozen cell")
+    grown = replace(planned, cells=(*planned.cells, other))
+    assert protocol.problems(grown, same) == []
+
+
+def test_attacks_are_frozen_one_after_the_other_and_nothing_before_them_changes(planned: Suite, empty: Path) -> None:
+    mine = [c for c in planned.cells if c.model.startswith("shapes-sd")]
+    first, second = sorted({c.attack for c in mine} - {"none()"})[:2]
+    protocol.freeze(planned, "shapes-sd", attack=first)
+    before = protocol.frozen("shapes-sd")
+    assert before is not None and {c.attack for c in before.cells} - {first} == {mine[0].attack}
+    assert any(c.defense.startswith("none") for c in before.cells), "with the clean model under its triggers"
+    protocol.freeze(planned, "shapes-sd", attack=second)
+    after = protocol.frozen("shapes-sd")
+    assert after is not None and after.cells[: len(before.cells)] == before.cells
+    assert after.digest != before.digest and protocol.problems(planned, same) == []
+    moved = replace(planned, cells=tuple(replace(c, n=7) if c == before.cells[-1] else c for c in planned.cells))
+    with pytest.raises(ResultsError, match="frozen cells or thresholds have changed"):
+        protocol.freeze(moved, "shapes-sd")
 
 
 def test_a_default_that_changed_is_seen_and_a_new_parameter_is_none(planned: Suite, empty: Path) -> None:
@@ -126,11 +144,11 @@ def test_the_command_freezes_a_model_once_and_says_how_many_cells_it_has(planned
     before = CliRunner().invoke(bench, asked)
     count = sum(c.model.startswith("digits-ddpm") for c in planned.cells)
     assert before.exit_code == 0
-    assert json.loads(before.stdout)["models"]["digits-ddpm"] == {"cells": count, "sha256": None}
+    assert json.loads(before.stdout)["models"]["digits-ddpm"] == {"cells": count, "frozen": 0, "sha256": None}
     protocol.frozen.cache_clear()
     after = CliRunner().invoke(bench, ["leaderboard", "protocol", "--freeze", "digits-ddpm"])
     kept = protocol.frozen("digits-ddpm")
-    assert kept is not None and f"digits-ddpm: {count} cells, frozen, sha256 {kept.digest[:12]}" in after.stdout
+    assert kept is not None and f"digits-ddpm: {count} cells, {count} frozen, sha256 {kept.digest[:12]}" in after.stdout
     again = CliRunner().invoke(bench, ["leaderboard", "protocol", "--freeze", "digits-ddpm"])
     assert isinstance(again.exception, ResultsError)
 
@@ -176,7 +194,7 @@ def test_a_whole_benchmark_has_the_only_table_of_its_model(monkeypatch: pytest.M
     kept = protocol.Frozen(protocol.shipped().thresholds, tuple(r.cell for r in made))
     monkeypatch.setattr(protocol, "frozen", lambda model: kept)
     (only,) = headline.published(rows.pooled(made), rows.pooled(made), "unconditional")
-    assert only.version is not None and "9 of 9 cells" in only.version.words
+    assert only.version is not None and "9 of 9 frozen cells" in only.version.words
 
 
 def test_a_model_that_is_not_frozen_is_a_draft(monkeypatch: pytest.MonkeyPatch) -> None:

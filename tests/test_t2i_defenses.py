@@ -767,12 +767,16 @@ def test_ufids_variants_are_the_query_and_phrases_in_front_of_it(sd: DiffusionMo
 
 class Planted:
     """A model whose prediction and images answer the words in `effects`, each with a strength and a pattern of its own
-    or, without one, a pattern that differs from prompt to prompt, in the prediction far more than in the image."""
+    or, without one, a pattern that differs from prompt to prompt, in the prediction far more than in the image. All
+    else is that of `like`."""
 
     T, shape, device, conditional, family = 1000, (4, 16, 16), torch.device("cpu"), True, "vp"
 
-    def __init__(self, tokenizer, effects: dict[str, tuple[float, bool]]) -> None:
-        self.tokenizer, self.effects, self.scheduler = tokenizer, effects, scheduler()
+    def __init__(self, like: DiffusionModel, effects: dict[str, tuple[float, bool]]) -> None:
+        self.like, self.effects, self.scheduler = like, effects, scheduler()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.like, name)
 
     def change(self, text: str, shape: tuple[int, ...], unsteady: float = 1.0) -> torch.Tensor:
         out = torch.zeros(shape)
@@ -819,7 +823,7 @@ def test_the_scan_names_the_planted_trigger_and_none_where_there_is_none(effects
     data = Data(torch.zeros(2, 3, 32, 32), ("negative photo of a small red circle", "a large blue square now"))
     known = Knowledge(prompts=prompts, data=data, words=("now",), encoder=lambda images: images[:, :, 0].flatten(1))
     scan = VocabularyScan(rows=4, final_rows=12, finalists=8, bf16=False, verified=3)
-    done = scan.defend(Planted(sd.tokenizer, effects), known, generator(0, "x"))
+    done = scan.defend(Planted(sd, effects), known, generator(0, "x"))
     assert found_text(done.trigger) == found and done.suspicion is not None and done.model is None
     assert done.flag_above == 0.9 and (done.suspicion > 0.9) == (found is not None)
 

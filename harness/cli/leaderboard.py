@@ -105,12 +105,14 @@ def check(root: Path | None, page: Path | None, keys: bool, as_json: bool) -> in
 
 
 @leaderboard.command(short_help="Hold the benchmark's suite against its protocol.")
-@click.option("--freeze", "model", metavar="MODEL", help="Freeze the cells of this model first.")
+@click.option("--freeze", "model", metavar="MODEL", help="Freeze the cells of this model that are not frozen yet.")
+@click.option(
+    "--attack", help="With --freeze: only the cells of this attack, a preset or a spec, and the clean model's."
+)
 @as_json
-def protocol(model: str | None, as_json: bool) -> int:
+def protocol(model: str | None, attack: str | None, as_json: bool) -> int:
     """Hold the suite of the benchmark against its protocol and against what is frozen of it, and say how many cells
-    each model has. Ends with 5 if something differs. A frozen model cannot be frozen again: a change is another
-    version."""
+    each model has. Ends with 5 if something differs. A frozen cell stays as it is: a change is another version."""
     from harness.runs import suite as suites
     from harness.runs.declared import Declared
     from leaderboard import protocol as protocols
@@ -118,8 +120,12 @@ def protocol(model: str | None, as_json: bool) -> int:
     registry, mine = loaded((), strict=False), protocols.shipped()
     draft = suites.read(suites.find_suite(mine.suite))
     planned = suites.expand(draft, registry)
+    if attack is not None and model is None:
+        raise click.UsageError("--attack needs --freeze MODEL")
     if model is not None:
-        note(f"wrote {protocols.freeze(planned, model)}; commit it before the first cell is computed")
+        only = None if attack is None else registry.canonical("attacks", attack)
+        path = protocols.freeze(planned, model, Declared(registry).current, only)
+        note(f"wrote {path}; commit it before the first of its new cells is computed")
     problems = [*protocols.problems(planned, Declared(registry).current)]
     problems += [f"spells {spec} out; write a preset" for spec in protocols.unnamed(draft.grids)]
     states = protocols.states(planned)
@@ -129,8 +135,8 @@ def protocol(model: str | None, as_json: bool) -> int:
         for words in problems:
             echo(f"suite {mine.suite} {words}")
         for name, state in states.items():
-            frozen = f"frozen, sha256 {state['sha256'][:12]}" if state["sha256"] else "not frozen"
-            echo(f"{name}: {state['cells']} cells, {frozen}")
+            digest = f", sha256 {state['sha256'][:12]}" if state["sha256"] else ""
+            echo(f"{name}: {state['cells']} cells, {state['frozen']} frozen{digest}")
     return Exit.mismatch if problems else Exit.ok
 
 
