@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from typing import Any
 
@@ -67,6 +68,12 @@ def test_all_parts_together_are_the_donor(pair: tuple[DiffusionModel, DiffusionM
     for component, net in made.components().items():
         theirs = other.components()[component].state_dict()
         assert component == "vae" or all(torch.equal(value, theirs[name]) for name, value in net.state_dict().items())
+
+
+def test_the_tables_are_those_of_the_committed_values() -> None:
+    """If this fails after a change of the values: python -m tests.benchmarks.transplant --table"""
+    written = transplant.PLACE.written()
+    assert "modulation" in written and written == transplant.tables(json.loads(transplant.FILE.read_text()))
 
 
 def test_the_table_has_a_row_for_each_part_and_its_intervals() -> None:
