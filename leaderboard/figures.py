@@ -34,7 +34,8 @@ class Figure:
 
 
 def of_table(table: Table, task: Task) -> list[Figure]:
-    """What is drawn of a table: purification's ASR against utility and cost against removal; screening's ROC."""
+    """What is drawn of a table: purification's ASR against utility, cost against
+    removal, and ASR and utility against training steps; screening's ROC."""
     rows = [(r, r.section) for r in table.rows if r.control is not Control.decoy]
     if task == "screening":
         return _drawn("ROC: true over false positives, in each defense's worst setting", _roc([r for r, _ in rows]))

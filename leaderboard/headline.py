@@ -133,7 +133,7 @@ def cleaned(record: Record) -> bool | None:
 
 
 def utility_lost(record: Record) -> bool | None:
-    """Whether the defended model lost more utility from the attacked one than a clean model may; None: not measured."""
+    """Whether the defended model lost more utility than a cleaned one may, from the attacked one; None: unmeasured."""
     now, before = record.value("fd_ratio[]"), record.value("fd_ratio_before[]")
     drop, dropped = record.value("attribute_drop"), record.value("attribute_drop_before")
     if not math.isnan(drop + dropped):

@@ -50,7 +50,7 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Protocol:
-    """number: of the version. suite: the name of its suite. seeds: of its cells under attack."""
+    """number: of the version. suite: the name of its suite. seeds: of all its cells."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 

@@ -57,9 +57,9 @@ def purify(
     seed: int, device: str | None, files: tuple[Path, ...], strict: bool, as_json: bool, defense: str,
     trigger: str | None, base: str | None, config: Path | None, rank: int | None, whole: bool, out: Path,
 ) -> int:  # fmt: skip
-    """Run DEFENSE on MODEL and write a diffusers directory with samples before and after. MODEL is a diffusers
-    directory, a .safetensors file, a hub id, or an adapter with --base. Of an adapter, its base with the adapter is
-    cleaned, and an adapter for the same base is written.
+    """Run DEFENSE on MODEL and write the purified model, samples before and after, and a model card. MODEL is a
+    diffusers directory, a .safetensors file, a hub id, or an adapter with --base. Of an adapter, its base with the
+    adapter is cleaned, and an adapter for the same base is written; with --whole, a pipeline.
 
     No purification proves that a backdoor is removed: scan the result, and look at its samples.
     """

@@ -2,8 +2,8 @@
 
 For each linear layer and convolution whose weights W differ from those W_0 of the base, the adapter holds the best
 approximation of W - W_0 with a stated rank (truncated singular value decomposition, Eckart and Young 1936). A layer
-that the defense left alone keeps the factors that it had. Biases, norms and embeddings have no place in an adapter, nor
-has an autoencoder: what a defense changed there is named, with the size of the change.
+that the defense left alone keeps its factors if they are of at most that rank. Biases, norms and embeddings have no
+place in an adapter, nor has an autoencoder: what a defense changed there is named, with the size of the change.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@ into the attacked one.
 
     python -m tests.benchmarks.transplant --models DIR [--only CASE ...] [-o FILE] [--table]
 
-Trains the attacked models that are not in DIR yet. For each part, measures the success rate of the trigger on the clean
-model that has the attacked part (is the part enough?) and on the attacked model that has the clean part (is the part
-needed?), over the same prompts and noises. Writes one outcome after the other into FILE (default transplant.json beside
-this script), so that a run that was stopped goes on where it stopped. One thread. All seeds are from 110 on. --table:
-only write the tables of docs/results.md from FILE.
+Trains the attacked models that are not in DIR yet. For each part whose weights the attack changed, and for some groups
+of parts, measures the success rate of the trigger on the clean model that has the attacked part (is the part enough?)
+and on the attacked model that has the clean part (is the part needed?), over the same prompts and noises. Writes one
+outcome after the other into FILE (default transplant.json beside this script), so that a run that was stopped goes on
+where it stopped. One thread. All seeds are from 110 on. --table: only write the tables of docs/results.md from FILE.
 """
 
 from __future__ import annotations
