@@ -26,10 +26,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from harness.runs.jsonable import canonical, to_jsonable
 from harness.runs.record import bare
-from harness.runs.suite import AXES, Suite
+from harness.runs.suite import Suite
 from harness.types import Cell
 from leaderboard.results import ResultsError, write_text
-from leaderboard.specs import as_written, today
+from leaderboard.specs import SPECS, as_written, today
 
 FOLDER = Path(__file__).parent / "protocols"
 NUMBER = 1
@@ -95,9 +95,7 @@ def frozen(model: str) -> Frozen | None:
         return None
     document = json.loads(path.read_text(encoding="utf-8"))
     specs, rows = document["specs"], document["cells"]
-    names = list(AXES)
-    cells = [{**row, **{axis: specs[row[axis]] for axis in names}, "utility_sampler": specs[row["utility_sampler"]]}
-             for row in rows]  # fmt: skip
+    cells = [{**row, **{name: specs[row[name]] for name in SPECS}} for row in rows]
     found = _parsed(Frozen, {"thresholds": document["thresholds"], "cells": cells}, path)
     if found.digest != document["sha256"]:
         raise ResultsError(f"{path}: changed after it was frozen: its sha256 is {found.digest}")
@@ -132,11 +130,10 @@ def freeze(suite: Suite, model: str, current: Callable[[str], str] = as_written,
 
 
 def _write(path: Path, kept: Frozen) -> None:
-    names = (*AXES, "utility_sampler")
-    specs = sorted({getattr(cell, axis) for cell in kept.cells for axis in names})
+    specs = sorted({getattr(cell, name) for cell in kept.cells for name in SPECS})
     places = {spec: i for i, spec in enumerate(specs)}
     rows = [
-        {name: places[value] if name in names else value for name, value in asdict(cell).items()} for cell in kept.cells
+        {name: places[value] if name in SPECS else value for name, value in asdict(cell).items()} for cell in kept.cells
     ]
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
     head = {"sha256": kept.digest, "thresholds": asdict(kept.thresholds), "specs": specs}

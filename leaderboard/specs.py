@@ -12,6 +12,7 @@ from harness.runs.suite import AXES
 from harness.types import Cell
 
 PARTS = ("model", "attack", "trigger", "target", "sampler", "defense")
+SPECS = (*AXES, "utility_sampler")  # fields of a cell that are specs
 
 
 def as_written(spec: str) -> str:
@@ -21,7 +22,7 @@ def as_written(spec: str) -> str:
 
 def today(cell: Cell, current: Callable[[str], str]) -> Cell:
     """A cell with its specs as they are written today. current: spec → that text (`Declared.current`)."""
-    return replace(cell, **{name: current(getattr(cell, name)) for name in (*AXES, "utility_sampler")})
+    return replace(cell, **{name: current(getattr(cell, name)) for name in SPECS})
 
 
 def inside(spec: str) -> str:

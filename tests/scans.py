@@ -11,7 +11,8 @@ import pytest
 from pydantic import BaseModel
 
 from harness.cli import call
-from harness.diffusion import events
+from harness.diffusion import checkpoint, events
+from harness.diffusion.model import DiffusionModel
 from harness.diffusion.samplers import DDIM
 from harness.scan import verdict
 from harness.scan.document import FalseAlarms, FindingRow, Published, Report, Scan
@@ -43,6 +44,13 @@ def bench_with(detectors: str, *command: str) -> Any:
         return run
 
     return bench
+
+
+def saved(model: DiffusionModel, root: Path) -> tuple[DiffusionModel, Path]:
+    """The model and its directory below `root`, with a file of prompts beside it."""
+    checkpoint.save(model, root / "m")
+    (root / "prompts.txt").write_text("a red circle\na blue square\n")
+    return model, root / "m"
 
 
 def row(**changed: Any) -> FindingRow:

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from harness.cli import bench
 from harness.registry import Registry, RegistryError, UnknownName, load, presets, spec_of, write_spec
 from harness.registry.specs import parse_spec
-from harness.runs.suite import expand, read
+from harness.runs.suite import Draft, expand, read
 from leaderboard.specs import shortener
 from tests.plans import planned
 from tests.records import changed, record
@@ -33,6 +33,16 @@ def read_text(tmp_path: Path, text: str) -> tuple[presets.Preset, ...]:
     path = tmp_path / "mine.toml"
     path.write_text(text)
     return presets.read(path)
+
+
+def of_attacks(tmp_path: Path, *attacks: str) -> Draft:
+    """A suite of digits-ddpm under these attacks."""
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        f'[[grid]]\nmodel = "digits-ddpm"\nattack = {json.dumps(attacks)}\ntrigger = "box"\ntarget = "hat"\n'
+        'defense = "none"\nn = 16\n'
+    )
+    return read(path)
 
 
 @pytest.fixture(scope="module")
@@ -96,12 +106,7 @@ def test_the_name_of_a_preset_stands_for_its_spec(plugins: Registry) -> None:
 
 @pytest.mark.usefixtures("ode_digits")
 def test_a_suite_names_a_preset_and_its_cells_hold_the_whole_spec(tmp_path: Path, plugins: Registry) -> None:
-    path = tmp_path / "mine.toml"
-    path.write_text(
-        '[[grid]]\nmodel = "digits-ddpm"\nattack = ["ode-digits"]\ntrigger = "box"\ntarget = "hat"\n'
-        'defense = "none"\nn = 16\n'
-    )
-    (cell,) = expand(read(path), plugins).cells
+    (cell,) = expand(of_attacks(tmp_path, "ode-digits"), plugins).cells
     assert cell.attack == plugins.canonical("attacks", WHOLE)
     plan = planned(plugins, cell)
     assert any("attack ode-digits on digits-ddpm" in job.label for job in plan.jobs.values())
@@ -110,13 +115,9 @@ def test_a_suite_names_a_preset_and_its_cells_hold_the_whole_spec(tmp_path: Path
 
 @pytest.mark.usefixtures("ode_digits")
 def test_a_filter_takes_the_name_of_a_preset(tmp_path: Path, plugins: Registry) -> None:
-    path = tmp_path / "mine.toml"
-    path.write_text(
-        '[[grid]]\nmodel = "digits-ddpm"\nattack = ["ode-digits", "villandiffusion"]\ntrigger = "box"\n'
-        'target = "hat"\ndefense = "none"\nn = 16\n'
-    )
-    both = expand(read(path), plugins, ["attack=villandiffusion"]).cells
-    (cell,) = expand(read(path), plugins, ["attack=ode-digits"]).cells
+    draft = of_attacks(tmp_path, "ode-digits", "villandiffusion")
+    both = expand(draft, plugins, ["attack=villandiffusion"]).cells
+    (cell,) = expand(draft, plugins, ["attack=ode-digits"]).cells
     assert len(both) == 2 and cell.attack == plugins.canonical("attacks", WHOLE)
 
 

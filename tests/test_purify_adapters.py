@@ -106,11 +106,9 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """A model and its directory, with an adapter of kohya's names beside it."""
     root = tmp_path_factory.mktemp(request.param)
     model = (tiny_sd if request.param == "sd" else tiny_sdxl)(root / "tokens")
-    checkpoint.save(model, root / "m")
     save_file(kohya(model, False), root / NAME)
-    (root / "prompts.txt").write_text("a red circle\na blue square\n")
     (root / "plugin.py").write_text(PLUGIN)
-    return model, root / "m"
+    return scans.saved(model, root)
 
 
 def purified(

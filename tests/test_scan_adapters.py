@@ -17,6 +17,7 @@ from harness.diffusion.model import DiffusionModel
 from harness.scan.lowrank import described
 from tests import single_files
 from tests.oracles import tiny_sd
+from tests.scans import saved
 from tests.test_adapter_files import NAME, kohya
 
 LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
@@ -25,10 +26,7 @@ LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[DiffusionModel, Path]:
     root = tmp_path_factory.mktemp("base")
-    model = tiny_sd(root / "tokens")
-    checkpoint.save(model, root / "m")
-    (root / "prompts.txt").write_text("a red circle\na blue square\n")
-    return model, root / "m"
+    return saved(tiny_sd(root / "tokens"), root)
 
 
 def scanned(base: Path, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[str, Any], str]:

@@ -18,27 +18,27 @@ from harness.cli import call
 from harness.diffusion import checkpoint, embedding_files
 from harness.diffusion.model import DiffusionModel
 from harness.diffusion.model_files import CheckpointError, ModelFiles
-from harness.diffusion.samplers import DDIM
 from harness.judges import hub
-from harness.scan import embedding, verdict
+from harness.scan import embedding
+from tests import scans
 from tests.oracles import tiny_sd, tiny_sdxl, tiny_unet
+from tests.scans import saved
 
 NAME = "<hat>.safetensors"
 
 
+quick = scans.quick
+
+
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verdict, "sampler_of", lambda model: DDIM(steps=2))
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedding, "STEPS", 3)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[DiffusionModel, Path]:
     root = tmp_path_factory.mktemp("base")
-    model = tiny_sd(root / "tokens")
-    checkpoint.save(model, root / "m")
-    (root / "prompts.txt").write_text("a red circle\na blue square\n")
-    return model, root / "m"
+    return saved(tiny_sd(root / "tokens"), root)
 
 
 @pytest.fixture(scope="module")

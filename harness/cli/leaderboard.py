@@ -119,14 +119,14 @@ def protocol(model: str | None, attack: str | None, as_json: bool) -> int:
 
     registry, mine = loaded((), strict=False), protocols.shipped()
     draft = suites.read(suites.find_suite(mine.suite))
-    planned = suites.expand(draft, registry)
+    planned, current = suites.expand(draft, registry), Declared(registry).current
     if attack is not None and model is None:
         raise click.UsageError("--attack needs --freeze MODEL")
     if model is not None:
         only = None if attack is None else registry.canonical("attacks", attack)
-        path = protocols.freeze(planned, model, Declared(registry).current, only)
+        path = protocols.freeze(planned, model, current, only)
         note(f"wrote {path}; commit it before the first of its new cells is computed")
-    problems = [*protocols.problems(planned, Declared(registry).current)]
+    problems = protocols.problems(planned, current)
     problems += [f"spells {spec} out; write a preset" for spec in protocols.unnamed(draft.grids)]
     states = protocols.states(planned)
     if as_json:

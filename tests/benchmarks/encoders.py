@@ -11,7 +11,6 @@ only write the table of docs/results.md from FILE.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from dataclasses import dataclass
@@ -22,13 +21,13 @@ import torch
 
 from harness.diffusion import checkpoint
 from harness.diffusion.model import DiffusionModel
-from harness.diffusion.seeds import generator, image_noise, image_seeds
+from harness.diffusion.seeds import generator
 from harness.registry import load
 from harness.scan.comparison import compared
 from harness.scan.robust import STANDS_OUT
-from harness.stages import attack as attacking, inputs as evaluation
-from harness.stages.sample import sample
-from harness.types import Backdoor, Inputs, Knowledge, TargetContext
+from harness.stages import attack as attacking
+from harness.types import Backdoor, Knowledge
+from tests.benchmarks.judged import Judged, options
 from tests.tables import Place
 
 HITS = 32  # samples for the success rate of an attack
@@ -91,23 +90,11 @@ def trained(case: Case, folder: Path, plugins: Any) -> tuple[DiffusionModel, dic
         backdoor = Backdoor(plugins.build("triggers", case.trigger), plugins.build("targets", case.target))
         method = plugins.build("attacks", case.attack)
         model = attacking.attack(plugin, method, backdoor, case.seed, "cpu")
-        facts["asr"] = _rate(plugins, evaluation.avoiding(plugin, backdoor.trigger), clean, model, backdoor, case.seed)
+        sampler = plugins.build("samplers", SAMPLER)
+        facts["asr"] = Judged(plugin, clean, backdoor, sampler, case.seed, HITS).rate(model)
     checkpoint.save(model, place)
     told.write_text(json.dumps(facts))
     return model, facts
-
-
-def _rate(plugins: Any, plugin: Any, clean: Any, model: Any, backdoor: Backdoor, seed: int) -> float:
-    from harness.judges.evidence import counted, reachable
-
-    prompts, seeds = plugin.prompts("test", HITS, generator(seed, "evaluation")), image_seeds(seed, "evaluation", HITS)
-    given = Inputs(image_noise(seeds, model.shape), prompts, seeds)
-    sampler = plugins.build("samplers", SAMPLER)
-    plain = sample(clean, given, sampler, [None])
-    judged = reachable(backdoor, prompts)
-    images = sample(model, given, sampler, [backdoor.trigger])
-    hits = judged.target.hits(images, TargetContext(plain, prompts, plugin.judge()))
-    return hits[counted(judged.target, prompts, HITS)].double().mean().item()
 
 
 def examined(case: Case, model: DiffusionModel, plugins: Any) -> dict[str, Any]:
@@ -154,12 +141,7 @@ def table(models: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--models", type=Path, help="where the models are kept")
-    words.add_argument("--only", action="append", help="a case; default: all")
-    words.add_argument("--table", action="store_true", help="write the table, and compute nothing")
-    words.add_argument("-o", "--out", type=Path, default=FILE)
-    told = words.parse_args()
+    told = options(__doc__, FILE, "a case; default: all")
     known: dict[str, Any] = json.loads(told.out.read_text()) if told.out.is_file() else {}
     if told.table:
         PLACE.write(table(known))

@@ -12,7 +12,6 @@ where it stopped. One thread. All seeds are from 110 on. --table: only write the
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import time
@@ -25,13 +24,11 @@ import torch
 
 from harness.diffusion import checkpoint
 from harness.diffusion.model import DiffusionModel
-from harness.diffusion.seeds import generator, image_noise, image_seeds
 from harness.judges import statistics
-from harness.judges.evidence import counted, reachable
 from harness.registry import load
-from harness.stages import attack as attacking, inputs as evaluation
-from harness.stages.sample import sample
-from harness.types import Backdoor, Inputs, TargetContext
+from harness.stages import attack as attacking
+from harness.types import Backdoor
+from tests.benchmarks.judged import Judged, options
 from tests.tables import Place
 
 N = 96  # samples of each success rate
@@ -79,6 +76,9 @@ class Case:
     sampler: str
     seed: int = 110
 
+    def backdoor(self, plugins: Any) -> Backdoor:
+        return Backdoor(plugins.build("triggers", self.trigger), plugins.build("targets", self.target))
+
 
 CASES = tuple(
     Case(f"{model}, {name}", model, attack, trigger, target, sampler)
@@ -121,34 +121,12 @@ def transplanted(receiver: DiffusionModel, donor: DiffusionModel, names: Iterabl
     return made
 
 
-class Judged:
-    """The success rate of one case's trigger on any model, over the same prompts and noises."""
-
-    def __init__(self, case: Case, plugins: Any, clean: DiffusionModel) -> None:
-        plugin = plugins.build("models", case.model)
-        self.backdoor = Backdoor(plugins.build("triggers", case.trigger), plugins.build("targets", case.target))
-        told = evaluation.avoiding(plugin, self.backdoor.trigger)
-        prompts = told.prompts("test", N, generator(case.seed, "evaluation"))
-        seeds = image_seeds(case.seed, "evaluation", N)
-        self.given = Inputs(image_noise(seeds, clean.shape), prompts, seeds)
-        self.sampler = plugins.build("samplers", case.sampler)
-        self.judge, self.target = plugin.judge(), reachable(self.backdoor, prompts).target
-        self.plain = sample(clean, self.given, self.sampler, [None])
-        self.counts = counted(self.target, prompts, N)
-
-    def rate(self, model: DiffusionModel) -> float:
-        images = sample(model, self.given, self.sampler, [self.backdoor.trigger])
-        hits = self.target.hits(images, TargetContext(self.plain, self.given.prompts or (), self.judge))
-        return hits[self.counts].double().mean().item()
-
-
 def attacked(case: Case, folder: Path, plugins: Any) -> DiffusionModel:
     place = folder / re.sub(r"\W+", "-", case.name)
     if (place / "model_index.json").is_file():
         return checkpoint.load(place)
-    backdoor = Backdoor(plugins.build("triggers", case.trigger), plugins.build("targets", case.target))
-    method = plugins.build("attacks", case.attack)
-    model = attacking.attack(plugins.build("models", case.model), method, backdoor, case.seed, "cpu")
+    plugin, method = plugins.build("models", case.model), plugins.build("attacks", case.attack)
+    model = attacking.attack(plugin, method, case.backdoor(plugins), case.seed, "cpu")
     checkpoint.save(model, place)
     return model
 
@@ -157,7 +135,8 @@ def examined(case: Case, folder: Path, plugins: Any, known: dict[str, Any], keep
     """Fill `known` with what is missing of a case, and call `keep` after each part."""
     clean = plugins.build("models", case.model).load()
     bad = attacked(case, folder, plugins)
-    judged = Judged(case, plugins, clean)
+    plugin = plugins.build("models", case.model)
+    judged = Judged(plugin, clean, case.backdoor(plugins), plugins.build("samplers", case.sampler), case.seed, N)
     if "attacked" not in known:
         known |= {"attacked": judged.rate(bad), "clean": judged.rate(clean), "n": int(judged.counts.sum()), "parts": {}}
         keep()
@@ -207,12 +186,7 @@ def _share(rate: float, n: int) -> str:
 
 
 def main() -> None:
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--models", type=Path, help="where the attacked models are kept")
-    words.add_argument("--only", action="append", help="a case, or how its name begins; default: all")
-    words.add_argument("--table", action="store_true", help="write the tables, and compute nothing")
-    words.add_argument("-o", "--out", type=Path, default=FILE)
-    told = words.parse_args()
+    told = options(__doc__, FILE, "a case, or how its name begins; default: all")
     known: dict[str, Any] = json.loads(told.out.read_text()) if told.out.is_file() else {}
     if told.table:
         PLACE.write(tables(known))
