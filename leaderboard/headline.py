@@ -19,7 +19,7 @@ from harness.judges import statistics
 from harness.runs.record import Record, Track, bare
 from leaderboard import protocol, report
 from leaderboard.rows import BASELINES, Control, PooledCell
-from leaderboard.specs import short_of
+from leaderboard.specs import short_of, since
 
 LIMITS = protocol.shipped().thresholds
 LOSS: dict[Track, str] = {
@@ -156,8 +156,10 @@ def version(model: str, rows: Iterable[PooledCell]) -> Version:
     named, kept = protocol.shipped(), protocol.frozen(model)
     if kept is None:
         return Version(named.name, 0, 0, "")
-    there = {record.cell for cell in rows for record in cell.records if not record.error}
-    return Version(named.name, sum(cell in there for cell in kept.cells), len(kept.cells), kept.digest)
+    there = [record for cell in rows for record in cell.records if not record.error]
+    cells = {record.cell for record in there}
+    done = sum(cell in cells or any(since(cell, record) for record in there) for cell in kept.cells)
+    return Version(named.name, done, len(kept.cells), kept.digest)
 
 
 def heads(cells: Iterable[PooledCell], track: Track, named: bool = False) -> list[Head]:

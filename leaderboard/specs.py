@@ -25,6 +25,24 @@ def today(cell: Cell, current: Callable[[str], str]) -> Cell:
     return replace(cell, **{name: current(getattr(cell, name)) for name in SPECS})
 
 
+def since(old: Cell, record: Record) -> bool:
+    """Whether a record is of a cell that was written down before its plugins gained parameters: the parameters of the
+    cell have their values in the record, and all others have their defaults."""
+    new, short = record.cell, record.provenance.short
+    if replace(new, **{name: getattr(old, name) for name in SPECS}) != old:
+        return False
+    return all(
+        getattr(old, name) == getattr(new, name) or _gained(getattr(old, name), getattr(new, name), short.get(name))
+        for name in SPECS
+    )
+
+
+def _gained(old: str, new: str, short: str | None) -> bool:
+    """short: the newer spec without its defaults; None where no record says it (the utility's sampler)."""
+    before, after = arguments(old).items(), arguments(new).items()
+    return bare(old) == bare(new) and before <= after and arguments(short or "").items() <= before
+
+
 def inside(spec: str) -> str:
     """What stands between the brackets of a spec."""
     return spec.partition("(")[2].removesuffix(")")

@@ -179,6 +179,22 @@ def test_the_benchmarks_own_rows_have_the_first_table(tmp_path: Path, monkeypatc
     assert second.version is None
 
 
+def test_a_record_from_after_a_plugin_gained_a_parameter_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = rows_of((10,))
+    kept = protocol.Frozen(protocol.shipped().thresholds, tuple(r.cell for r in made))
+    monkeypatch.setattr(protocol, "frozen", lambda model: kept)
+
+    def done(short: str, written: str) -> int:
+        """How many of the three cells are there if elijah's record is written so."""
+        cell = replace(made[1].cell, defense=written)
+        later = changed(made[1], cell=cell, provenance={"short": {**made[1].provenance.short, "defense": short}})
+        return headline.version("digits-ddpm", rows.pooled([made[0], later, made[2]])).done
+
+    assert done("elijah(steps=150)", "elijah(steps=150, later=0)") == 3
+    assert done("elijah(steps=150, later=1)", "elijah(steps=150, later=1)") == 2  # not its default
+    assert done("elijah(steps=90)", "elijah(steps=90, later=0)") == 2
+
+
 def test_its_table_says_the_names_of_presets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "frozen", lambda model: None)
     preset = presets.shipped()["attacks", "digits-trojdiff"]
