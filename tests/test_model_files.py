@@ -98,6 +98,24 @@ UNET, TEXT, TOKENS = "unet/config.json", "text_encoder/config.json", "tokenizer/
 SCHEDULE = "scheduler/scheduler_config.json"
 REFUSED: dict[str, tuple[str, Change, str]] = {
     "an index that names a pickle": ("noise", sharded("other.bin"), "names 'other.bin', which is no safetensors"),
+    "a pipeline with code of its own": (
+        "noise",
+        edited("model_index.json", _class_name=["my_pipeline", "Mine"]),
+        "is no pipeline of diffusers",
+    ),
+    "a pipeline that nobody has": (
+        "text",
+        edited("model_index.json", _class_name="MinePipeline\n"),
+        "is no pipeline of diffusers",
+    ),
+    "a tokenizer with code of its own": (
+        "text",
+        edited("tokenizer/tokenizer_config.json", auto_map={"AutoTokenizer": ["mine.Mine", None]}),
+        "has auto_map",
+    ),
+    "a scale in words": ("text", edited("vae/config.json", scaling_factor="0.18"), "scaling_factor is '0.18'"),
+    "no scale": ("text", edited("vae/config.json", scaling_factor=0), "scaling_factor is 0"),
+    "a shift in words": ("text", edited("vae/config.json", shift_factor="0.1"), "shift_factor is '0.1'"),
     "an index that leaves the directory": (
         "noise",
         sharded("../../NAME-outside.safetensors"),

@@ -25,6 +25,7 @@ from scipy.stats import t as student
 from harness.cli import Exit, call, scan_output
 from harness.cli.scan import scan as command
 from harness.diffusion import checkpoint
+from harness.diffusion.model import DiffusionModel
 from harness.diffusion.model_files import CheckpointError, ModelFiles
 from harness.judges import hub
 from harness.registry import OWN
@@ -243,6 +244,24 @@ def test_names_from_a_model_are_harmless_in_every_format(bench: Run, tmp_path: P
         assert "\u202e" not in text and "\x1b" not in text
     assert "b" not in Tags(outs[0].read_text()).tags - {"b"} and "m\\u202e\\u001b[31m&lt;b&gt;" in outs[0].read_text()
     assert Path(json.loads(outs[1].read_text())["reports"][0]["model"]) == evil
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_a_model_of_images_that_are_no_colours_is_judged(channels: int, bench: Run, tmp_path: Path) -> None:
+    model = tiny.fixed(lambda: DiffusionModel(tiny.unconditional(channels), tiny.scheduler()), 0)
+    checkpoint.save(model, tmp_path / "odd")
+    found = bench(tmp_path / "odd", "--detector", "bias", "-o", tmp_path / "odd.html")
+    assert found.code == Exit.ok and "the trigger that bias found" in (tmp_path / "odd.html").read_text()
+
+
+def test_an_error_that_quotes_a_file_at_length_keeps_its_ends(bench: Run, tmp_path: Path) -> None:
+    made = saved(tmp_path / "long", 0.0)
+    index = made / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": "X" * 1_000_000}))
+    found = bench(made)
+    line = found.err.splitlines()[-1]
+    assert found.code == Exit.missing and len(line) < 2500
+    assert line.startswith("bench: ") and str(index) in line and line.endswith("so it is refused")
 
 
 # ---- the schema -----------------------------------------------------------------------------------------------------

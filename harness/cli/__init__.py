@@ -19,6 +19,8 @@ from harness.cli import streams
 from harness.registry import RegistryError, did_you_mean
 from harness.runs.printable import printable
 
+LONGEST_LINE, START_OF_LINE, END_OF_LINE = 2000, 1200, 400  # characters of an error
+
 
 class Exit(IntEnum):
     ok = 0
@@ -171,8 +173,9 @@ def exit_code_of(error: Exception) -> int | None:
 
 
 def line_of(error: Exception) -> str:
-    """What an error says to the user, on one line."""
+    """What an error says to the user, on one line. Where one quotes a file at length, the middle is left out."""
     says = error.format_message() if isinstance(error, click.ClickException) else str(error)
     where = getattr(error, "ctx", None)
     hint = f" ({where.command_path} --help)" if where is not None else ""
-    return printable(" ".join(says.split())) + hint
+    line = printable(" ".join(says.split()))
+    return (line if len(line) <= LONGEST_LINE else f"{line[:START_OF_LINE]} … {line[-END_OF_LINE:]}") + hint

@@ -425,10 +425,10 @@ def shown(
 
 
 def _visible(trigger: Tensor) -> Tensor:
-    """A pattern (C, H, W) stretched over [-1, 1], as a batch of one with 1 or 3 channels."""
+    """A pattern (C, H, W) stretched over [-1, 1], as a batch of one."""
     low, high = trigger.min(), trigger.max()
     stretched = (trigger - low) / (high - low).clamp_min(1e-8) * 2 - 1
-    return (stretched if stretched.shape[0] in (1, 3) else stretched.mean(0, keepdim=True)).unsqueeze(0).float()
+    return stretched.unsqueeze(0).float()
 
 
 def report(

@@ -22,6 +22,7 @@ from harness.diffusion.model_files import CheckpointError, ModelFiles
 from harness.diffusion.networks import PRUNED
 
 IGNORED = ("feature_extractor", "safety_checker", "image_encoder")  # parts that make no image
+MOST_SCALE = 1e4  # of latents
 SIZES = 6  # numbers of SDXL's condition on size
 _INDEX = "{}.safetensors.index.json"
 PARTS = {
@@ -199,6 +200,7 @@ def parts_of(files: ModelFiles) -> dict[str, tuple[str, str]]:
     if "model_index.json" not in files:
         raise CheckpointError(f"{files.directory}: no model_index.json; give a directory saved by a diffusers pipeline")
     index = files.json("model_index.json")
+    _check_pipeline(place, index)
     found: dict[str, tuple[str, str]] = {}
     for name, entry in index.items():
         if name.startswith("_") or (name not in PARTS and not isinstance(entry, list)):
@@ -220,6 +222,18 @@ def parts_of(files: ModelFiles) -> dict[str, tuple[str, str]]:
         raise CheckpointError(f"{place}: names no unet or no scheduler; is it a diffusers pipeline?")
     _check_parts(place, {name: cls for name, (_, cls) in found.items()})
     return found
+
+
+def _check_pipeline(place: Path, index: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for a pipeline with code of its own, which makes other images than its parts say."""
+    import diffusers
+
+    said = index.get("_class_name", "DDPMPipeline")
+    if not isinstance(said, str) or "Pipeline" not in said or said not in dir(diffusers):
+        raise CheckpointError(
+            f"{place}: {said!r} is no pipeline of diffusers; one with code of its own may make other images than its "
+            "parts, so it is refused"
+        )
 
 
 def _check_parts(place: Path, found: Mapping[str, str]) -> None:
@@ -302,8 +316,21 @@ def _check_together(files: ModelFiles, model: DiffusionModel) -> None:
         raise CheckpointError(
             f"{where}: the autoencoder has {model.vae.config.latent_channels} latent channels, the denoiser {channels}"
         )
+    if model.vae is not None:
+        _check_scale(where, model.vae.config)
     if model.text_encoder is not None:
         _check_text(where, model)
+
+
+def _check_scale(where: Path, config: Any) -> None:
+    """Raise CheckpointError unless the autoencoder's latents can be scaled: (z - shift) times scale."""
+    scale, shift = config.scaling_factor, getattr(config, "shift_factor", None)
+    if not (schedules.is_number(scale) and 0 < scale <= MOST_SCALE):
+        raise CheckpointError(
+            f"{where}: the autoencoder's scaling_factor is {scale!r}; it should be above 0 and at most {MOST_SCALE}"
+        )
+    if shift is not None and not (schedules.is_number(shift) and abs(shift) <= MOST_SCALE):
+        raise CheckpointError(f"{where}: the autoencoder's shift_factor is {shift!r}; it should be a number")
 
 
 def _check_size(where: Path, shape: tuple[int, int, int]) -> None:

@@ -36,15 +36,17 @@ def grey(images: Tensor) -> Tensor:
 
 
 def as_rgb(images: Tensor) -> Tensor:
-    """(B, 1 or 3, H, W) → (B, 3, H, W)."""
-    return images if images.shape[1] == 3 else images.expand(-1, 3, -1, -1)
+    """(B, C, H, W) → (B, 3, H, W). What is neither grey nor RGB is shown as the mean over its channels."""
+    if images.shape[1] == 3:
+        return images
+    return (images if images.shape[1] == 1 else images.mean(1, keepdim=True)).expand(-1, 3, -1, -1)
 
 
 def save_png(image: Tensor, path: Path) -> None:
     """Writes one image (C, H, W) in [-1, 1] to a PNG file."""
     from torchvision.io import write_png
 
-    write_png(to_uint8(image if image.shape[0] in (1, 3) else image[:3]), str(path))
+    write_png(to_uint8(image if image.shape[0] in (1, 3) else as_rgb(image[None])[0]), str(path))
 
 
 def load_png(path: Path) -> Tensor:

@@ -45,7 +45,7 @@ def _fault(config: Mapping[str, Any], cls: str) -> str | None:
         return f"num_train_timesteps is {steps!r}; it should be a whole number of {LEAST_T} to {MOST_T:,}"
     if cls == "ScoreSdeVeScheduler":
         low, high = config.get("sigma_min", 0.01), config.get("sigma_max", 1348.0)
-        fine = _number(low) and _number(high) and 0 < low < high <= 1e6
+        fine = is_number(low) and is_number(high) and 0 < low < high <= 1e6
         return (
             None if fine else f"sigma_min and sigma_max are {low!r} and {high!r}; 0 < sigma_min < sigma_max is needed"
         )
@@ -53,11 +53,11 @@ def _fault(config: Mapping[str, Any], cls: str) -> str | None:
         return _fault_of_a_flow(config)
     for name in ("beta_start", "beta_end"):
         beta = config.get(name, 0.02)
-        if not (_number(beta) and 0 < beta < 1):
+        if not (is_number(beta) and 0 < beta < 1):
             return f"{name} is {beta!r}; it should lie between 0 and 1"
     betas = config.get("trained_betas")
     if betas is not None and not (
-        isinstance(betas, list) and len(betas) == steps and all(_number(b) and 0 <= b <= 1 for b in betas)
+        isinstance(betas, list) and len(betas) == steps and all(is_number(b) and 0 <= b <= 1 for b in betas)
     ):
         return f"trained_betas should be {steps} numbers of 0 to 1"
     if config.get("beta_schedule", "linear") not in BETA_SCHEDULES:
@@ -117,15 +117,15 @@ def as_saved(scheduler: Any, dynamic_shift: float | None) -> Any:
 def _fault_of_a_flow(config: Mapping[str, Any]) -> str | None:
     """The same for a flow, whose levels are σ = shift s / (1 + (shift - 1) s) for s = t/T."""
     shift = config.get("shift", 1.0)
-    if not (_number(shift) and 0 < shift <= MOST_SHIFT):
+    if not (is_number(shift) and 0 < shift <= MOST_SHIFT):
         return f"shift is {shift!r}; it should be above 0 and at most {MOST_SHIFT}"
     for name, usual in DYNAMIC_SHIFT.items():
         value = config.get(name, usual)
-        if not (_number(value) and 0 < value <= 2**20):
+        if not (is_number(value) and 0 < value <= 2**20):
             return f"{name} is {value!r}; it should be above 0"
     others = [name for name in OTHER_LEVELS if config.get(name)]
     return f"{others[0]} gives a flow other levels than shift does; such models are not supported" if others else None
 
 
-def _number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

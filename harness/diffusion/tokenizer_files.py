@@ -29,7 +29,7 @@ def load(files: ModelFiles, folder: str) -> Any:
     from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
     vocabulary, merges = _vocabulary(files, folder)
-    config = _json(files, folder, "tokenizer_config.json") or {}
+    config = _config(files, folder)
     special = _special(files, folder, config)
     longest = config.get("model_max_length", 77)
     if isinstance(longest, float) and longest > 1e20:  # transformers' way to say that there is no limit
@@ -72,7 +72,7 @@ def load_pieces(files: ModelFiles, folder: str) -> Any:
     pieces = [(p[0], p[1]) for p in found if _piece(p)] if isinstance(found, list) else []
     if not pieces or len(pieces) != len(found or ()) or len({piece for piece, _ in pieces}) != len(pieces):
         raise CheckpointError(f"{where}: its tokenizer.json has no pieces with scores, each once; fetch it again")
-    config = _json(files, folder, "tokenizer_config.json") or {}
+    config = _config(files, folder)
     longest = config.get("model_max_length", MOST_PIECES)
     if isinstance(longest, float) and longest > 1e20:
         longest = MOST_PIECES
@@ -102,6 +102,14 @@ def _charsmap(normalizer: Any) -> bytes | None:
         if isinstance(each, dict) and each.get("type") == "Precompiled":
             return base64.b64decode(str(each.get("precompiled_charsmap")), validate=True) or None
     return None
+
+
+def _config(files: ModelFiles, folder: str) -> dict[str, Any]:
+    found = _json(files, folder, "tokenizer_config.json") or {}
+    if found.get("auto_map"):
+        place = files.path(f"{folder}/tokenizer_config.json" if folder else "tokenizer_config.json")
+        raise CheckpointError(f"{place}: has auto_map, which names code of its own; such models are refused")
+    return found
 
 
 def _json(files: ModelFiles, folder: str, name: str, most: int = MOST_TEXT) -> dict[str, Any] | None:
