@@ -10,7 +10,7 @@ from torch import Tensor
 FIRST = 8  # images of a first batch, which shows how much memory an image takes
 MOST = 512  # images of a batch
 SHARE = 0.7  # of the memory of this process that batches may take; the rest is for fragments and larger workspaces
-_peak = 0  # bytes: the most that was allocated before the peak was last counted anew
+_peak = 0  # bytes: the most that was allocated before the peak was last reset
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:
@@ -37,7 +37,7 @@ def batches(n: int, device: torch.device, usual: int) -> Iterator[int]:
         yield from parts(n, usual)
         return
     held = torch.cuda.memory_allocated(device)
-    count_anew(device)
+    reset_peak(device)
     yield FIRST
     each = (torch.cuda.max_memory_allocated(device) - held) / FIRST
     yield from parts(n - FIRST, fitting(each, SHARE * _allowed(device) - held))
@@ -53,8 +53,8 @@ def _allowed(device: torch.device) -> float:
     return torch.cuda.get_device_properties(device).total_memory * torch.cuda.get_per_process_memory_fraction(device)
 
 
-def count_anew(device: torch.device | None = None) -> None:
-    """Let max_memory_allocated begin anew; `peak` still knows what it was."""
+def reset_peak(device: torch.device | None = None) -> None:
+    """Reset max_memory_allocated; `peak` remembers what it was."""
     global _peak
     _peak = max(_peak, torch.cuda.max_memory_allocated(device))
     torch.cuda.reset_peak_memory_stats(device)
