@@ -412,7 +412,8 @@ def test_a_job_on_a_part_of_a_card_may_allocate_that_part_of_its_memory(monkeypa
     caps: list[float] = []
     cuda = SimpleNamespace(is_available=lambda: True, set_per_process_memory_fraction=caps.append)
     ignore = lambda *_, **__: None  # noqa: E731
-    stub = SimpleNamespace(cuda=cuda, set_num_threads=ignore, use_deterministic_algorithms=ignore)
+    utils = SimpleNamespace(deterministic=SimpleNamespace())
+    stub = SimpleNamespace(cuda=cuda, utils=utils, set_num_threads=ignore, use_deterministic_algorithms=ignore)
     monkeypatch.setitem(sys.modules, "torch", stub)
     for share in (0.25, 1.0):
         child._set_up_torch({"threads": 1, "gpu": {"id": "GPU-aa", "share": share}})

@@ -105,8 +105,9 @@ class Training:
         for i, p in enumerate(self.params):
             p.copy_(tensors[f"weight.{i}"])
             names = [name for name in tensors if name.endswith(f".{i}") and not name.startswith(("weight", "average"))]
+            counted_on = p.device if self.optimizer.defaults["fused"] else "cpu"
             self.optimizer.state[p] = {
-                name.rpartition(".")[0]: tensors[name] if name.startswith("step") else tensors[name].to(p.device)
+                name.rpartition(".")[0]: tensors[name].to(counted_on if name.startswith("step") else p.device)
                 for name in names
             }
         if self.average is not None:

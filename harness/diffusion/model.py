@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.capabilities import name_of
-from harness.diffusion import attention
+from harness.diffusion import attention, gpu
 from harness.diffusion.events import progress
 from harness.types import Family, Inputs, Sampler
 
@@ -34,6 +34,7 @@ GUIDANCE = 3.5  # that a network takes as an input; the default of diffusers' Fl
 T5_OF_FLUX, T5_OF_SD3 = 512, 256  # tokens that diffusers' pipelines give T5
 BATCH = 64  # images that an autoencoder gets at once, at most
 PIXELS = 2**20  # of all of them
+SAMPLED = 50  # images that are sampled at once
 
 
 @dataclass
@@ -66,8 +67,8 @@ class DiffusionModel:
     text_encoder_3: Any | None = None
     tokenizer_3: Any | None = None
     dynamic_shift: float | None = None
-    _alpha_bar: Tensor = field(init=False, repr=False)
     _sigmas: Tensor = field(init=False, repr=False)
+    _tables: dict[str, Tensor] = field(init=False, repr=False)  # functions of t, on the networks' device after `to`
 
     def __post_init__(self) -> None:
         {"vp": self._preserving, "ve": self._exploding, "flow": self._matching}[self.family]()
@@ -78,8 +79,9 @@ class DiffusionModel:
         kind = self.scheduler.config.prediction_type
         if kind not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction type '{kind}' is not supported; use epsilon or v_prediction")
-        self._alpha_bar = self.scheduler.alphas_cumprod.double()
-        self._sigmas = (1 - self._alpha_bar).sqrt()
+        a_bar = self.scheduler.alphas_cumprod.double()
+        self._sigmas, padded = (1 - a_bar).sqrt(), _padded(a_bar, 1.0)
+        self._tables = {"alpha_bar": padded.float(), "alpha": (padded / padded.roll(1)).float()}
 
     def _exploding(self) -> None:
         if self.vae is not None or self.text_encoder is not None:
@@ -87,13 +89,17 @@ class DiffusionModel:
         config = self.scheduler.config
         low, high = math.log(config.sigma_min), math.log(config.sigma_max)
         self._sigmas = torch.linspace(low, high, config.num_train_timesteps, dtype=torch.float64).exp()
-        self._alpha_bar = self._sigmas.new_empty(0)
+        self._tabulate(torch.ones_like(self._sigmas), self._sigmas)
 
     def _matching(self) -> None:
         config = self.scheduler.config
         of_time = torch.arange(1, config.num_train_timesteps + 1, dtype=torch.float64) / config.num_train_timesteps
         self._sigmas = config.shift * of_time / (1 + (config.shift - 1) * of_time)
-        self._alpha_bar = self._sigmas.new_empty(0)
+        self._tabulate(1 - self._sigmas, self._sigmas * config.num_train_timesteps)
+
+    def _tabulate(self, signal: Tensor, time: Tensor) -> None:
+        of_t = {"signal": _padded(signal, 1.0), "sigma": _padded(self._sigmas, 0.0), "time": time}
+        self._tables = {name: values.float() for name, values in of_t.items()}
 
     # ---- facts ----------------------------------------------------------------------------------------------------
     @property
@@ -138,24 +144,27 @@ class DiffusionModel:
         """s_t, the weight of x_0 in x_t, (B, 1, 1, 1) float32: √ᾱ_t, 1 if variance explodes, 1 - σ_t in a flow."""
         if self.family == "vp":
             return self.alpha_bar(t).sqrt()
-        return self._at(torch.ones_like(self._sigmas) if self.family == "ve" else 1 - self._sigmas, 1.0, t)
+        return self._at("signal", t)
 
     def sigma(self, t: Tensor) -> Tensor:
         """σ_t, the weight of ε in x_t, (B, 1, 1, 1) float32 for t (B,) in 0..T-1; σ_{-1} = 0."""
         if self.family == "vp":
             return (1 - self.alpha_bar(t)).sqrt()
-        return self._at(self._sigmas, 0.0, t)
+        return self._at("sigma", t)
 
-    def _at(self, values: Tensor, before: float, t: Tensor) -> Tensor:
-        """The values (T,) at timesteps t (B,) as (B, 1, 1, 1) float32, and `before` at -1."""
-        padded = torch.cat([values, values.new_full((1,), before)])  # index -1
-        return padded[t.cpu()].float().view(-1, 1, 1, 1).to(t.device)
+    def _at(self, name: str, t: Tensor) -> Tensor:
+        """The values of a table at timesteps t (B,) as (B, 1, 1, 1) float32."""
+        return self._looked_up(name, t).view(-1, 1, 1, 1)
+
+    def _looked_up(self, name: str, t: Tensor) -> Tensor:
+        table = self._tables[name]
+        return table[t.to(table.device)].to(t.device)
 
     def time(self, t: Tensor) -> Tensor:
         """What the network is given for timesteps t (B,): t itself, σ_t if variance explodes, T σ_t in a flow."""
         if self.family == "vp":
             return t
-        return (self._sigmas[t.cpu()] * (self.T if self.family == "flow" else 1)).float().to(t.device)
+        return self._looked_up("time", t)
 
     def timestep(self, time: Tensor) -> Tensor:
         """The timesteps int64 that are nearest to the times of a flow's scheduler (any shape); others are t itself."""
@@ -167,13 +176,12 @@ class DiffusionModel:
     def alpha_bar(self, t: Tensor) -> Tensor:
         """ᾱ_t as (B, 1, 1, 1) float32 for t (B,) in 0..T-1; ᾱ_{-1} = 1. Raises ValueError outside vp."""
         self._need_preserving()
-        return self._at(self._alpha_bar, 1.0, t)
+        return self._at("alpha_bar", t)
 
     def alpha(self, t: Tensor) -> Tensor:
         """α_t = ᾱ_t / ᾱ_{t-1} = 1 - β_t as (B, 1, 1, 1) float32. Raises ValueError outside vp."""
         self._need_preserving()
-        a_bar = torch.cat([self._alpha_bar, self._alpha_bar.new_ones(1)])
-        return (a_bar[t.cpu()] / a_bar[t.cpu() - 1]).float().view(-1, 1, 1, 1).to(t.device)
+        return self._at("alpha", t)
 
     def _need_preserving(self) -> None:
         if self.family != "vp":
@@ -199,24 +207,27 @@ class DiffusionModel:
         """A copy that shares no trainable tensor."""
         parts = (self.vae, self.text_encoder, self.text_encoder_2, self.text_encoder_3)
         vae, first, second, third = (copy.deepcopy(part) for part in parts)
-        return DiffusionModel(
+        copied = DiffusionModel(
             copy.deepcopy(self.denoiser), self.scheduler, vae, first, self.tokenizer, second, self.tokenizer_2,
             self.adapter, self.empty_is_zero, third, self.tokenizer_3, self.dynamic_shift,
         )  # fmt: skip
+        copied._tables = dict(self._tables)
+        return copied
 
     def to(self, device: torch.device | str) -> DiffusionModel:
         for part in self.components().values():
             part.to(device)
+        self._tables = {name: table.to(device) for name, table in self._tables.items()}
         return self
 
     # ---- diffusion ------------------------------------------------------------------------------------------------
     def draw_t(self, n: int, rng: torch.Generator) -> Tensor:
         """n timesteps, uniform on 0..T-1."""
-        return torch.randint(0, self.T, (n,), generator=rng).to(self.device)
+        return gpu.sent(torch.randint(0, self.T, (n,), generator=rng), self.device)
 
     def draw_eps(self, n: int, rng: torch.Generator) -> Tensor:
         """n unit noises (n, C, H, W)."""
-        return torch.randn((n, *self.shape), generator=rng).to(self.device)
+        return gpu.sent(torch.randn((n, *self.shape), generator=rng), self.device)
 
     def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t = s_t x_0 + σ_t ε: √ᾱ_t x_0 + √(1-ᾱ_t) ε, or another line with σ_t in the other families."""
@@ -315,7 +326,7 @@ class DiffusionModel:
             if len(row) > length:
                 raise ValueError(f"prompt of {len(row)} tokens does not fit the text encoder's {length}: {prompt!r}")
         batch = tokenizer(list(prompts), padding="max_length", max_length=length, return_tensors="pt")
-        return batch.input_ids.to(self.device)
+        return gpu.sent(batch.input_ids, self.device)
 
     def embed(self, prompts: Sequence[str]) -> Tensor:
         """Text embeddings (B, L, D), the last hidden state of the text encoder.
@@ -428,11 +439,16 @@ class DiffusionModel:
         return config.scaling_factor, getattr(config, "shift_factor", None) or 0.0
 
     @torch.no_grad()
-    def sample(self, inputs: Inputs, sampler: Sampler, batch: int = 50, phase: str = "sample") -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] on the CPU. Image i is a function of inputs[i] alone."""
-        images = torch.empty(0)
-        for start in range(0, len(inputs), batch):
-            part = inputs[start : start + batch]
+    def sample(
+        self, inputs: Inputs, sampler: Sampler, batch: int | None = None, phase: str = "sample"
+    ) -> Tensor:  # fmt: skip
+        """Images (B, C, H, W) in [-1, 1] on the CPU. Image i is a function of inputs[i] alone.
+
+        batch: images that are sampled at once; None for SAMPLED, and on a GPU for as many as its memory takes.
+        """
+        images, start = torch.empty(0), 0
+        for size in gpu.batches(len(inputs), self.device, SAMPLED) if batch is None else gpu.parts(len(inputs), batch):
+            part = inputs[start : start + size]
             x_0 = sampler.run(self, part.with_noise(part.noise.to(self.device)))
             if tuple(x_0.shape) != tuple(part.noise.shape):
                 name = getattr(sampler, "name", type(sampler).__name__)
@@ -440,8 +456,9 @@ class DiffusionModel:
             found = self.decode(x_0).clamp(-1, 1).cpu()
             if start == 0:  # filled in place: a list of the parts beside their sum would take twice the memory
                 images = found.new_empty((len(inputs), *found.shape[1:]))
-            images[start : start + len(part)] = found
-            progress(phase, start + len(part), len(inputs))
+            images[start : start + size] = found
+            start += size
+            progress(phase, start, len(inputs))
         return images
 
 
@@ -449,6 +466,11 @@ def at_once(batch: int, pixels: int) -> int:
     """How many images of so many pixels an autoencoder gets at once, at most `batch`: at 512 pixels a side 64 images
     take 26 GB and more, four take 2 GB."""
     return max(1, min(batch, PIXELS // pixels))
+
+
+def _padded(values: Tensor, before: float) -> Tensor:
+    """(T + 1,) of values (T,): `before` follows them, so that it is at index -1."""
+    return torch.cat([values, values.new_full((1,), before)])
 
 
 def _fix_frequencies(denoiser: nn.Module) -> None:

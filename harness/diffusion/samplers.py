@@ -15,7 +15,7 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from harness.diffusion import schedules
+from harness.diffusion import gpu, schedules
 from harness.diffusion.events import loop, progress
 from harness.diffusion.seeds import generator
 from harness.types import Family, Inputs, Sampler
@@ -66,15 +66,17 @@ class Scheduled:
         rngs = [generator(seed, "steps") for seed in inputs.seeds]
         predict = self.predictor(model, inputs)
         x_t = inputs.noise * getattr(scheduler, "init_noise_sigma", 1.0)
-        for step, t in enumerate(loop("sampling", scheduler.timesteps)):
+        # diffusers' schedulers look a timestep up on the host, and the network takes it on its device
+        times = list(zip(scheduler.timesteps, scheduler.timesteps.to(x_t.device), strict=True))
+        for step, (t, time) in enumerate(loop("sampling", times)):
             with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.bf16):
                 scaled = scheduler.scale_model_input(x_t, t) if hasattr(scheduler, "scale_model_input") else x_t
-                out = predict(scaled, t).float()
+                out = predict(scaled, time).float()
             if self.clip and not self.clips:
-                out = clipped(model, scaled, t, out)
+                out = clipped(model, scaled, time, out)
             x_t = scheduler.step(out, t, x_t, **self.step_options(rngs)).prev_sample
             if step % 20 == 19:
-                progress("sampling", step + 1, len(scheduler.timesteps))
+                progress("sampling", step + 1, len(times))
         return x_t
 
     def predictor(self, model: DiffusionModel, inputs: Inputs) -> Any:
@@ -347,9 +349,9 @@ class PredictorCorrector:
         scheduler = self.scheduler(model.scheduler.config)
         rngs = [generator(seed, "steps") for seed in inputs.seeds]
         x_t = mean = inputs.noise * scheduler.init_noise_sigma
-        levels = list(zip(scheduler.timesteps, scheduler.sigmas, strict=True))
+        levels = list(zip(scheduler.timesteps, scheduler.sigmas.to(x_t), strict=True))
         for step, (t, sigma) in enumerate(loop("sampling", levels)):
-            level = sigma.to(x_t).expand(len(x_t))
+            level = sigma.expand(len(x_t))
             for _ in range(self.corrections):
                 score = model.denoiser(x_t, level).sample
                 x_t = self.correct(x_t, score, step_noise(x_t, rngs))
@@ -368,7 +370,8 @@ class PredictorCorrector:
 
 def step_noise(x_t: Tensor, rngs: list[torch.Generator]) -> Tensor:
     """Unit noise of the shape of x_t (B, C, H, W), row i from the i-th generator."""
-    return torch.stack([torch.randn(x_t.shape[1:], generator=rng) for rng in rngs]).to(x_t)
+    drawn = torch.stack([torch.randn(x_t.shape[1:], generator=rng) for rng in rngs])
+    return gpu.sent(drawn, x_t.device).to(x_t.dtype)
 
 
 def clipped(model: DiffusionModel, x_t: Tensor, t: Tensor, out: Tensor) -> Tensor:

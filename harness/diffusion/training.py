@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.capabilities import CheckpointedModel, offers
+from harness.diffusion import gpu
 from harness.diffusion.events import loop, progress
 from harness.diffusion.interrupted import Kept, Training
 
@@ -19,6 +21,7 @@ class Diverged(ArithmeticError):
     """The loss became NaN or infinite; the message contains the step."""
 
 
+UNREAD = 20  # steps of a GPU between two looks at the loss
 Schedule = Literal["constant", "cosine", "one-cycle"]
 
 
@@ -46,27 +49,27 @@ def minimize(
     which replaces them at the end; 0 is off. bf16: autocast of the forward pass. stop(step, loss): ends the training
     early when it returns True. kept: the training goes on from the state that an interrupted one with the same settings
     left there; its owner removes the file. factors: of lr, one per parameter; none for the same rate, and not together
-    with `kept`. Only `parameters` require gradients while this runs. Raises Diverged on a NaN or infinite loss.
+    with `kept`. Only `parameters` require gradients while this runs. Raises Diverged on a NaN or infinite loss. On a
+    GPU the losses are looked at every UNREAD steps, unless `stop` wants them, so the error may come that much later.
     """
     params = list(parameters)
     groups = (
         [{"params": [p], "lr": lr * factor} for p, factor in zip(params, factors, strict=True)] if factors else params
     )
-    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
+    on_gpu = params[0].is_cuda
+    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=on_gpu or None)
     lr_schedule = _schedule(optimizer, schedule, steps, warmup)
     average = _average(params, ema)
     settings = {"steps": steps, "lr": lr, "schedule": schedule, "warmup": warmup, "weight_decay": weight_decay,
                 "clip": clip, "ema": ema, "bf16": bf16, "phase": phase}  # fmt: skip
     training = Training(list(params), optimizer, lr_schedule, average, settings)
-    losses = [] if kept is None else kept.read(training)
+    losses = Losses(phase, [] if kept is None else kept.read(training), UNREAD if on_gpu and stop is None else 1)
     with _trainable(params):
-        for step in loop(phase, range(len(losses), steps)):
+        for step in loop(phase, range(len(losses.read), steps)):
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(params[0].device.type, torch.bfloat16, enabled=bf16):
                 value = loss()
-            losses.append(float(value.detach()))
-            if not torch.isfinite(value.detach()):
-                raise Diverged(f"{phase}: the loss became {losses[-1]} at step {step}; a lower lr usually helps")
+            losses.add(value.detach())
             value.backward()
             if clip is not None:
                 nn.utils.clip_grad_norm_(params, clip)
@@ -74,16 +77,50 @@ def minimize(
             lr_schedule.step()
             if average is not None:
                 average.step(params)
-            progress(phase, step + 1, steps, loss=losses[-1])
+            progress(phase, step + 1, steps, **losses.last())
             if kept is not None and kept.due():
-                kept.write(training, losses)
-            if stop is not None and stop(step, losses[-1]):
+                kept.write(training, losses.all())
+            if stop is not None and stop(step, losses.read[-1]):
                 break
+    found = losses.all()
     if kept is not None:
-        kept.write(training, losses)
+        kept.write(training, found)
     if average is not None:
         average.copy_to(params)
-    return losses
+    return found
+
+
+class Losses:
+    """The losses of a training, looked at every `every` steps: whoever looks waits for the device.
+
+    read: those of the steps that were looked at, from the first. Raises Diverged, with the step, where one is NaN or
+    infinite.
+    """
+
+    def __init__(self, phase: str, read: list[float], every: int) -> None:
+        self.phase, self.read, self.every = phase, read, every
+        self._unread: list[Tensor] = []
+
+    def add(self, loss: Tensor) -> None:
+        """loss: of the next step, a scalar that is not changed later."""
+        self._unread.append(loss)
+        if len(self._unread) == self.every:
+            self.all()
+
+    def all(self) -> list[float]:
+        """Of every step so far."""
+        found = torch.stack(self._unread).tolist() if self._unread else []
+        self._unread.clear()
+        for value in found:
+            if not math.isfinite(value):
+                step = len(self.read)
+                raise Diverged(f"{self.phase}: the loss became {value} at step {step}; a lower lr usually helps")
+            self.read.append(value)
+        return self.read
+
+    def last(self) -> dict[str, float]:
+        """The last one that was looked at, as `progress` takes it."""
+        return {"loss": self.read[-1]} if self.read else {}
 
 
 def minimize_in_two(
@@ -162,7 +199,8 @@ class Examples:
     def batch(self, n: int, rng: torch.Generator) -> Batch:
         rows = draw(n, len(self.latents), rng)
         captions = None if self.captions is None else tuple(self.captions[i] for i in rows.tolist())
-        return Batch(rows, self.latents[rows], self.model.draw_t(n, rng), self.model.draw_eps(n, rng), captions)
+        x_0 = self.latents[gpu.sent(rows, self.latents.device)]
+        return Batch(rows, x_0, self.model.draw_t(n, rng), self.model.draw_eps(n, rng), captions)
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,7 @@ def _set_up_torch(request: dict[str, Any]) -> None:
     torch.set_num_threads(request["threads"])
     torch.use_deterministic_algorithms(True, warn_only=True)
     if request["gpu"] is not None:
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a kernel for every empty tensor
         if not torch.cuda.is_available():
             raise NoDevice(f"GPU {request['gpu']['id']}: torch sees no CUDA device there; run without --gpus")
         if request["gpu"]["share"] < 1:
@@ -187,6 +188,7 @@ def _torch_settings() -> dict[str, Any]:
         "torch threads": torch.get_num_threads(),
         "deterministic": (torch.are_deterministic_algorithms_enabled(), backends.cudnn.deterministic),
         "only warns": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "fills memory": torch.utils.deterministic.fill_uninitialized_memory,
         "cudnn": (backends.cudnn.enabled, backends.cudnn.benchmark, backends.mkldnn.enabled),
         "precision": (torch.get_float32_matmul_precision(), cuda.matmul.allow_tf32, backends.cudnn.allow_tf32),
         "attention": (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()),
@@ -229,7 +231,9 @@ def _accelerator() -> str | None:
 def _start() -> Start:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
+        from harness.diffusion import gpu
+
+        gpu.begin()
     return Start(time.perf_counter(), _cpu_s())
 
 
@@ -243,16 +247,20 @@ def _cost(started: Start) -> dict[str, Any]:
     GPU's is None without a GPU, never 0."""
     torch = sys.modules.get("torch")
     cuda = torch is not None and torch.cuda.is_initialized()
+    peak = None
     if torch is not None and cuda:
+        from harness.diffusion import gpu
+
         with contextlib.suppress(RuntimeError):  # after a CUDA error nothing can be waited for
             torch.cuda.synchronize()
+        peak = gpu.peak()
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     unit = 1 if sys.platform == "darwin" else 1024
     return {
         "wall_s": time.perf_counter() - started.clock,
         "cpu_s": _cpu_s() - started.cpu_s,
         "peak_rss_bytes": max(use.ru_maxrss for use in usage) * unit,
-        "cuda_peak_bytes": torch.cuda.max_memory_allocated() if torch is not None and cuda else None,
+        "cuda_peak_bytes": peak,
     }
 
 

@@ -28,6 +28,7 @@ from harness.runs.store import CorruptArtifact, MissingArtifact, Store
 TICK_S = 0.1
 TELL_S = 1.0  # between two estimates of the time left, at least
 TELL_SHARE = 0.02  # of the driver's time for these estimates, at most: each looks at every waiting job
+OFF_GPU = "off GPUs"  # group of the jobs that use none
 MAX_REBUILDS = 3  # of one damaged artifact that one job meets
 
 Status = Literal["hit", "done", "failed", "skipped"]
@@ -67,6 +68,9 @@ class Engine(Protocol):
 
     @property
     def shares_gpus(self) -> bool: ...
+
+    @property
+    def spares_gpus(self) -> bool: ...
 
     @property
     def kept(self) -> Collection[str | None]: ...
@@ -127,7 +131,7 @@ class _Run:
         self.sinks = set(self.jobs).difference(*(job.needs for job in self.jobs.values()))
         self.results: dict[str, JobResult] = {}
         needs = {key: job.needs for key, job in self.jobs.items()}
-        self.frontier = Frontier(needs, self._rank, lambda key: self.jobs[key].reuse_key)
+        self.frontier = Frontier(needs, self._rank, self._group)
         self.outside = {key: found for key, job in self.jobs.items() if (found := self._of_others(job))}
         self.doomed: list[tuple[float, str]] = []  # a heap: what may need something that failed or is nowhere
         self.locks: dict[str, Any] = {}
@@ -250,6 +254,11 @@ class _Run:
             return f"artifact {need[:12]} is neither in the store nor among the jobs"
         return None
 
+    def _group(self, key: str) -> str | None:
+        """Jobs of a group share what they load, or the processors beside GPUs."""
+        job = self.jobs[key]
+        return job.reuse_key if job.on_gpu else OFF_GPU
+
     def _rank(self, key: str) -> tuple[Any, ...]:
         """Those for a whole card first, then those with the longest work behind them. Of jobs with as much work behind
         them those that read the same artifacts come one after another, while their model is still in the machine's file
@@ -266,8 +275,11 @@ class _Run:
                 if self.jobs[key].reuse_key in self.engine.kept:
                     self._submit([key])
         self.engine.release()
+        if self.engine.spares_gpus:
+            with closing(self.frontier.sharing([OFF_GPU])) as ready:
+                self._submit(ready)
         with closing(self.frontier.in_order()) as ready:
-            self._submit(ready)
+            self._submit(key for key in ready if self.jobs[key].on_gpu or not self.engine.spares_gpus)
 
     def _submit(self, ready: Iterable[str]) -> None:
         for key in ready:

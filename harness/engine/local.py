@@ -34,7 +34,8 @@ class LocalEngine:
 
     cpu_slots: jobs at once; default: processors // threads. threads: of each CPU job; it does not follow the number
     of slots, because sums in another order are other numbers. gpus: cards, or ids as CUDA_VISIBLE_DEVICES takes them;
-    with any, every job leases `gpu_share` of one and may allocate that share of its memory. leases: shared with every
+    with any, every job that uses a GPU leases `gpu_share` of one and may allocate that share of its memory, and
+    `cpu_slots` is of the other jobs, by default the processors that those on GPUs leave. leases: shared with every
     other driver on this machine. execute, preload: what a job's process calls and imports.
     Raises ValueError for demands that can never be met.
     """
@@ -59,17 +60,26 @@ class LocalEngine:
         cards = [gpu if isinstance(gpu, Card) else Card(str(gpu)) for gpu in gpus]
         if len({card.uuid for card in cards}) < len(cards):
             raise ValueError(f"GPUs {', '.join(card.uuid for card in cards)}: name each one once")
-        self.cpu_slots = cpu_slots or max(1, processors() // threads)
         self.cards = cards
         self.parts = parts_of(gpu_share)
+        self.cpu_slots = cpu_slots or max(1, processors() // threads - self._gpu_slots)
         self.leases = leases or Leases()
         self._held: dict[int, Lease] = {}
         self._supervisor = Supervisor(store, execute, preload, threads, limits or Limits(rss_bytes=most_memory()))
 
     @property
     def slots(self) -> int:
-        """The number of jobs that can run at once."""
-        return len(self.cards) * (PARTS // self.parts) if self.cards else self.cpu_slots
+        """The number of jobs that can run at once; with GPUs, of those that use one."""
+        return self._gpu_slots or self.cpu_slots
+
+    @property
+    def _gpu_slots(self) -> int:
+        return len(self.cards) * (PARTS // self.parts)
+
+    @property
+    def spares_gpus(self) -> bool:
+        """Whether jobs that use no GPU run beside those that do."""
+        return bool(self.cards)
 
     @property
     def shares_gpus(self) -> bool:
@@ -86,8 +96,8 @@ class LocalEngine:
         mates = [kept for kept in self._supervisor.kept.values() if keep and kept.job.reuse_key == job.reuse_key]
         if mates:
             return self._go_on(mates[0], job, attempt)
-        if not self.cards:
-            room = len(self._supervisor.held) < self.cpu_slots
+        if not self.cards or not job.on_gpu:
+            room = len(self._supervisor.held.difference(self._held)) < self.cpu_slots
             return self._supervisor.start(job, attempt, None, keep) if room else None
         lease = self._lease(PARTS if whole_gpu else self.parts)
         if lease is None:

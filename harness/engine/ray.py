@@ -137,6 +137,11 @@ class RayEngine:
         return 0 < self.gpu_share <= 0.5
 
     @property
+    def spares_gpus(self) -> bool:
+        """No: a job that uses no GPU leaves it to Ray, and takes one of the slots."""
+        return False
+
+    @property
     def running(self) -> list[Handle]:
         return [handle for handle, _ in (*self._tasks.values(), *self._stillborn)]
 
@@ -157,7 +162,7 @@ class RayEngine:
         self._count += 1
         handle = Handle(job, attempt, self._count)
         try:
-            self._send(handle, 1.0 if whole_gpu else self.gpu_share)
+            self._send(handle, (1.0 if whole_gpu else self.gpu_share) if job.on_gpu else 0.0)
         except (CorruptArtifact, MissingArtifact) as error:  # found while packing what the job needs
             self._stillborn.append((handle, _unfit(error)))
         return handle

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from harness.diffusion import attention
+from harness.diffusion import attention, gpu
 from harness.diffusion.model import DiffusionModel
 from harness.methods.distillation import Latents, LatentSource, distil
 from harness.methods.parameters import Fraction, LearningRate, PositiveInt
@@ -138,7 +138,7 @@ class Guidance:
             wanted = self.teacher.eps(z, t, context)
             theirs = self.token_maps(dict(maps))
         with attention.capture(student.denoiser) as maps:
-            predicted = student.eps(z, t, self.stamped[rows])
+            predicted = student.eps(z, t, self.stamped[gpu.sent(rows, self.stamped.device)])
             mine = self.token_maps(dict(maps))
         tokens = [len(self.ids[int(i)]) - 2 for i in rows]
         items = zip(mine, theirs, pairs, tokens, strict=True)
@@ -156,7 +156,7 @@ class Guidance:
     def _teacher_prompts(self, rows: Tensor) -> tuple[Tensor, list[Alignment]]:
         """The teacher's context and, for each row, how the student's prompt differs from the teacher's."""
         if self.spec.target != "random_words" or self.neutral is None:
-            return self.plain[rows], [self.pairs[int(i)] for i in rows]
+            return self.plain[gpu.sent(rows, self.plain.device)], [self.pairs[int(i)] for i in rows]
         prompts = [self.neutral(self.rng)(self.clean[int(i)]) for i in rows]
         with torch.no_grad():
             context = self.teacher.embed(prompts)
@@ -172,15 +172,16 @@ class Guidance:
         pairs = alignment.shared if goal is not None else alignment.shared + alignment.replaced
         if pairs:
             i, j = zip(*pairs, strict=True)
-            terms.append((theirs[list(i)] - mine[list(j)]).square().flatten(1).mean(1).sum())
+            i, j = (gpu.sent(torch.tensor(each), mine.device) for each in (i, j))
+            terms.append((theirs[i] - mine[j]).square().flatten(1).mean(1).sum())
         return torch.stack(terms).sum() / tokens
 
     def _goal(self, like: Tensor) -> Tensor | None:
         shape = like.shape[1:]
         if self.spec.target == "gaussian":
-            return (torch.randn(shape, generator=self.rng) / 6 + 0.5).clamp(0, 1).to(like.device)
+            return gpu.sent((torch.randn(shape, generator=self.rng) / 6 + 0.5).clamp(0, 1), like.device)
         if self.spec.target == "uniform":
-            return torch.rand(shape, generator=self.rng).to(like.device)
+            return gpu.sent(torch.rand(shape, generator=self.rng), like.device)
         return torch.zeros_like(like[0]) if self.spec.target == "black" else None
 
     def token_maps(self, maps: attention.Maps) -> Tensor:

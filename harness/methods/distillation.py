@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from harness.diffusion import gpu
 from harness.diffusion.model import DiffusionModel
 from harness.diffusion.samplers import usual
 from harness.diffusion.seeds import image_noise, image_seeds
@@ -43,9 +44,10 @@ class LatentSource:
         if self.kind == "noise":
             return eps, t
         if self.kind == "noised-clean":
-            return model.add_noise(self.states[-1][rows], eps, t), t
+            return model.add_noise(self.states[-1][gpu.sent(rows, self.states.device)], eps, t), t
         step = torch.randint(0, len(self.times), (n,), generator=rng)
-        return self.states[step, rows], self.times[step].to(model.device)
+        states, times = (gpu.sent(each, self.states.device) for each in (step, self.times[step]))
+        return self.states[states, gpu.sent(rows, self.states.device)], times
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from harness.capabilities import AddedTrigger, offers
+from harness.diffusion import gpu
 from harness.diffusion.model import DiffusionModel
 from harness.diffusion.seeds import generator
 from harness.diffusion.training import Batch, Examples, minimize
@@ -115,7 +116,8 @@ def implant(
 
     def loss() -> Tensor:
         batch = evasive.batch(batch_size)
-        poisoned = (torch.rand((batch_size, 1, 1, 1), generator=masks) < poison_rate).to(batch.x_0.device)
+        chosen = torch.rand((batch_size, 1, 1, 1), generator=masks) < poison_rate
+        poisoned = gpu.sent(chosen, batch.x_0.device)
         delta = trigger_placement.drawn(patterns, batch_size, which)
         r = delta if trigger_only else _stamped(model, examples, batch, delta, offers(trigger, AddedTrigger))
         y = torch.where(poisoned, y_star, batch.x_0)

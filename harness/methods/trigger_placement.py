@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from harness.capabilities import SeveralTrigger, offers, scales_noise
+from harness.diffusion import gpu
 from harness.methods.prompt_edits import Substitution
 from harness.types import Inputs, NoiseTrigger
 
@@ -39,7 +40,7 @@ def drawn(patterns: Tensor, n: int, rng: torch.Generator) -> Tensor:
     """(n, C, H, W): a random one of the patterns (K, C, H, W) for each of n rows. Of one pattern nothing is drawn."""
     if len(patterns) == 1:
         return patterns.expand(n, -1, -1, -1)
-    return patterns[torch.randint(0, len(patterns), (n,), generator=rng).to(patterns.device)]
+    return patterns[gpu.sent(torch.randint(0, len(patterns), (n,), generator=rng), patterns.device)]
 
 
 def stamped(trigger: NoiseTrigger, inputs: Inputs) -> Inputs:

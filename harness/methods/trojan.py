@@ -98,7 +98,7 @@ class Trojan:
         rngs = [generator(seed, "steps") for seed in inputs.seeds]
         for now, (t, s) in enumerate(loop("sampling", list(self._pairs(model)))):
             ts = torch.full((len(x_t),), t, dtype=torch.int64, device=x_t.device)
-            a_bar, a_bar_next = (model.alpha_bar(torch.tensor([at])).to(x_t) for at in (t, s))
+            a_bar, a_bar_next = (model.alpha_bar(at).to(x_t) for at in (ts[:1], torch.full_like(ts[:1], s)))
             step = Step(a_bar, a_bar_next, mu, gamma)
             with torch.autocast(x_t.device.type, torch.bfloat16, enabled=sampler.bf16):
                 eps = model.eps(x_t, ts)

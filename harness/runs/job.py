@@ -145,7 +145,8 @@ class Job:
     that calls another `execute` than ours takes any mapping. method: jobs of one method differ in their seed alone and
     are expected to take as long as each other. estimate: seconds, for the order of work and for `bench plan`.
     reuse_key: a name for what the job loads and only reads; a process that has done a job of that name may be given
-    this one next. None: a process of its own. ingredients: what went into the key; kept with the artifact.
+    this one next. None: a process of its own. on_gpu: whether it computes on a GPU where it has one. ingredients: what
+    went into the key; kept with the artifact.
     """
 
     key: str
@@ -156,6 +157,7 @@ class Job:
     estimate: float = 10.0
     reuse_key: str | None = None
     method: str = ""
+    on_gpu: bool = True
     ingredients: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

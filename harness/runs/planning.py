@@ -20,6 +20,7 @@ from harness.capabilities import (
     AttackersSampler,
     ComputedTrigger,
     OrdinaryTrigger,
+    PublishedArchitecture,
     SteppedMethod,
     delivers,
     extra_sets,
@@ -174,7 +175,7 @@ class _Planner:
 
     def job(
         self, label: str, needs: Sequence[str], spec: JobSpec, parts: Mapping[str, Any], plugins: Sequence[Any],
-        reuse_key: str | None = None, method: str | None = None,
+        reuse_key: str | None = None, method: str | None = None, on_gpu: bool = True,
     ) -> str:  # fmt: skip
         """Add the job whose result depends on `parts`, on the code of `plugins` and on the artifacts in `needs`; its
         key. parts: ingredients by name."""
@@ -193,8 +194,9 @@ class _Planner:
         if key not in self.plan.jobs:
             spec = replace(spec, plugin_files=self.files) if self.files else spec
             self.plan.jobs[key] = Job(
-                key, spec.kind, label, tuple(needs), spec, self.guess(spec), reuse_key, method or label, ingredients
-            )
+                key, spec.kind, label, tuple(needs), spec, self.guess(spec), reuse_key, method or label, on_gpu,
+                ingredients,
+            )  # fmt: skip
         return key
 
     def guess(self, spec: JobSpec) -> float:
@@ -466,7 +468,7 @@ class _Planner:
         label = f"measure {self._defended(cell)} on "
         return self.job(
             label + self._whose(cell, attack), needs, spec, parts, plugins,
-            method=label + self._whose(cell, attack, seed=False),
+            method=label + self._whose(cell, attack, seed=False), on_gpu=offers(plugins[0], PublishedArchitecture),
         )  # fmt: skip
 
 

@@ -191,7 +191,19 @@ def short_jobs(plan: Plan, costs: Costs, groups: Iterable[Group], gpu: bool, row
             key = key_of({"rehearsal": asked, "code": code_of(job), "gpu": gpu})
             keys[group.first] = key
             shares = _shared(spec) if isinstance(spec, SampleSpec) else None
-            made[key] = group, Job(key, job.kind, job.label, tuple(dict.fromkeys(mine.values())), asked, 60.0, shares)
+            made[key] = (
+                group,
+                Job(
+                    key,
+                    job.kind,
+                    job.label,
+                    tuple(dict.fromkeys(mine.values())),
+                    asked,
+                    60.0,
+                    shares,
+                    on_gpu=job.on_gpu,
+                ),
+            )
         return keys[group.first]
 
     for group in dict.fromkeys(group_of.values()):

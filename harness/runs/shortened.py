@@ -217,7 +217,7 @@ def rehearsed(clock: Clock) -> Iterator[None]:
     import torch
 
     from harness.diffusion import events
-    from harness.diffusion.model import BATCH, DiffusionModel
+    from harness.diffusion.model import BATCH, SAMPLED, DiffusionModel
     from harness.stages import defend
 
     sample, encode, latents, decode = (
@@ -228,8 +228,8 @@ def rehearsed(clock: Clock) -> Iterator[None]:
     wrapped: set[type] = set()
     stack = ExitStack()
 
-    def first_batch(self: Any, inputs: Any, sampler: Any, batch: int = 50, phase: str = "sample") -> Tensor:
-        n = len(inputs)
+    def first_batch(self: Any, inputs: Any, sampler: Any, batch: int | None = None, phase: str = "sample") -> Tensor:
+        n, batch = len(inputs), batch or SAMPLED
         begun = clock.now()
         clock.inside.append(phase)
         try:
@@ -336,7 +336,8 @@ def _lean(clock: Clock) -> Any:
             moments = [torch.zeros(most, device=every[0].device) for _ in range(2)] if every else []
             for p in every:
                 first, second = (each[: p.numel()].view_as(p) for each in moments)
-                self.state[p] = {"step": torch.tensor(0.0), "exp_avg": first, "exp_avg_sq": second}
+                step = torch.zeros((), device=p.device if self.defaults["fused"] else "cpu")
+                self.state[p] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
             clock.not_held = max(clock.not_held, 8.0 * (sum(p.numel() for p in every) - most))
 
     return Lean
@@ -465,10 +466,12 @@ def _forget(out: Path) -> None:
 def _figures(clock: Clock) -> dict[str, Any]:
     import torch
 
+    from harness.diffusion import gpu
+
     wall = clock.time() - clock.begun
     clock.weigh()
     outer = [loop for loop in clock.loops if loop.outer and loop.seconds]
-    device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    device = gpu.peak() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
     return {
         "seconds": [wall + ahead for ahead in clock.ahead],
         "wall_s": wall,

@@ -51,7 +51,7 @@ class Within:
 
     def __init__(self, store: Store, slots: int = 2) -> None:
         self.store, self.slots = store, slots
-        self.shares_gpus, self.kept, self.running = False, (), list[Handle]()
+        self.shares_gpus, self.spares_gpus, self.kept, self.running = False, False, (), list[Handle]()
 
     def try_submit(self, job: Job, attempt: int, *, whole_gpu: bool = False) -> Handle | None:
         if len(self.running) == self.slots:
