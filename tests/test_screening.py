@@ -149,6 +149,7 @@ def test_a_shift_is_found_at_the_size_of_the_trigger_alone() -> None:
     for sizes in ((0.8,), (0.8, 0.4)):
         scan = BiasScan(starts=0, patch=0, batch=8, shifts=2, sizes=sizes)
         done = scan.defend(model, Knowledge(), generator(0, "x"))
+        assert done.features is not None
         left[sizes] = done.features["left_shift"]
         assert (1 - left[sizes] > bias_scan.FLAG_ABOVE) is (0.4 in sizes)
     assert isinstance(done.trigger, Tensor)
