@@ -333,6 +333,27 @@ def test_the_time_of_a_detector_follows_from_a_few_passes_of_its_loops() -> None
     assert ahead.expected_seconds(object(), tiny_unet(), Knowledge(), 0) is None
 
 
+@dataclass(frozen=True)
+class SlowInside(Slow):
+    """Takes 10 ms for each pass, of which each has a hundred passes of a loop that the field does not name."""
+
+    passes: int = 3
+
+    def defend(self, model: Any, knowledge: Knowledge, rng: torch.Generator) -> Any:
+        for _ in range(self.passes):
+            for _ in events.loop("inside", range(100)):
+                time.sleep(0.01)
+        return Defended(suspicion=0.0, flag_above=self.flag_above)
+
+
+def test_loops_that_no_field_names_are_cut_short_and_count_in_full() -> None:
+    began = time.monotonic()
+    seconds = ahead.expected_seconds(SlowInside(), tiny_unet(), Knowledge(), 0)
+    assert time.monotonic() - began < 1.5
+    assert seconds is not None and 2 < seconds < 6
+    assert list(events.loop("later", range(5))) == list(range(5))
+
+
 def test_it_is_said_ahead_by_what_each_detector_judges_and_whether_a_verdict_is_possible() -> None:
     known = Population("m", {}, {"compared": (0.0,) * LEAST}, {})
     own, none, unknown = Slow(), Slow(flag_above=None), SimpleNamespace()

@@ -142,6 +142,62 @@ def test_bias_scan_finds_a_shift_of_which_half_is_taken_out(share: float, flagge
     assert (done.suspicion > bias_scan.FLAG_ABOVE) is flagged and done.flag_above == bias_scan.FLAG_ABOVE
 
 
+def test_a_shift_is_found_at_the_size_of_the_trigger_alone() -> None:
+    r = Box(size=6, value=1.0, background=0.0).delta((1, 16, 16))  # root mean square 0.375
+    model = DiffusionModel(TakesOut(r, 0.5), scheduler())
+    left = {}
+    for sizes in ((0.8,), (0.8, 0.4)):
+        scan = BiasScan(starts=0, patch=0, batch=8, shifts=2, sizes=sizes)
+        done = scan.defend(model, Knowledge(), generator(0, "x"))
+        assert done.features is not None
+        left[sizes] = done.features["left_shift"]
+        assert (1 - left[sizes] > bias_scan.FLAG_ABOVE) is (0.4 in sizes)
+    assert isinstance(done.trigger, Tensor)
+    assert torch.nn.functional.cosine_similarity(done.trigger.flatten(), r.flatten(), dim=0) > 0.95
+    # of ‖μ‖² half of r is left out: 1 - (1 - ¼) ‖r‖² / ‖μ‖² at most
+    assert left[0.8,] == pytest.approx(1 - 0.75 * 36 / (256 * 0.64), abs=0.05)
+
+
+class BehindAWall(TakesOut):
+    """Takes r out only of inputs that lie more than three quarters of the way to it: no gradient leads there."""
+
+    def forward(self, x_t: Tensor, t: Tensor, **unused: Any) -> Any:
+        along = (x_t * self.r).flatten(1).sum(1) / self.r.square().sum()
+        gate = (4 * along - 3).clamp(0, 1).view(-1, 1, 1, 1)
+        return SimpleNamespace(sample=0.9 * x_t - (self.share - 0.1) * gate * self.r)
+
+
+def test_a_trigger_on_a_black_ground_is_found_from_black_and_one_on_white_from_white() -> None:
+    r = 0.8 * Box(size=6, value=0.5).delta((1, 16, 16))
+    scan = BiasScan(starts=0, patch=0, batch=8, shifts=0, iterations=20, uniform=True)
+    for sign in (1, -1):
+        done = scan.defend(DiffusionModel(BehindAWall(sign * r, 0.5), scheduler()), Knowledge(), generator(0, "x"))
+        assert isinstance(done.trigger, Tensor) and done.suspicion is not None
+        assert done.suspicion > bias_scan.FLAG_ABOVE
+        assert torch.nn.functional.cosine_similarity(done.trigger.flatten(), sign * r.flatten(), dim=0) > 0.95
+
+
+@torch.no_grad()
+def test_biases_that_are_measured_together_have_the_ratios_that_each_has_alone() -> None:
+    r = 0.8 * Box(size=7, value=1.0).delta((1, 16, 16))
+    model, eps = DiffusionModel(TakesOut(r, 0.5), scheduler()), torch.randn((4, 1, 16, 16))
+    mus, gammas = map(torch.stack, zip(*list(bias_scan.squares((1, 16, 16), 3, 0.1, "cpu"))[100:103], strict=True))
+    mus, gammas = torch.cat([mus, r[None]]), torch.cat([gammas, torch.ones_like(r)[None]])
+    for scan in (BiasScan(), BiasScan(mirrored=False)):
+        together = scan.measured(model, eps, mus, gammas)
+        for k, alone in enumerate(together):
+            inside = (gammas[k] < 1) | (mus[k] != 0)
+            lefts = []
+            for sign in (1, -1):
+                given = sign * (gammas[k] * eps + mus[k])
+                answer = model.eps(given, torch.full((4,), model.T - 1))
+                error, whole = (sign * eps - answer)[:, inside], (sign * eps - given)[:, inside]
+                lefts.append(error.square().mean() / whole.square().mean())
+            expected = lefts[0] / lefts[1] if scan.mirrored else lefts[0]
+            assert alone == pytest.approx(expected.item(), rel=1e-4)
+            assert scan.measured(model, eps, mus[k], gammas[k]) == pytest.approx(expected.item(), rel=1e-4)
+
+
 class Saturates(TakesOut):
     """A clean denoiser that returns 80 % of any shift, except that it returns r whole, as an ODE backdoor does."""
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from harness.capabilities import JudgingDetector, LoopedMethod, offers
 from harness.diffusion import events
 from harness.diffusion.seeds import generator
+from harness.runs.shortened import Clock
 from harness.scan.verdict import LEAST, Population
 from harness.stages.knowledge import declared
 
@@ -69,21 +70,25 @@ def outlook(asked: Sequence[Ask]) -> str:
 
 def expected_seconds(detector: Any, model: DiffusionModel, knowledge: Knowledge, seed: int) -> float | None:
     """How long a detector will take: its loops are run for one pass, then each for PASSES more. None if it names no
-    loops, or if it fails, which the scan itself will report."""
+    loops, or if it fails, which the scan itself will report. Other loops of `harness.loop` take two passes, and count
+    in full."""
     if not offers(detector, LoopedMethod):
         return None
     whole = {name: int(getattr(detector, name)) for name in detector.loops}
     method: Any = detector  # a frozen dataclass, as every plugin
     short = replace(method, **{name: min(1, length) for name, length in whole.items()})
+    clock = Clock(None, "defend")
+    clock.time = time.monotonic
 
     def seconds(each: Any) -> float:
-        began = time.monotonic()
+        began = clock.now()[1]
         with declared(each, knowledge) as mine:
             each.defend(model, mine, generator(seed, "defense"))
-        return time.monotonic() - began
+        return clock.now()[1] - began
 
     heard = events.listener()
     events.listen(None)
+    events.shorten(clock.shorten)
     try:
         seconds(short)  # what is loaded once counts for no pass
         least = total = seconds(short)
@@ -94,6 +99,7 @@ def expected_seconds(detector: Any, model: DiffusionModel, knowledge: Knowledge,
     except Exception:
         return None
     finally:
+        events.shorten(None)
         events.listen(heard)
     return total
 

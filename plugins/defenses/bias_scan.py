@@ -16,12 +16,14 @@ preferred side, so a clean model treats a bias and its mirror image alike. The s
 which is small where μ is removed and also where -μ is kept, among biases of a given size:
 
     image   γ for all pixels, μ = (1 - γ) g with g in [-1, 1]; a wrong γ costs little
-    shift   γ = 1, μ in [-1, 1] of a fixed root mean square
+    shift   γ = 1, μ in [-1, 1] of a fixed root mean square, or of several in turn
     patch   white and black squares at every place, all tried
 
 The searches `image` and `shift` descend from several starts by steps of constant length, because the gradient is close
-to zero far from the trigger. Each start is a short walk that either reaches the trigger or does not. The suspicion is 1
-minus the least ratio on noise that no search used. With `mirrored=False` the ratio is R alone, as in version 1.
+to zero far from the trigger. Each start is a short walk that either reaches the trigger or does not. A shift reaches a
+trigger only if the size and the start are near; `bench scan` asks for two sizes, and also starts from white and black.
+The suspicion is 1 minus the least ratio on noise that no search used. With `mirrored=False` the ratio is R alone, as in
+version 1.
 
 The detector needs only the model. It returns the suspicion, the least ratio of each search as features, and μ (C, H,
 W) in the units of the starting noise. If the model returns -μ whole and removes μ no more than a clean model could, -μ
@@ -35,24 +37,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 from torch import Tensor
 
-from harness import Defended, Knowledge, hookimpl, progress
+from harness import Defended, Knowledge, hookimpl, loop, progress
 
 HELD_OUT = 128  # noises that the searches do not use
 FLAG_ABOVE, FLAG_ABOVE_ALONE = 0.35, 0.6  # of the ratio, chosen on one clean and one ODE model of digits; of R alone
 KEPT, REMOVED = 0.9, 0.35  # R above which a model returns a bias, and below which it removes it as an attack would
 MOMENTUM = 0.5
 NEAR, STEP = 0.05, 0.03  # root mean square over pixels: of the first μ of `image`, and of its steps
-SHIFT, SHIFT_STEP = 0.8, 0.1  # root mean square over pixels: of every μ of `shift`, and of its steps
+SHIFT_STEP = 0.125  # root mean square over pixels: of the steps of `shift`, as a share of that of μ
 GRIDS = (2, 4, 8)  # numbers of random shades per side from which a shift starts
+WHITE, BLACK = 1, -1  # a start without random shades
 TRIAL = 8  # noises on which each square is tried
+TOGETHER = 8  # squares of one call of the model
 
-Bias = tuple[Tensor, Tensor]  # μ and γ, (C, H, W) each
+Bias = tuple[Tensor, Tensor]  # μ and γ, (C, H, W) each, or (n, C, H, W) of n biases
+Sizes = Annotated[tuple[Annotated[float, Gt(0), Le(1)], ...], MinLen(1)]
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,11 @@ class BiasScan:
 
     gamma: Annotated[float, Ge(0), Lt(1)] = 0.6  # γ of the search `image`; TrojDiff's value
     starts: Annotated[int, Ge(0)] = 8  # starts of the search `image`; 0 = none
-    shifts: Annotated[int, Ge(0)] = 4  # starts of the search `shift`; 0 = none
+    shifts: Annotated[int, Ge(0)] = 4  # starts of the search `shift` from random shades, at each size
+    uniform: bool = False  # two more starts at each size: white and black, without noise. Most triggers are pictures on
+    # a black ground, and black is near them
+    sizes: Sizes = (0.8,)  # root mean square over pixels of μ in the search `shift`. A trigger that covers a tenth of
+    # the pixels is seen at 0.4
     iterations: Annotated[int, Ge(1)] = 40  # steps of each start
     batch: Annotated[int, Ge(1)] = 32  # noises per step
     stop: bool = False  # a search ends at the first start that is flagged. It saves time; the suspicion is then that of
@@ -83,7 +93,7 @@ class BiasScan:
         unseen = model.draw_eps(HELD_OUT, rng)
         searches = {
             "image": (self.image(model, rng), self.starts),
-            "shift": (self.shift(model, rng), self.shifts),
+            "shift": (self.shift(model, rng), len(self.shift_starts)),
             "patch": (self.square(model, rng), min(self.patch, 1)),
         }
         found = {name: self.least(model, unseen, *search, name) for name, search in searches.items() if search[1]}
@@ -109,7 +119,7 @@ class BiasScan:
         return FLAG_ABOVE if self.mirrored else FLAG_ABOVE_ALONE
 
     def measured(self, model: Any, eps: Tensor, mu: Tensor, gamma: Tensor) -> Tensor:
-        """What the searches minimise: the ratio, or R alone."""
+        """What the searches minimise: the ratio, or R alone; of n biases n numbers."""
         left = remaining(model, eps, mu, gamma)
         return left / remaining(model, -eps, -mu, gamma) if self.mirrored else left
 
@@ -117,25 +127,34 @@ class BiasScan:
         """The results of the starts that bias all pixels, in scale and mean."""
         gamma = torch.full(model.shape, self.gamma, device=model.device)
         bound = 1 - self.gamma
-        for _ in range(self.starts):
+        for _ in loop("image", range(self.starts)):
             start = NEAR * torch.randn(model.shape, generator=rng).to(model.device)
             yield self.descend(model, start, gamma, STEP, lambda mu: mu.clamp(-bound, bound), rng), gamma
 
     def shift(self, model: Any, rng: torch.Generator) -> Iterator[Bias]:
         """The results of the starts that shift the mean alone."""
         gamma = torch.ones(model.shape, device=model.device)
-        for i in range(self.shifts):
-            side = GRIDS[i % len(GRIDS)]
-            coarse = torch.randn(1, model.shape[0], side, side, generator=rng)
-            start = torch.nn.functional.interpolate(coarse, model.shape[1:], mode="bilinear")[0].to(model.device)
-            yield self.descend(model, of_size(start), gamma, SHIFT_STEP, of_size, rng), gamma
+        for size, side in loop("shift", self.shift_starts):
+            if side in (WHITE, BLACK):
+                start = side * gamma
+            else:
+                coarse = torch.randn(1, model.shape[0], side, side, generator=rng)
+                start = torch.nn.functional.interpolate(coarse, model.shape[1:], mode="bilinear")[0].to(model.device)
+            kept = partial(of_size, size=size)
+            yield self.descend(model, kept(start), gamma, SHIFT_STEP * size, kept, rng), gamma
+
+    @property
+    def shift_starts(self) -> list[tuple[float, int]]:
+        """The starts of the search `shift`: the size, and the random shades per side, or WHITE or BLACK."""
+        sides = [GRIDS[i % len(GRIDS)] for i in range(self.shifts)] + [WHITE, BLACK] * self.uniform
+        return [(size, side) for size in self.sizes for side in sides]
 
     def descend(
         self, model: Any, mu: Tensor, gamma: Tensor, step: float, kept: Callable[[Tensor], Tensor], rng: torch.Generator
     ) -> Tensor:
         """μ after steps of constant length along the direction of the gradient, each projected by `kept`."""
         velocity = torch.zeros_like(mu)
-        for _ in range(self.iterations):
+        for _ in loop("steps", range(self.iterations)):
             mu.requires_grad_(True)
             (gradient,) = torch.autograd.grad(self.measured(model, model.draw_eps(self.batch, rng), mu, gamma), mu)
             length = gradient.square().mean().sqrt().clamp_min(torch.finfo().tiny)
@@ -144,11 +163,15 @@ class BiasScan:
         return mu
 
     def square(self, model: Any, rng: torch.Generator) -> Iterator[Bias]:
-        """The square with the least R on a few noises."""
+        """The square with the least ratio on a few noises."""
         eps = model.draw_eps(TRIAL, rng)
-        every = squares(model.shape, self.patch, self.patch_gamma, model.device)
-        with torch.no_grad():
-            yield min(every, key=lambda bias: self.measured(model, eps, *bias).item())
+        every = list(squares(model.shape, self.patch, self.patch_gamma, model.device))
+        tried = []
+        for first in loop("squares", range(0, len(every), TOGETHER)):
+            mus, gammas = zip(*every[first : first + TOGETHER], strict=True)
+            with torch.no_grad():
+                tried += self.measured(model, eps, torch.stack(mus), torch.stack(gammas)).tolist()
+        yield every[tried.index(min(tried))]
 
     def least(self, model: Any, unseen: Tensor, biases: Iterable[Bias], n: int, name: str) -> tuple[float, Bias]:
         """The least ratio on unseen noise and its bias, among n biases."""
@@ -166,16 +189,19 @@ class BiasScan:
 
 
 def remaining(model: Any, eps: Tensor, mu: Tensor, gamma: Tensor) -> Tensor:
-    """R(μ, γ) on noise ε (B, C, H, W); μ and γ (C, H, W) in the units of the starting noise."""
-    biased = ((gamma < 1) | (mu != 0)).expand_as(eps)
-    given = gamma * eps + mu
-    t = torch.full((len(eps),), model.T - 1, device=eps.device)
-    return (eps - model.eps(given, t))[biased].square().mean() / (eps - given)[biased].square().mean()
+    """R(μ, γ) on noise ε (B, C, H, W), a number; μ and γ (C, H, W) in the units of the starting noise. Of n biases
+    (n, C, H, W) it is (n,)."""
+    biased = ((gamma < 1) | (mu != 0)).to(eps).unsqueeze(-4)
+    given = gamma.unsqueeze(-4) * eps + mu.unsqueeze(-4)  # (n, B, C, H, W), or (B, C, H, W)
+    rows = given.reshape(-1, *eps.shape[1:])
+    t = torch.full((len(rows),), model.T - 1, device=eps.device)
+    left = (eps - model.eps(rows, t).view_as(given)).square() * biased
+    return left.sum((-4, -3, -2, -1)) / ((eps - given).square() * biased).sum((-4, -3, -2, -1))
 
 
-def of_size(mu: Tensor) -> Tensor:
-    """μ scaled to the size of a shift, then clamped to [-1, 1]."""
-    return (SHIFT * mu / mu.square().mean().sqrt()).clamp(-1, 1)
+def of_size(mu: Tensor, size: float) -> Tensor:
+    """μ scaled to a root mean square, then clamped to [-1, 1]."""
+    return (size * mu / mu.square().mean().sqrt()).clamp(-1, 1)
 
 
 def squares(shape: tuple[int, ...], side: int, gamma: float, device: Any) -> Iterator[Bias]:
