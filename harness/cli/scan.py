@@ -287,11 +287,13 @@ def _commit(directory: Path) -> str | None:
 
 def _digests(subject: Subject) -> dict[str, str]:
     """File → sha256 of each weights file that was read."""
-    from harness.diffusion import checkpoint
+    from harness.diffusion import checkpoint, single_file
     from harness.diffusion.model_files import ModelFiles
 
     if subject.file is not None:
-        return {subject.file.name: _digest(subject.file)}
+        laid_out = single_file.origin(subject.directory)
+        beside = {} if laid_out is None else laid_out.beside
+        return {subject.file.name: _digest(subject.file)} | {name: _digest(path) for name, path in beside.items()}
     files, found = ModelFiles(subject.directory), {}
     for name in checkpoint.read_files(subject.directory):
         if name.endswith(".safetensors"):
