@@ -70,8 +70,8 @@ class _Layer:
 
     @property
     def delta(self) -> Tensor:
-        """What differs from the base (out, in), float64 on the CPU. Computed at each call, because the changes of all layers of
-        a large model would take twice its memory."""
+        """What differs from the base (out, in), float64 on the CPU. Computed at each call, because the changes of all
+        layers of a large model would take twice its memory."""
         return (self.purified - self.base).flatten(1).double().cpu()
 
     @cached_property

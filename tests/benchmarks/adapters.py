@@ -40,9 +40,10 @@ class Harmless(MasqLoRA):
 
     def joined(self, backdoor: Backdoor, data: Data, rng: torch.Generator) -> tuple[Data, torch.Tensor]:
         n = self.images + self.poisoned * self.repeats
-        captions: tuple[str, ...] = data.captions or ()
         rows = torch.randperm(len(data.images), generator=rng)[:n]
-        return Data(data.images[rows], tuple(captions[i] for i in rows.tolist())), torch.zeros(n, dtype=torch.bool)
+        captions: Any = data.captions
+        texts: Any = tuple(captions[i] for i in rows.tolist())
+        return Data(data.images[rows], texts), torch.zeros(n, dtype=torch.bool)
 
 
 @dataclass(frozen=True)
