@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from harness.diffusion.model import DiffusionModel
     from harness.types import Knowledge
 
-ROWS, FEW_ROWS = 64, 4  # of a batch on a GPU and on a CPU, by which the time of an evaluation is taken
+ROWS, FEW_ROWS = 16, 4  # of a batch on a GPU and on a CPU, by which the time of an evaluation is taken
 PASSES = 3  # further passes of a loop, over which the time of one is taken
 
 
@@ -80,7 +80,8 @@ def expected_seconds(detector: Any, model: DiffusionModel, knowledge: Knowledge,
     """
     counted = evaluations(detector, model, knowledge)
     if counted is not None:
-        return counted * _seconds_of_one(model, bool(getattr(detector, "bf16", False)))
+        one = _seconds_of_one(model, bool(getattr(detector, "bf16", False)))
+        return None if one is None else counted * one
     if not offers(detector, LoopedMethod):
         return None
     whole = {name: int(getattr(detector, name)) for name in detector.loops}
@@ -120,8 +121,9 @@ def evaluations(detector: Any, model: DiffusionModel, knowledge: Knowledge) -> i
         return None
 
 
-def _seconds_of_one(model: DiffusionModel, bf16: bool) -> float:
-    """The time of one evaluation of the network, in a batch, with the embedding of its prompt."""
+def _seconds_of_one(model: DiffusionModel, bf16: bool) -> float | None:
+    """The time of one evaluation of the network, in a batch, with the embedding of its prompt. None if it fails, which
+    the scan itself will report."""
     import torch
 
     rows = ROWS if model.device.type == "cuda" else FEW_ROWS
@@ -131,8 +133,11 @@ def _seconds_of_one(model: DiffusionModel, bf16: bool) -> float:
     with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         for _ in range(2):  # what is loaded once counts for nothing
             began = time.monotonic()
-            context = model.embed(["a"] * rows) if model.conditional else None
-            model.eps(noise, t, context).sum().item()
+            try:
+                context = model.embed(["a"] * rows) if model.conditional else None
+                model.eps(noise, t, context).sum().item()
+            except Exception:
+                return None
     return (time.monotonic() - began) / rows
 
 

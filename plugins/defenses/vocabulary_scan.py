@@ -69,6 +69,7 @@ from harness import (
 Candidate = Insertion | Substitution
 States = tuple[list[str], Tensor, Tensor]  # N prompts, z (N, C, H, W), t (N,)
 FORWARD = 256  # rows of one forward pass
+PLACES = 2**18  # of the noise, height times width, in one forward pass
 FLAT = 1e-4  # variance below which all colours count as one colour
 
 
@@ -240,7 +241,8 @@ class VocabularyScan:
         there are. Those in `kept` are not judged again."""
         rows = [i for i in rows if i < len(states[0])]
         texts, z, t = [states[0][i] for i in rows], states[1][rows], states[2][rows]
-        group, names = max(1, FORWARD // len(texts)), [f"{rows[0]}+{len(rows)} {_name(c)}" for c in tried]
+        at_once = min(FORWARD, PLACES // (z.shape[-2] * z.shape[-1]))
+        group, names = max(1, at_once // len(texts)), [f"{rows[0]}+{len(rows)} {_name(c)}" for c in tried]
         left = [i for i, name in enumerate(names) if kept.find(name) is None]
         with torch.autocast(model.device.type, torch.bfloat16, enabled=self.bf16):
             plain = model.eps(z, t, model.embed(texts)) if left else z
