@@ -6,8 +6,8 @@ Five adapters with the backdoor of masqlora (the preset shapes-masqlora, whose s
 five harmless ones of the same ranks, rates and steps, trained on as many images with their own captions. Trains those
 that are not in DIR yet, measures how often the trigger succeeds, scans each once with the defaults and with the base
 shapes-sd, and writes one outcome after the other into FILE (default adapters.json beside this script), so that a run
-that was stopped goes on where it stopped. The seconds of masqlora-100 in the committed file are those of the second part
-of a scan that was stopped and repeated. --train: train and measure, and scan nothing. One thread.
+that was stopped goes on where it stopped. The seconds of masqlora-100 in the committed file are those of the second
+part of a scan that was stopped and repeated. --train: train and measure, and scan nothing. One thread.
 """
 
 from __future__ import annotations
