@@ -362,7 +362,7 @@ def test_a_planted_token_among_clips_49408_is_found_within_the_default_budget(tm
     assert done.notes is not None and scan.budget - scan.rows < done.notes["evaluations"] <= scan.budget
     words, alike = prompt_edits.typable(tokens), sum(map(len, prompt_edits.LOOK_ALIKES.values()))
     assert (len(tokens), len(words), alike) == (49_408, 34_301, 79)
-    assert 34_300 < done.notes["candidates"] <= len(words) + alike
+    assert 34_000 < done.notes["candidates"] < len(words) + alike  # without the words of captions
     assert done.notes["judged"] == 3 * (scan.budget - 8 * alike) // 4 + alike == 29_605
     assert model.evaluations <= scan.evaluations(model, knowledge())
     many = replace(knowledge(), prompts=tuple(f"{text} {i}" for i, text in enumerate(prompts() * 2)))
