@@ -9,6 +9,7 @@ from harness.capabilities import (
     ComputedTrigger as ComputedTrigger,
     ConditionalTarget as ConditionalTarget,
     CountedData as CountedData,
+    CountingDetector as CountingDetector,
     DecoyTrigger as DecoyTrigger,
     DeliveringDefense as DeliveringDefense,
     ExamplesTarget as ExamplesTarget,
@@ -60,6 +61,7 @@ from harness.diffusion import (
     attention as attention,
     checkpoint as checkpoint,
     interrupted as interrupted,
+    kept_scores as kept_scores,
     kept_tensors as kept_tensors,
 )
 from harness.diffusion.events import (
@@ -136,6 +138,7 @@ from harness.judges.statistics import (
     unmeasured as unmeasured,
 )
 from harness.methods import (
+    coarse_to_fine as coarse_to_fine,
     corner_patches as corner_patches,
     distillation as distillation,
     image_encoders as image_encoders,

@@ -449,6 +449,14 @@ class JudgingDetector(Protocol):
 
 
 @runtime_checkable
+class CountingDetector(Protocol):
+    """A detector that knows, before it looks, how many network evaluations it makes on a model at most: a scan asks for
+    it, to say how long it will take, and without it times its loops."""
+
+    def evaluations(self, model: Any, knowledge: Any) -> int: ...
+
+
+@runtime_checkable
 class StatingDetector(Protocol):
     """A detector that states which families of backdoors, by their names in `FAMILIES`, its method can see in
     principle: a scan asks for it, to name the families that no detector sees, and says "not stated" without it."""
@@ -562,6 +570,7 @@ CAPABILITIES: tuple[Capability, ...] = (
     Capability(BatchedMethod, ("attacks", "defenses")),
     Capability(LoopedMethod, ("attacks", "defenses"), ("loops",)),
     Capability(JudgingDetector, ("defenses",), ("flag_above",)),
+    Capability(CountingDetector, ("defenses",), ("evaluations",)),
     Capability(StatingDetector, ("defenses",), ("sees",)),
     Capability(LimitedToModels, ("attacks", "defenses", "triggers", "targets"), ("accepts_models",)),
     Capability(NeedsOfTrigger, ("attacks", "defenses", "samplers"), ("requires_trigger",)),

@@ -44,6 +44,75 @@ def write(model: DiffusionModel, path: Path, more: dict[str, Tensor] | None = No
     save_file({name: value.clone().contiguous() for name, value in (tensors | (more or {})).items()}, path)
 
 
+DOUBLE = {
+    "norm1.linear": "img_mod.lin", "norm1_context.linear": "txt_mod.lin", "attn.norm_q": "img_attn.norm.query_norm",
+    "attn.norm_k": "img_attn.norm.key_norm", "attn.norm_added_q": "txt_attn.norm.query_norm",
+    "attn.norm_added_k": "txt_attn.norm.key_norm", "attn.to_out.0": "img_attn.proj", "attn.to_add_out": "txt_attn.proj",
+    "ff.net.0.proj": "img_mlp.0", "ff.net.2": "img_mlp.2", "ff_context.net.0.proj": "txt_mlp.0",
+    "ff_context.net.2": "txt_mlp.2",
+}  # fmt: skip
+SINGLE = {
+    "norm.linear": "modulation.lin", "proj_out": "linear2", "attn.norm_q": "norm.query_norm",
+    "attn.norm_k": "norm.key_norm",
+}  # fmt: skip
+FUSED = {
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+}
+FLUX_TOP = {
+    "time_text_embed.timestep_embedder": "time_in", "time_text_embed.text_embedder": "vector_in",
+    "time_text_embed.guidance_embedder": "guidance_in", "x_embedder": "img_in", "context_embedder": "txt_in",
+    "proj_out": "final_layer.linear", "norm_out.linear": "final_layer.adaLN_modulation.1", "linear_1": "in_layer",
+    "linear_2": "out_layer",
+}  # fmt: skip
+
+
+def flux(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a FluxTransformer2DModel as the original release has them."""
+    found: dict[str, Tensor] = {}
+    blocks: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for name, value in state.items():
+        match = re.match(r"(single_)?transformer_blocks\.(\d+)\.(.+)\.(weight|bias)", name)
+        if match:
+            blocks.setdefault((f"{'single' if match[1] else 'double'}_blocks.{match[2]}", match[4]), {})[match[3]] = (
+                value
+            )
+            continue
+        layer, _, kind = name.rpartition(".")
+        for ours, theirs in FLUX_TOP.items():
+            layer = re.sub(rf"(^|\.){re.escape(ours)}$|^{re.escape(ours)}(?=\.)", rf"\1{theirs}", layer)
+        if layer.startswith("final_layer.adaLN"):  # scale and shift are the other way round
+            scale, shift = value.chunk(2)
+            value = torch.cat([shift, scale])
+        found[f"{layer}.{kind}"] = value
+    for (block, kind), layers in blocks.items():
+        names = DOUBLE if block.startswith("double") else SINGLE
+        for fused, parts in FUSED.items():
+            if all(part in layers for part in parts) and fused.startswith("linear1") == (names is SINGLE):
+                found[f"{block}.{fused}.{kind}"] = torch.cat([layers.pop(part) for part in parts])
+        for layer, value in layers.items():
+            ending = "scale" if "_norm" in names[layer] else kind
+            found[f"{block}.{names[layer]}.{ending}"] = value
+    return found
+
+
+def write_flux(model: DiffusionModel, path: Path, whole: bool, more: dict[str, Tensor] | None = None) -> None:
+    """The model as one file of FLUX. whole: with autoencoder and text encoders, as files that hold more than the
+    denoiser have them."""
+    tensors = flux(model.denoiser.state_dict())
+    if whole:
+        vae, text, t5 = (model.components()[part] for part in ("vae", "text_encoder", "text_encoder_2"))
+        blocks = len(vae.config.block_out_channels)  # type: ignore[union-attr]
+        tensors = {f"model.diffusion_model.{name}": value for name, value in tensors.items()}
+        tensors |= {f"vae.{vae_name(name, blocks)}": value for name, value in vae.state_dict().items()}
+        for name, value in text.state_dict().items():
+            tensors[f"text_encoders.clip_l.transformer.text_model.{name.removeprefix('text_model.')}"] = value
+        kept = {name: value for name, value in t5.state_dict().items() if name != "encoder.embed_tokens.weight"}
+        tensors |= {f"text_encoders.t5xxl.transformer.{name}": value for name, value in kept.items()}
+    save_file({name: value.clone().contiguous() for name, value in (tensors | (more or {})).items()}, path)
+
+
 def second_release(encoder: Any) -> dict[str, Tensor]:
     """The tensors of Stable Diffusion 2's text encoder as its files have them."""
     projection = torch.randn((encoder.config.hidden_size,) * 2, generator=torch.Generator().manual_seed(0))

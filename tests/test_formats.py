@@ -62,6 +62,16 @@ def one_file(make: Callable[[Path], DiffusionModel]) -> Callable[[Path], Words]:
     return made
 
 
+def one_file_of_flux(whole: bool) -> Callable[[Path], Words]:
+    def made(root: Path) -> Words:
+        model = tiny_flux(root / "tokens")
+        checkpoint.save(model, root / "config")
+        single_files.write_flux(model, root / "flux.safetensors", whole)
+        return [str(root / "flux.safetensors"), "--config", str(root / "config")]
+
+    return made
+
+
 def adapter(names: str, make: Callable[[Path], DiffusionModel] = tiny_sd) -> Callable[[Path], Words]:
     def made(root: Path) -> Words:
         base = make(root / "tokens")
@@ -106,6 +116,8 @@ FORMATS: dict[str, Callable[[Path], Words]] = {
     "stable diffusion 3 without T5": directory(tiny_mmdit),
     "stable diffusion 3 with T5": directory(tiny_sd3_with_t5),
     "flux": directory(tiny_flux),
+    "flux, single file of the denoiser": one_file_of_flux(False),
+    "flux, single file with all parts": one_file_of_flux(True),
     "adapter, names of diffusers": adapter("diffusers"),
     "adapter, names of kohya": adapter("kohya"),
     "adapter, names of kohya and of the original blocks": adapter("original", tiny_sdxl),
@@ -155,7 +167,7 @@ def test_a_purification_is_of_the_kind_that_was_given_and_loads(
         return
     asked = ["--defense", "clp"]
     index = Path(words[0]) / "model_index.json"
-    if index.is_file() and "FluxTransformer2DModel" in index.read_text():
+    if "flux.safetensors" in words[0] or (index.is_file() and "FluxTransformer2DModel" in index.read_text()):
         asked = ["--defense", "skd(steps=1)", "--trigger", "text(text='now')"]  # clp prunes convolutions
     assert call(["purify", *words, *prompts, *asked, "-o", str(tmp_path / "out"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)

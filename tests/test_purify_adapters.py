@@ -18,7 +18,7 @@ from harness.diffusion.adapters import LowRank
 from harness.diffusion.model import DiffusionModel
 from harness.diffusion.model_files import ModelFiles
 from harness.scan import adapter_change
-from harness.scan.adapter_change import change_from, left_over, onto, padded, truncated
+from harness.scan.adapter_change import change_from, decomposed, left_over, onto, padded, sufficient
 from tests import scans
 from tests.oracles import tiny_mmdit, tiny_sd, tiny_sdxl
 from tests.test_adapter_files import NAME, drawn, kohya
@@ -327,7 +327,9 @@ def test_the_factors_are_those_of_the_truncated_svd(shape: tuple[int, int]) -> N
     delta = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     u, s, v = torch.linalg.svd(delta, full_matrices=False)
     for rank in (1, 3, 99):
-        factors = truncated(delta, rank)
+        spectrum = decomposed(delta)
+        factors = spectrum.factors(delta, rank)
+        assert spectrum.left(rank) == pytest.approx(s[rank:].square().sum().item(), abs=1e-12)
         k = min(rank, 5)
         assert torch.allclose(factors.delta, (u[:, :k] * s[:k] @ v[:k]).float(), atol=1e-5)
         assert torch.allclose(factors.a.norm(dim=1), s[:k].sqrt().float(), atol=1e-5)
@@ -335,5 +337,29 @@ def test_the_factors_are_those_of_the_truncated_svd(shape: tuple[int, int]) -> N
         wide = padded(factors, 7)
         assert torch.equal(wide.delta, factors.delta) and wide.a.shape == (7, shape[1])
     low = torch.outer(torch.arange(1.0, 6), torch.arange(1.0, 9)).double()
-    assert truncated(low, 4).a.shape == (1, 8), "no factors for a singular value of 0"
+    assert decomposed(low).factors(low, 4).a.shape == (1, 8), "no factors for a singular value of 0"
     assert adapter_change.SMALLEST == 1e-6
+
+
+def test_the_rank_that_keeps_enough_is_found_with_one_decomposition_of_each_layer(
+    base: tuple[DiffusionModel, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The outcome is that of the first double of the rank that keeps enough."""
+    model, directory = base
+    given = adapted(model, directory.parent)
+    wanted = given.clone()
+    for weight in wanted.denoiser.parameters():
+        weight.data *= 0.5
+    doubles = [change_from(model, given, wanted, rank) for rank in (None, 4, 8, 16, 32)]
+    first = next(each for each in doubles if min(each.kept, each.purification) >= adapter_change.LEAST_KEPT)
+    assert first is not doubles[0], "the rank of the adapter does not keep enough"
+    sizes: list[tuple[int, ...]] = []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda gram: (sizes.append(tuple(gram.shape)), eigh(gram))[1])
+    found = sufficient(model, given, wanted)
+    untouched = {name for name in drawn(model) if not name.startswith("unet.")}
+    assert len(sizes) == len(set(found.layers) - untouched) > 10
+    assert (found.rank, found.kept, found.purification) == (first.rank, first.kept, first.purification)
+    assert found.added == first.added and set(found.layers) == set(first.layers)
+    for name, factors in found.layers.items():
+        assert torch.equal(factors.a, first.layers[name].a) and torch.equal(factors.b, first.layers[name].b)

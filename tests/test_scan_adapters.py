@@ -14,7 +14,7 @@ from harness.cli import call
 from harness.diffusion import adapters, checkpoint
 from harness.diffusion.adapters import Adapter, LowRank
 from harness.diffusion.model import DiffusionModel
-from harness.scan.lowrank import described
+from harness.scan.lowrank import described, singular
 from tests import single_files
 from tests.oracles import tiny_sd
 from tests.scans import saved
@@ -118,3 +118,13 @@ def test_the_facts_of_an_adapter_are_those_of_its_matrices() -> None:
     one = next(layer for layer in found.largest if layer.layer == "text_encoder.one")
     assert (one.norm, one.spectral, one.rank) == (pytest.approx(10.0), pytest.approx(10.0), 1)
     assert any("stand out from the others" in line and "unet.l4" in line for line in found.says)
+
+
+@pytest.mark.parametrize(("out", "rank", "inside"), [(5, 2, 8), (8, 2, 5), (4, 7, 6)])
+def test_the_singular_values_of_a_change_follow_from_its_factors(out: int, rank: int, inside: int) -> None:
+    rng = torch.Generator().manual_seed(0)
+    factors = LowRank(torch.randn(rank, inside, generator=rng), torch.randn(out, rank, generator=rng))
+    wanted = torch.linalg.svdvals(factors.b.double() @ factors.a.double())
+    found = singular(factors)
+    assert len(found) == min(out, rank, inside)
+    assert torch.allclose(found, wanted[: len(found)], atol=1e-12) and bool((wanted[len(found) :] < 1e-12).all())

@@ -106,6 +106,13 @@ def test_what_belongs_to_no_part_is_named_and_schedules_are_not(made: dict[str, 
     assert single_file.origin(config) is None
 
 
+def test_tensors_that_the_converters_do_not_know_are_named(made: dict[str, Any], tmp_path: Path) -> None:
+    model, _, config = made["sd"]
+    more = {f"{prefix}extra.weight": torch.zeros(2) for prefix in ("model.diffusion_model.", "first_stage_model.")}
+    single_files.write(model, tmp_path / "m.safetensors", more)
+    assert set(single_file.opened(tmp_path / "m.safetensors", config).unread) == set(more)
+
+
 @pytest.mark.parametrize(
     ("kind", "sizes"),
     [

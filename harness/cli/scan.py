@@ -192,7 +192,9 @@ def _scanned(target: Target, asked: Asked) -> tuple[dict[str, Any], list[tuple[s
 def _examined(
     target: Target, where: str, asked: Asked, commit: str | None
 ) -> tuple[dict[str, Any], list[tuple[str, Tensor]]]:
-    from harness.diffusion import adapters
+    from harness.diffusion import adapters, kept_scores
+    from harness.registry.code_digest import closure
+    from harness.registry.kept import cache_dir, digest_of
     from harness.scan import families, verdict as scanning
     from harness.scan.comparison import compared
     from harness.scan.false_alarms import false_alarms
@@ -217,7 +219,10 @@ def _examined(
     if not asked.silent and numbers:
         _say_ahead(asks, skipped, subject, knowledge, seed)
     if numbers:
-        findings = scanning.examine(asks, subject.model, knowledge, subject.population, seed)
+        cache = cache_dir()
+        code = digest_of(str(closure(type(each) for each in asks.values())))
+        with kept_scores.kept_in(cache and cache / "searches", code):
+            findings = scanning.examine(asks, subject.model, knowledge, subject.population, seed)
         findings, figures = shown(subject, findings, knowledge.prompts, samples)
     unseen = families.unseen(asks, subject.model)
     document = report(subject, findings, skipped, numbers, asked.base)
@@ -287,11 +292,13 @@ def _commit(directory: Path) -> str | None:
 
 def _digests(subject: Subject) -> dict[str, str]:
     """File → sha256 of each weights file that was read."""
-    from harness.diffusion import checkpoint
+    from harness.diffusion import checkpoint, single_file
     from harness.diffusion.model_files import ModelFiles
 
     if subject.file is not None:
-        return {subject.file.name: _digest(subject.file)}
+        laid_out = single_file.origin(subject.directory)
+        beside = {} if laid_out is None else laid_out.beside
+        return {subject.file.name: _digest(subject.file)} | {name: _digest(path) for name, path in beside.items()}
     files, found = ModelFiles(subject.directory), {}
     for name in checkpoint.read_files(subject.directory):
         if name.endswith(".safetensors"):

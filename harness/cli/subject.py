@@ -26,7 +26,7 @@ def config_option(command: Any) -> Any:
         "--config",
         type=click.Path(path_type=Path, exists=True, file_okay=False),
         help="A diffusers directory with the configurations of a single-file MODEL that is not of Stable Diffusion 1 "
-        "or SDXL.",
+        "or SDXL; of FLUX also with the parts that the file does not hold.",
     )(command)
 
 
@@ -90,7 +90,7 @@ def opened(
     base: str | None = None, config: Path | None = None,
 ) -> Subject:  # fmt: skip
     """The model at `where`. base: of an adapter or an embedding, the model that it is for. config: of a single file, a
-    directory with the configurations that it does not hold.
+    directory with the configurations, and of FLUX the parts, that it does not hold.
 
     Raises CheckpointError for a model that cannot be loaded, UnknownName for an unknown plugin, click.UsageError for a
     plugin of another kind of model and for a device that this machine does not have. population: a file of clean

@@ -1,8 +1,9 @@
-"""A pipeline from one safetensors file in the key layout of the original releases of Stable Diffusion 1, 2 and SDXL.
+"""A pipeline from one safetensors file in the key layout of the original releases of Stable Diffusion 1, 2, SDXL, FLUX.
 
 The file is laid out as a diffusers directory, by diffusers' own converters, and that directory is read as any other:
 harness.diffusion.checkpoint refuses what is missing, left over or of another shape. Configurations are not in the file.
-Those of Stable Diffusion 1 and SDXL are here; for others a diffusers directory with the configurations is given.
+Those of Stable Diffusion 1 and SDXL are here; for others a diffusers directory with the configurations is given. Parts
+that a file of FLUX does not hold, which are most of the time all but the denoiser, are those of that directory.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import atexit
 import gzip
 import json
+import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
-from harness.diffusion import networks
+from harness.diffusion import flux_file, networks
 from harness.diffusion.model_files import PICKLES, CheckpointError, ModelFiles
 from harness.diffusion.single_file_layouts import LAYOUTS
 
@@ -33,6 +35,10 @@ SCHEDULE = (
     "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
     "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "denoiser.sigmas",
 )  # fmt: skip
+FLUX = {
+    "transformer": "FluxTransformer2DModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel",
+    "text_encoder_2": "T5EncoderModel", "scheduler": "FlowMatchEulerDiscreteScheduler",
+}  # fmt: skip
 WORDS = 48_894  # merges of CLIP's vocabulary
 PAD = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}  # in SDXL
 ZIP, PICKLE = b"PK\x03\x04", (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -43,11 +49,13 @@ _LAID_OUT: dict[Path, SingleFile] = {}
 
 @dataclass(frozen=True)
 class SingleFile:
-    """directory: the pipeline that was laid out. unread: tensors of the file that belong to no part of it."""
+    """directory: the pipeline that was laid out. unread: tensors of the file that belong to no part of it. beside:
+    files of weights in `config` that were read because the file does not hold their parts, by name in the pipeline."""
 
     file: Path
     directory: Path
     unread: tuple[str, ...]
+    beside: Mapping[str, Path]
 
 
 def opened(file: Path, config: Path | None = None) -> SingleFile:
@@ -64,7 +72,7 @@ def opened(file: Path, config: Path | None = None) -> SingleFile:
 def _opened(file: Path, config: Path | None, _: tuple[int, int, int]) -> SingleFile:
     to = Path(tempfile.mkdtemp(prefix="bench-file-"))
     atexit.register(shutil.rmtree, to, ignore_errors=True)
-    found = SingleFile(file, to, laid_out(file, config, to))
+    found = laid_out(file, config, to)
     _LAID_OUT[to] = found
     return found
 
@@ -74,40 +82,132 @@ def origin(directory: Path) -> SingleFile | None:
     return _LAID_OUT.get(directory)
 
 
-def laid_out(file: Path, config: Path | None, to: Path) -> tuple[str, ...]:
-    """Write the pipeline of `file` into the folder `to`, and return the names of the tensors that it does not need."""
-    from safetensors.torch import save_file
-
+def laid_out(file: Path, config: Path | None, to: Path) -> SingleFile:
+    """Write the pipeline of `file` into the folder `to`. Raises CheckpointError."""
     files = ModelFiles.of_file(file)
     refuse_pickle(files, file)
-    header = files.header(file.name)
-    names = set(header.tensors)
-    parts = configurations(names, {k: shape for k, (_, shape) in header.tensors.items()}, file, config)
+    shapes = {name: shape for name, (_, shape) in files.header(file.name).tensors.items()}
+    if flux_file.is_flux(shapes):
+        return _laid_out_flux(files, shapes, file, config, to)
+    names = set(shapes)
+    parts = configurations(names, shapes, file, config)
     index: dict[str, Any] = {"_class_name": "StableDiffusionXLPipeline" if "text_encoder_2" in parts else
                              "StableDiffusionPipeline"}  # fmt: skip
     read: set[str] = set()
     for part, given in parts.items():
-        (to / part).mkdir(parents=True)
-        cls = str(given.get("_class_name") or (given.get("architectures") or ["?"])[0])
-        name = "scheduler_config.json" if part == "scheduler" else "config.json"
-        (to / part / name).write_text(json.dumps(given, indent=1, sort_keys=True))
-        index[part] = ["transformers" if part.startswith("text") else "diffusers", cls]
+        index[part] = _configured(part, given, to)
         if part == "scheduler":
             continue
+        cls = _class(given)
         if cls not in networks.STEMS:
             raise CheckpointError(
                 f"{config or file}: its {part} is a {cls!r}, which is not supported for a single file"
             )
         mine = [name for name in names if name.startswith(_prefix(part, names))]
-        read |= set(mine)
         held = files.tensors_of(file.name, mine)
-        made = {key: value.contiguous() for key, value in _converted(part, held, given, cls, file).items()}
-        save_file(made, to / part / f"{networks.STEMS[cls]}{SAFE}", {"format": "pt"})
+        made = _converted(part, held, given, cls, file)
+        read |= set(mine) - set(_passed_over(part, held, made))
+        _write(made, cls, to / part)
     for part in ("tokenizer", "tokenizer_2") if "text_encoder_2" in parts else ("tokenizer",):
         _tokenizer(config, part, "text_encoder_2" in parts, to / part)
         index[part] = ["transformers", "CLIPTokenizer"]
     (to / "model_index.json").write_text(json.dumps(index, indent=1))
-    return tuple(sorted(names - read - set(SCHEDULE)))
+    return SingleFile(file, to, tuple(sorted(names - read - set(SCHEDULE))), {})
+
+
+def _laid_out_flux(
+    files: ModelFiles, names: Iterable[str], file: Path, config: Path | None, to: Path
+) -> SingleFile:  # fmt: skip
+    names = set(names)
+    flux_file.check(names, file)
+    absent = [part for part in flux_file.HELD if not flux_file.of_part(part, names)]
+    lacks = "".join(f", no {flux_file.WORDS[part]}" for part in absent)
+    if config is None:
+        raise CheckpointError(
+            f"{file}: a file of FLUX, which holds no configurations, no tokenizer of T5{lacks}; --config DIR names a "
+            "diffusers directory of FLUX that has them"
+        )
+    given = ModelFiles(config)
+    index: dict[str, Any] = {"_class_name": "FluxPipeline"}
+    read: set[str] = set()
+    beside: dict[str, Path] = {}
+    for part, cls in FLUX.items():
+        place = f"{part}/{'scheduler_config' if part == 'scheduler' else 'config'}.json"
+        if place not in given:
+            raise CheckpointError(f"{config}: holds no {place}; give a diffusers directory of FLUX")
+        settings = given.json(place)
+        if _class(settings) != cls:
+            raise CheckpointError(f"{config}: its {part} is a {_class(settings)!r}, FLUX's is a {cls}")
+        index[part] = _configured(part, settings, to)
+        if part == "scheduler":
+            continue
+        mine = flux_file.of_part(part, names)
+        if not mine:
+            beside |= _taken_over(part, cls, given, file, to)
+            continue
+        held = files.tensors_of(file.name, mine)
+        try:
+            made, unknown = flux_file.converted(part, held, settings)
+        except Exception as error:
+            raise _unconvertible(part, error, file) from None
+        read |= set(mine) - set(unknown) - set(_passed_over(part, held, made))
+        _write(made, cls, to / part)
+    if "tokenizer_2/tokenizer.json" not in given:
+        raise CheckpointError(f"{config}: holds no tokenizer_2/tokenizer.json; give a diffusers directory of FLUX")
+    for part, cls in (("tokenizer", "CLIPTokenizer"), ("tokenizer_2", "T5TokenizerFast")):
+        _tokenizer(config, part, False, to / part)
+        index[part] = ["transformers", cls]
+    (to / "model_index.json").write_text(json.dumps(index, indent=1))
+    return SingleFile(file, to, tuple(sorted(names - read)), beside)
+
+
+def _class(config: Mapping[str, Any]) -> str:
+    return str(config.get("_class_name") or (config.get("architectures") or ["?"])[0])
+
+
+def _configured(part: str, config: Mapping[str, Any], to: Path) -> list[str]:
+    """Write the configuration of a part below `to`; its entry of model_index.json."""
+    (to / part).mkdir(parents=True)
+    name = "scheduler_config.json" if part == "scheduler" else "config.json"
+    (to / part / name).write_text(json.dumps(config, indent=1, sort_keys=True))
+    return ["transformers" if part.startswith("text") else "diffusers", _class(config)]
+
+
+def _write(tensors: Mapping[str, Tensor], cls: str, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    made = {key: value.contiguous() for key, value in tensors.items()}
+    save_file(made, folder / f"{networks.STEMS[cls]}{SAFE}", {"format": "pt"})
+
+
+def _passed_over(part: str, held: Mapping[str, Tensor], made: Mapping[str, Tensor]) -> list[str]:
+    """The tensors of the UNet or the autoencoder that the converter left out, because it knows no name for them.
+
+    It hands on the others as they are, or as views.
+    """
+    if part not in ("unet", "vae"):
+        return []
+    used = {value.untyped_storage().data_ptr() for value in made.values()}
+    return [name for name, value in held.items() if value.untyped_storage().data_ptr() not in used]
+
+
+def _taken_over(part: str, cls: str, given: ModelFiles, file: Path, to: Path) -> dict[str, Path]:
+    """Put the weights of a part that `file` lacks into the pipeline, without a copy where the system can; where they
+    were, by their names in the pipeline. Raises CheckpointError where there are none."""
+    if not any(name.endswith((SAFE, *PICKLES)) for name in given.folder(part)):
+        raise CheckpointError(
+            f"{file}: holds no {flux_file.WORDS[part]}, and {given.path(part)} no weights; --config DIR names a "
+            "diffusers directory of FLUX that has them"
+        )
+    stem = networks.STEMS[cls]
+    weights = given.weights(part, stem)
+    index = [name for name in given.folder(part) if name.startswith(f"{part}/{stem}{SAFE}.index")]
+    for name in [*weights, *index]:
+        try:
+            os.link(given.real(name), to / name, follow_symlinks=False)
+        except OSError:  # another file system
+            shutil.copyfile(given.real(name), to / name, follow_symlinks=False)
+    return {name: given.real(name) for name in weights}
 
 
 def refuse_pickle(files: ModelFiles, file: Path) -> None:
@@ -135,7 +235,7 @@ def configurations(
     lacks = [what for what, held in there.items() if not held]
     if lacks or len(texts) != 1:
         raise CheckpointError(
-            f"{file}: no whole pipeline of Stable Diffusion 1, 2 or SDXL"
+            f"{file}: no whole pipeline of Stable Diffusion 1, 2 or SDXL, and none of FLUX"
             f"{' (it holds no ' + ' and no '.join(lacks) + ')' if lacks else ''}; give a diffusers directory, or put "
             "the part into one"
         )
@@ -183,11 +283,15 @@ def _converted(part: str, held: dict[str, Tensor], config: dict[str, Any], cls: 
             net = networks.built(config, cls)
         return converters.convert_open_clip_checkpoint(net, held, prefix=prefix)
     except Exception as error:  # a KeyError, most of the time: the converters expect whole files
-        said = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{file}: its {part} cannot be converted ({type(error).__name__}: {said}); fetch the file again, or give "
-            "--config DIR with the configurations of its kind"
-        ) from None
+        raise _unconvertible(part, error, file) from None
+
+
+def _unconvertible(part: str, error: Exception, file: Path) -> CheckpointError:
+    said = " ".join(str(error).split())[:200]
+    return CheckpointError(
+        f"{file}: its {part} cannot be converted ({type(error).__name__}: {said}); fetch the file again, or give "
+        "--config DIR with the configurations of its kind"
+    )
 
 
 def _tokenizer(config: Path | None, part: str, two: bool, to: Path) -> None:

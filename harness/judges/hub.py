@@ -36,7 +36,7 @@ WEIGHTS = (".safetensors", ".msgpack", ".h5", ".npz", ".npy", ".onnx", ".onnx_da
 class Source:
     """Where a model or a data set comes from: `where` is a local directory, a safetensors file that holds a whole
     pipeline (harness.diffusion.single_file), or a hub id, owner/name. config: for such a file, a directory with the
-    configurations that it does not hold."""
+    configurations, and of FLUX the parts, that it does not hold."""
 
     where: str
     revision: str = "main"
@@ -209,11 +209,12 @@ def tried(model: DiffusionModel, directory: Path) -> None:
 class Ignored:
     """Files of a model directory that were not read: that could run code, and weights of other models or of changes to
     this one: EMA weights, adapters, variants, other formats. tensors: of a single file, those that belong to no part of
-    the pipeline."""
+    the pipeline. lacking: parts that a single file does not hold."""
 
     code: tuple[str, ...]
     weights: tuple[str, ...]
     tensors: tuple[str, ...] = ()
+    lacking: tuple[str, ...] = ()
 
     def sentences(self) -> list[str]:
         """What a reader has to know about them."""
@@ -227,6 +228,11 @@ class Ignored:
             )
         if self.tensors:
             said.append(f"Tensors that belong to no part of the pipeline were not examined: {_first(self.tensors)}.")
+        if self.lacking:
+            said.append(
+                f"The file does not hold these parts: {_first(self.lacking)}. Those of the directory that --config "
+                "names were taken, so nothing is known of the file's denoiser beside others."
+            )
         return said
 
 
@@ -239,7 +245,7 @@ def ignored(directory: Path) -> Ignored:
     """What `load` leaves alone below `directory`, but for parts that make no image. Raises CheckpointError."""
     files = ModelFiles(directory)
     if (laid_out := single_file.origin(directory)) is not None:
-        return Ignored((), (), laid_out.unread)
+        return Ignored((), (), laid_out.unread, tuple(sorted({name.partition("/")[0] for name in laid_out.beside})))
     read = set(checkpoint.read_files(directory))
     code = tuple(name for name in files.sizes if name.lower().endswith((*PICKLES, ".py")))
     weights = [name for name in files.sizes if name.lower().endswith(WEIGHTS) and name not in read]

@@ -75,15 +75,16 @@ class Removal:
         return f" {prompt} ".replace(f" {self.text} ", " ", 1)[1:-1]
 
 
-def typable(tokenizer: Any) -> list[str]:
-    """The tokens that can be typed as a word: decoding a token and tokenising the result gives that token alone."""
+def typable(tokenizer: Any) -> dict[str, int]:
+    """The tokens that can be typed as a word, by their texts: decoding a token and tokenising the result gives that
+    token alone."""
     special = set(tokenizer.all_special_ids)
     first = int(getattr(tokenizer, "bos_token_id", None) is not None)  # T5 puts no token in front
-    found = []
+    found = {}
     for token in range(len(tokenizer)):
         text = tokenizer.decode([token]).strip(" ")
         if text and token not in special and tokenizer(text).input_ids[first:-1] == [token]:
-            found.append(text)
+            found[text] = token
     return found
 
 

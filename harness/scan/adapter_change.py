@@ -8,8 +8,9 @@ place in an adapter, nor has an autoencoder: what a defense changed there is nam
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,6 +57,82 @@ class Change:
     widest: int  # largest rank that a layer can have
 
 
+@dataclass
+class _Layer:
+    """The weights of a layer in the base, in the model that was given, and in the purified one. own: the factors of the
+    adapter that was given, None for a layer that it does not change."""
+
+    name: str
+    base: Tensor
+    given: Tensor
+    purified: Tensor
+    own: LowRank | None
+
+    @property
+    def delta(self) -> Tensor:
+        """What differs from the base (out, in), float64 on the CPU. Computed at each call, because the changes of all
+        layers of a large model would take twice its memory."""
+        return (self.purified - self.base).flatten(1).double().cpu()
+
+    @cached_property
+    def size(self) -> float:
+        return self.delta.square().sum().item()
+
+    @cached_property
+    def moved(self) -> float:
+        """‖W - W_given‖²."""
+        return (self.purified - self.given).flatten(1).double().cpu().square().sum().item()
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        return decomposed(self.delta)
+
+    def kept_as_it_was(self, most: int) -> bool:
+        return self.own is not None and len(self.own.a) <= most and torch.equal(self.purified, self.given)
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """The layers of two networks. largest: rank of the adapter that was given."""
+
+    layers: Sequence[_Layer]
+    largest: int
+
+    def wanted(self, layer: _Layer, rank: int | None) -> int:
+        return rank or (self.largest if layer.own is None else len(layer.own.a))
+
+    def shares(self, rank: int | None, left: Callable[[_Layer], float]) -> tuple[float, float]:
+        """`kept` and `purification` of a `Change`. left: the squared norm of what the rank leaves out of a layer."""
+        whole = dropped = cleaned = missed = 0.0
+        for layer in self.layers:
+            if layer.kept_as_it_was(rank or self.largest):
+                assert layer.own is not None
+                whole += layer.own.delta.double().square().sum().item()
+            elif layer.size == 0:  # the defense undid the adapter here
+                cleaned += layer.moved
+            else:
+                rest = left(layer)
+                whole, dropped = whole + layer.size, dropped + rest
+                if layer.moved > 0:
+                    cleaned, missed = cleaned + layer.moved, missed + rest
+        return 1 - dropped / max(whole, TINY), max(0.0, 1 - missed / cleaned) if cleaned else 1.0
+
+    def enough(self, rank: int | None) -> bool:
+        """Whether a rank keeps LEAST_KEPT of both, by the singular values."""
+        return min(self.shares(rank, lambda layer: layer.spectrum.left(self.wanted(layer, rank)))) >= LEAST_KEPT
+
+    def factors(self, rank: int | None) -> dict[str, LowRank]:
+        """Layer → its factors, but for layers that are those of the base."""
+        found = {}
+        for layer in self.layers:
+            if layer.kept_as_it_was(rank or self.largest):
+                assert layer.own is not None
+                found[layer.name] = layer.own
+            elif layer.size > 0:
+                found[layer.name] = layer.spectrum.factors(layer.delta, self.wanted(layer, rank))
+        return found
+
+
 @torch.no_grad()
 def change_from(base: DiffusionModel, given: DiffusionModel, purified: DiffusionModel, rank: int | None) -> Change:
     """The adapter that makes `purified` of `base`. given: the base with the adapter that was purified.
@@ -63,71 +140,88 @@ def change_from(base: DiffusionModel, given: DiffusionModel, purified: Diffusion
     rank: of every layer; None: of each layer that of the adapter that was given, and its largest rank for the layers
     that it does not change. Raises ValueError for a network with other layers than the base, such as a pruned one.
     """
+    return _change(_difference(base, given, purified), given, purified, rank)
+
+
+@torch.no_grad()
+def sufficient(base: DiffusionModel, given: DiffusionModel, purified: DiffusionModel) -> Change:
+    """The change at the rank of the adapter that was given, or at the first of its doubles that keeps LEAST_KEPT of the
+    change from the base and of what the defense changed. Raises ValueError as `change_from` does.
+
+    Each layer is decomposed once, and the rank follows from the singular values. Until it is known, the singular
+    vectors of all changed layers are held, which takes at most twice the memory of these layers.
+    """
+    difference = _difference(base, given, purified)
+    rank, largest, widest = None, difference.largest, _widest(difference)
+    while not difference.enough(rank) and largest < widest:
+        rank = largest = 2 * largest
+    return _change(difference, given, purified, rank)
+
+
+def _difference(base: DiffusionModel, given: DiffusionModel, purified: DiffusionModel) -> _Difference:
     ours = given.adapter
     assert ours is not None, "the model that was purified has no adapter"
-    largest = max(len(factors.a) for factors in ours.layers.values())
-    found: dict[str, LowRank] = {}
-    added: list[str] = []
-    whole = dropped = cleaned = missed = 0.0
-    held, before = dict(_layers(purified)), dict(_layers(given))
-    origin = dict(_layers(base))
-    for name in origin:
-        if name not in held or held[name].shape != origin[name].shape:
+    origin, before, held = (dict(_layers(model)) for model in (base, given, purified))
+    for name, weight in origin.items():
+        if name not in held or held[name].shape != weight.shape:
             raise ValueError(f"the layer {name} has another shape than in the base")
-        mine = ours.layers.get(name)
-        if mine is not None and torch.equal(held[name], before[name]) and len(mine.a) <= (rank or largest):
-            found[name] = mine
-            whole += mine.delta.double().square().sum().item()
-            continue
-        delta = (held[name] - origin[name]).flatten(1).double().cpu()
-        size = delta.square().sum().item()
-        moved = (held[name] - before[name]).flatten(1).double().cpu().square().sum().item()
-        if size == 0:  # the defense undid the adapter here
-            cleaned += moved
-            continue
-        wanted = rank or (largest if mine is None else len(mine.a))
-        found[name] = truncated(delta, wanted)
-        left = (found[name].delta.double() - delta).square().sum().item()
-        whole, dropped = whole + size, dropped + left
-        if moved > 0:
-            cleaned, missed = cleaned + moved, missed + left
-        if mine is None:
-            added.append(name)
+    layers = [_Layer(name, origin[name], before[name], held[name], ours.layers.get(name)) for name in origin]
+    return _Difference(layers, max(len(factors.a) for factors in ours.layers.values()))
+
+
+def _change(difference: _Difference, given: DiffusionModel, purified: DiffusionModel, rank: int | None) -> Change:
+    found = difference.factors(rank)
+    kept, purification = difference.shares(
+        rank, lambda layer: (found[layer.name].delta.double() - layer.delta).square().sum().item()
+    )
+    names = {layer.name for layer in difference.layers}
+    added = tuple(layer.name for layer in difference.layers if layer.own is None and layer.name in found)
     same = max((len(factors.a) for factors in found.values()), default=0)
     return Change(
-        {name: padded(factors, same) for name, factors in found.items()}, same, 1 - dropped / max(whole, TINY),
-        max(0.0, 1 - missed / cleaned) if cleaned else 1.0, tuple(added), tuple(_lost(given, purified, set(origin))),
-        max((min(weight.flatten(1).shape) for weight in origin.values()), default=0),
+        {name: padded(factors, same) for name, factors in found.items()}, same, kept, purification, added,
+        tuple(_lost(given, purified, names)), _widest(difference),
     )  # fmt: skip
 
 
-def sufficient(base: DiffusionModel, given: DiffusionModel, purified: DiffusionModel) -> Change:
-    """The change at the rank of the adapter that was given, or at the first of its doubles that keeps LEAST_KEPT of the
-    change from the base and of what the defense changed. Raises ValueError as `change_from` does."""
-    ours = given.adapter
-    assert ours is not None, "the model that was purified has no adapter"
-    rank = max(len(factors.a) for factors in ours.layers.values())
-    found = change_from(base, given, purified, None)
-    while min(found.kept, found.purification) < LEAST_KEPT and rank < found.widest:
-        rank *= 2
-        found = change_from(base, given, purified, rank)
-    return found
+def _widest(difference: _Difference) -> int:
+    return max((min(layer.base.flatten(1).shape) for layer in difference.layers), default=0)
 
 
-def truncated(delta: Tensor, rank: int) -> LowRank:
-    """The best approximation of ΔW (out, in), float64, with at most `rank`. A and B share its singular values; those
-    below SMALLEST times the largest are left out."""
-    wide = delta.shape[0] <= delta.shape[1]
-    gram = delta @ delta.T if wide else delta.T @ delta  # its eigenvectors are singular vectors of the shorter side
-    values, vectors = (found.flip(-1)[..., :rank] for found in torch.linalg.eigh(gram))
-    sizes = values.clamp_min(0).sqrt()
-    kept = sizes > SMALLEST * sizes[0]
-    vectors, root = vectors[:, kept], sizes[kept].sqrt()
-    if wide:
-        a, b = (vectors.T @ delta) / root[:, None], vectors * root
-    else:
-        a, b = vectors.T * root[:, None], (delta @ vectors) / root
-    return LowRank(a.float().contiguous(), b.float().contiguous())
+@dataclass(frozen=True)
+class Spectrum:
+    """Squared singular values (k,) of a matrix (out, in), descending, and the singular vectors (k, k) of its shorter
+    side as columns; float64, k = min(out, in)."""
+
+    squares: Tensor
+    vectors: Tensor
+
+    def rank(self, most: int) -> int:
+        """Singular values that an approximation of at most that rank holds: those below SMALLEST times the largest are
+        left out."""
+        sizes = self.squares[:most].sqrt()
+        return int((sizes > SMALLEST * sizes[0]).sum())
+
+    def left(self, rank: int) -> float:
+        """‖ΔW - B A‖² of the best approximation with at most `rank`."""
+        return self.squares[self.rank(rank) :].sum().item()
+
+    def factors(self, delta: Tensor, rank: int) -> LowRank:
+        """The best approximation of ΔW, of which this is the spectrum, with at most `rank`. A and B share its singular
+        values."""
+        k = self.rank(rank)
+        vectors, root = self.vectors[:, :k], self.squares[:k].sqrt().sqrt()
+        if delta.shape[0] <= delta.shape[1]:
+            a, b = (vectors.T @ delta) / root[:, None], vectors * root
+        else:
+            a, b = vectors.T * root[:, None], (delta @ vectors) / root
+        return LowRank(a.float().contiguous(), b.float().contiguous())
+
+
+def decomposed(delta: Tensor) -> Spectrum:
+    """The spectrum of ΔW (out, in), float64."""
+    gram = delta @ delta.T if delta.shape[0] <= delta.shape[1] else delta.T @ delta
+    values, vectors = torch.linalg.eigh(gram)
+    return Spectrum(values.flip(0).clamp_min(0), vectors.flip(1))
 
 
 def padded(factors: LowRank, rank: int) -> LowRank:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from harness.capabilities import JudgingDetector, LoopedMethod, offers
+from harness.capabilities import CountingDetector, JudgingDetector, LoopedMethod, offers
 from harness.diffusion import events
 from harness.diffusion.seeds import generator
 from harness.runs.shortened import Clock
@@ -18,22 +18,26 @@ if TYPE_CHECKING:
     from harness.diffusion.model import DiffusionModel
     from harness.types import Knowledge
 
+ROWS, FEW_ROWS = 16, 4  # of a batch on a GPU and on a CPU, by which the time of an evaluation is taken
 PASSES = 3  # further passes of a loop, over which the time of one is taken
 
 
 @dataclass(frozen=True)
 class Ask:
     """A detector that will be asked. judged: by what. able: whether it can judge, None where its code alone knows.
-    seconds: how long it will take, None where it names no loops whose lengths it could follow from."""
+    seconds: how long it will take, None where it counts nothing and names no loops whose lengths it could follow from.
+    evaluations: of the network at most, None where it does not count them."""
 
     detector: str
     judged: str
     able: bool | None
     seconds: float | None
+    evaluations: int | None = None
 
     def __str__(self) -> str:
+        counted = "" if self.evaluations is None else f", at most {self.evaluations:,} network evaluations"
         took = "" if self.seconds is None else f", {_words(self.seconds)}"
-        return f"{self.detector.partition('(')[0]}: {self.judged}{took}"
+        return f"{self.detector.partition('(')[0]}: {self.judged}{counted}{took}"
 
 
 def asks(
@@ -42,9 +46,12 @@ def asks(
     """One for each detector (spec → instance), in order."""
     known = {} if population is None else population.suspicion
     return [
-        Ask(spec, *_judged(detector, len(known.get(spec, ()))), expected_seconds(detector, model, knowledge, seed))
+        Ask(
+            spec, *_judged(detector, len(known.get(spec, ()))), expected_seconds(detector, model, knowledge, seed),
+            evaluations(detector, model, knowledge),
+        )
         for spec, detector in detectors.items()
-    ]
+    ]  # fmt: skip
 
 
 def _judged(detector: Any, clean: int) -> tuple[str, bool | None]:
@@ -69,9 +76,13 @@ def outlook(asked: Sequence[Ask]) -> str:
 
 
 def expected_seconds(detector: Any, model: DiffusionModel, knowledge: Knowledge, seed: int) -> float | None:
-    """How long a detector will take: its loops are run for one pass, then each for PASSES more. None if it names no
-    loops, or if it fails, which the scan itself will report. Other loops of `harness.loop` take two passes, and count
-    in full."""
+    """How long a detector will take: by the time of one evaluation if it counts them; otherwise its loops are run for
+    one pass, then each for PASSES more. None if it names no loops, or if it fails, which the scan itself will report.
+    Other loops of `harness.loop` take two passes, and count in full."""
+    counted = evaluations(detector, model, knowledge)
+    if counted is not None:
+        one = _seconds_of_one(model, bool(getattr(detector, "bf16", False)))
+        return None if one is None else counted * one
     if not offers(detector, LoopedMethod):
         return None
     whole = {name: int(getattr(detector, name)) for name in detector.loops}
@@ -102,6 +113,38 @@ def expected_seconds(detector: Any, model: DiffusionModel, knowledge: Knowledge,
         events.shorten(None)
         events.listen(heard)
     return total
+
+
+def evaluations(detector: Any, model: DiffusionModel, knowledge: Knowledge) -> int | None:
+    """How many network evaluations a detector makes at most; None if it does not count them, or if it fails."""
+    if not offers(detector, CountingDetector):
+        return None
+    method: Any = detector
+    try:
+        with declared(method, knowledge) as mine:
+            return method.evaluations(model, mine)
+    except Exception:
+        return None
+
+
+def _seconds_of_one(model: DiffusionModel, bf16: bool) -> float | None:
+    """The time of one evaluation of the network, in a batch, with the embedding of its prompt. None if it fails, which
+    the scan itself will report."""
+    import torch
+
+    rows = ROWS if model.device.type == "cuda" else FEW_ROWS
+    noise = torch.randn((rows, *model.shape), generator=generator(0, "ahead")).to(model.device)
+    t = torch.full((rows,), model.T // 2, device=model.device)
+    began = 0.0
+    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        for _ in range(2):  # what is loaded once counts for nothing
+            began = time.monotonic()
+            try:
+                context = model.embed(["a"] * rows) if model.conditional else None
+                model.eps(noise, t, context).sum().item()
+            except Exception:
+                return None
+    return (time.monotonic() - began) / rows
 
 
 def _words(seconds: float) -> str:

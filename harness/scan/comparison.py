@@ -144,7 +144,7 @@ def _texts(
 ) -> tuple[MovedTexts, ...]:
     """How far single words and whole sentences move in a text encoder."""
     tokenizer = _tokenizer(model, part)
-    every = typable(tokenizer)
+    every = list(typable(tokenizer))
     words = every if len(every) <= MOST_WORDS else [every[i * len(every) // MOST_WORDS] for i in range(MOST_WORDS)]
     limit = tokenizer.model_max_length
     fitting = [text for text in prompts or SENTENCES if len(tokenizer(text, verbose=False).input_ids) <= limit][

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from harness.scan.document import AdapterFacts, AdapterLayer
 from harness.scan.robust import STANDS_OUT, centre
 
 if TYPE_CHECKING:
-    from harness.diffusion.adapters import Adapter
+    from harness.diffusion.adapters import Adapter, LowRank
 
 SHOWN = 10
 LEAST_SPREAD = 0.01  # of logarithms
@@ -26,11 +27,10 @@ def described(adapter: Adapter, file: str) -> AdapterFacts:
     logarithm of ‖ΔW‖ / ‖W‖ among the adapter's layers. The largest are kept."""
     rows = []
     for name, factors in adapter.layers.items():
-        delta = factors.delta.double()
-        values = torch.linalg.svdvals(delta)
+        values = singular(factors)
         top = float(values[0]) if len(values) else 0.0
         rank = int((values > 1e-6 * max(top, TINY)).sum())
-        norm = float(delta.norm())
+        norm = float(values.norm())
         relative = norm / max(float(adapter.base[name].double().norm()), TINY)
         rows.append((name, rank, norm, relative, top))
     logs = [math.log(max(relative, TINY)) for _, _, _, relative, _ in rows]
@@ -46,6 +46,13 @@ def described(adapter: Adapter, file: str) -> AdapterFacts:
         file=file, layers=len(layers), parts=dict(sorted(counts.items())), ranks=(min(ranks), max(ranks)),
         largest=tuple(layers[:SHOWN]), says=tuple(_says(layers, counts)),
     )  # fmt: skip
+
+
+def singular(factors: LowRank) -> Tensor:
+    """The singular values of ΔW = B A (out, in), descending, float64: those of R_B R_Aᵀ, which is no larger than the
+    rank. ΔW itself is not decomposed."""
+    (_, right), (_, left) = (torch.linalg.qr(each.double()) for each in (factors.b, factors.a.T))
+    return torch.linalg.svdvals(right @ left.T)
 
 
 def _says(layers: Sequence[AdapterLayer], counts: Counter[str]) -> list[str]:

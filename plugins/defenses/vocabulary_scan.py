@@ -14,6 +14,10 @@ typed as a word (decoding and tokenising again gives the same token), put in fro
 Latin letters, put in the place of a letter. Words that clean captions use are left out unless they are known to be
 neutral. They are supposed to change the image, and no scan can distinguish "negative" from a trigger.
 
+The first round makes at most `budget` network evaluations. If there are more candidates than that allows, as in CLIP's
+vocabulary, tokens are searched by clusters of their embeddings in the first text encoder, coarse to fine, by the rules
+of harness.methods.coarse_to_fine; a rough score has one row, that of the middle t. Look-alikes are all judged.
+
 The detector needs clean prompts, captions of clean data (their images are not used), neutral words and an image
 encoder. It returns the suspicion, which is the largest AUROC of round 3, and the trigger if the suspicion is above
 `flag_above`. Of several triggers it returns the strongest of round 2; of a pair it returns one word if that word alone
@@ -30,7 +34,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -49,11 +53,14 @@ from harness import (
     LearningRate,
     PositiveInt,
     Substitution,
+    coarse_to_fine,
     distillation,
+    generator,
     hookimpl,
     image_encoders,
     image_noise,
     image_seeds,
+    kept_scores,
     progress,
     prompt_edits,
     usual,
@@ -62,6 +69,7 @@ from harness import (
 Candidate = Insertion | Substitution
 States = tuple[list[str], Tensor, Tensor]  # N prompts, z (N, C, H, W), t (N,)
 FORWARD = 256  # rows of one forward pass
+PLACES = 2**18  # of the noise, height times width, in one forward pass
 FLAT = 1e-4  # variance below which all colours count as one colour
 
 
@@ -73,6 +81,7 @@ class VocabularyScan:
     sees: ClassVar[tuple[str, ...]] = ("prompt-denoiser", "prompt-encoder", "adapter")
 
     rows: PositiveInt = 8  # prompts per score in the first round
+    budget: Annotated[int, Ge(1000)] = 40_000  # network evaluations of the first round at most, whatever the vocabulary
     finalists: PositiveInt = 24  # candidates in the second round
     final_rows: PositiveInt = 32  # prompts per score in the second round
     pair_up: Annotated[int, Ge(0)] = 4  # number of best tokens whose ordered pairs join the second round
@@ -107,31 +116,93 @@ class VocabularyScan:
         prompts, data = list(knowledge.prompts or ()), knowledge.data
         encoder = image_encoders.chosen(knowledge, self.encoder)
         assert data is not None, "vocabulary-scan needs captions"
-        content = {word for text in data.captions or () for word in re.findall(r"\w+", text.lower())}
-        content -= set(knowledge.words or ())
-        tried = candidates(model, content, self.look_alikes)
+        tried = candidates(model, _content(knowledge), self.look_alikes)
         states = self.states(model, prompts, rng)
-        first = self.score(model, tried, states, self.rows)
-        best = _best(tried, first, self.finalists)
+        kept = kept_scores.of(model, lambda: self.about(model, prompts, tried, encoder, rng))
+        judged, first = self.first(model, tried, states, rng, kept)
+        best = _best(judged, first.scores, self.finalists)
         best += pairs([c for c in best if isinstance(c, Insertion)][: self.pair_up])
-        second = self.score(model, best, states, self.final_rows)
-        areas = self.verify(model, self.last(best, second), prompts, encoder, rng)
+        second = self.score(model, best, states, range(self.final_rows), kept)
+        areas = self.verify(model, self.last(best, second), prompts, encoder, rng, kept)
         found = self.shortest(areas)
         if found is not None and " " in found.text:
             words: list[Candidate] = [Insertion(word) for word in found.text.split(" ")]
-            areas |= self.verify(model, [c for c in words if c not in areas], prompts, encoder, rng)
+            areas |= self.verify(model, [c for c in words if c not in areas], prompts, encoder, rng, kept)
         top = max(areas, key=lambda c: areas[c])
         found = self.shortest(areas)
         purified = self.purified(model, prompts, found, rng) if self.purify and found is not None else None
         notes = {
             "candidates": len(tried),
-            "median_score": first.median().item(),
+            "judged": first.judged,
+            "evaluations": first.evaluations,
+            "median_score": first.scores.median().item(),
             "verified": [{"text": c.text, "kind": type(c).__name__.lower(), "auroc": areas[c]} for c in areas],
         }
         return Defended(
             model=purified, suspicion=areas[top], flag_above=self.flag_above,
             trigger=found.text if isinstance(found, Insertion) else found, notes=notes,
         )  # fmt: skip
+
+    @torch.no_grad()
+    def about(
+        self, model: Any, prompts: Sequence[str], tried: Sequence[Candidate], encoder: Any, rng: Any
+    ) -> dict[str, Any]:
+        """What decides a score of the scan, beside the model; the encoder by its features of one pattern."""
+        shape = model.decode(torch.zeros(1, *model.shape, device=model.device)).shape
+        pattern = torch.linspace(-1, 1, shape.numel(), device=model.device).view(shape)
+        features = encoder(pattern).double().flatten()
+        return {
+            "method": self.name, "settings": asdict(self), "seed": rng.initial_seed(), "prompts": list(prompts),
+            "candidates": [_name(c) for c in tried], "encoder": [f"{v:.3g}" for v in features[:16].tolist()],
+        }  # fmt: skip
+
+    def first(
+        self, model: Any, tried: Sequence[Candidate], states: States, rng: Any, kept: Any
+    ) -> tuple[Sequence[Candidate], coarse_to_fine.Outcome]:
+        """(candidates, the outcome of the first round for them): all of `tried` if the budget allows, otherwise those
+        that the search by clusters judged wholly."""
+        rows = range(min(self.rows, len(states[0])))
+        whole = len(rows) * len(tried)
+        if whole <= self.budget:
+            every = list(range(len(tried)))
+            found = self.score(model, tried, states, rows, kept)
+            return tried, coarse_to_fine.Outcome(every, found, len(tried), whole)
+        others = [c for c in tried if not isinstance(c, Insertion)]
+        words = [c for c in tried if isinstance(c, Insertion)]
+        tokens = prompt_edits.typable(model.tokenizer)
+        weight = model.text_encoder.get_input_embeddings().weight.detach()
+        vectors = weight[torch.tensor([tokens[c.text] for c in words], device=weight.device)]
+        middle = sorted(rows, key=lambda i: states[2][i].item())[len(rows) // 2]
+
+        def score(places: list[int], fully: bool) -> Tensor:
+            return self.score(model, [words[i] for i in places], states, rows if fully else [middle], kept)
+
+        spent = len(rows) * len(others)
+        if self.budget - spent < coarse_to_fine.least(len(rows)):
+            raise ValueError(
+                f"a budget of {self.budget} evaluations is too small: look-alikes alone take {spent}; give a larger "
+                "budget, fewer rows, or look_alikes=False"
+            )
+        clusters = generator(rng.initial_seed(), "clusters")
+        found = coarse_to_fine.searched(vectors, score, len(rows), self.budget - spent, clusters)
+        scores = torch.cat([found.scores, self.score(model, others, states, rows, kept)])
+        return [*(words[i] for i in found.best), *others], coarse_to_fine.Outcome(
+            found.best, scores, found.judged + len(others), found.evaluations + spent
+        )
+
+    def evaluations(self, model: Any, knowledge: Knowledge) -> int:
+        """Network evaluations at most, with a pair among what is verified and without a purification."""
+        prompts, most = len(knowledge.prompts or ()), max(self.rows, self.final_rows)
+        rows, final = min(self.rows, prompts), min(self.final_rows, prompts)
+        tried = len(candidates(model, _content(knowledge), self.look_alikes))
+        sampler = usual(model, self.sampling_steps, guidance=self.guidance, bf16=self.bf16)
+        of_an_image = sampler.nfe * (1 if model.packed or self.guidance == 1 else 2)
+        pairs_tried = self.pair_up * (self.pair_up - 1)
+        search = min(self.budget, rows * tried) + final * (self.finalists + pairs_tried)
+        plain = 2 * rows + final + 2  # of the prompts as they are
+        verified = self.verified + self.verified // 2 + (2 + 1 if pairs_tried else 0)
+        images = min(prompts, most) + (1 + verified) * min(self.images, prompts)
+        return search + plain + of_an_image * images
 
     def last(self, tried: list[Candidate], scores: Tensor) -> list[Candidate]:
         """The candidates of the third round: the best single ones and half as many of the best pairs."""
@@ -165,24 +236,28 @@ class VocabularyScan:
         return texts, states[step, torch.arange(len(texts))], times[step].to(model.device)
 
     @torch.no_grad()
-    def score(self, model: Any, tried: Sequence[Candidate], states: States, rows: int) -> Tensor:
-        """(len(tried),): norm of the mean change of the prediction over the first `rows` states."""
-        texts, z, t = states[0][:rows], states[1][:rows], states[2][:rows]
-        group = max(1, FORWARD // len(texts))
-        scores = []
+    def score(self, model: Any, tried: Sequence[Candidate], states: States, rows: Sequence[int], kept: Any) -> Tensor:
+        """(len(tried),): norm of the mean change of the prediction over some rows of the states, those of `rows` that
+        there are. Those in `kept` are not judged again."""
+        rows = [i for i in rows if i < len(states[0])]
+        texts, z, t = [states[0][i] for i in rows], states[1][rows], states[2][rows]
+        at_once = min(FORWARD, PLACES // (z.shape[-2] * z.shape[-1]))
+        group, names = max(1, at_once // len(texts)), [f"{rows[0]}+{len(rows)} {_name(c)}" for c in tried]
+        left = [i for i, name in enumerate(names) if kept.find(name) is None]
         with torch.autocast(model.device.type, torch.bfloat16, enabled=self.bf16):
-            plain = model.eps(z, t, model.embed(texts))
-            for start in range(0, len(tried), group):
-                part = tried[start : start + group]
-                context = model.embed([c.apply(text) for c in part for text in texts])
+            plain = model.eps(z, t, model.embed(texts)) if left else z
+            for start in range(0, len(left), group):
+                part = left[start : start + group]
+                context = model.embed([tried[i].apply(text) for i in part for text in texts])
                 moved = model.eps(z.repeat(len(part), 1, 1, 1), t.repeat(len(part)), context)
                 change = moved.unflatten(0, (len(part), len(texts))) - plain
-                scores.append(change.mean(1).flatten(1).norm(dim=1))
-                progress("scan", min(start + group, len(tried)), len(tried))
-        return torch.cat(scores).float().cpu()
+                found = change.mean(1).flatten(1).norm(dim=1).float().tolist()
+                kept.add({names[i]: value for i, value in zip(part, found, strict=True)})
+                progress("scan", min(start + group, len(left)), len(left))
+        return torch.tensor([kept.find(name) for name in names])
 
     def verify(
-        self, model: Any, tried: Sequence[Candidate], prompts: list[str], encoder: Any, rng: Any
+        self, model: Any, tried: Sequence[Candidate], prompts: list[str], encoder: Any, rng: Any, kept: Any
     ) -> dict[Candidate, float]:
         """How well images with each candidate can be separated from images without it.
 
@@ -197,11 +272,14 @@ class VocabularyScan:
             images = model.sample(given, sampler, phase="verify")
             return [*views(images), encoder(images).float().cpu()]
 
-        without, areas = seen(inputs), {}
-        for candidate in tried:
+        names = {candidate: f"area {_name(candidate)}" for candidate in tried}
+        left = [candidate for candidate in tried if kept.find(names[candidate]) is None]
+        without = seen(inputs) if left else []
+        for candidate in left:
             with_it = seen(inputs.with_prompts([candidate.apply(prompt) for prompt in prompts[:n]]))
-            areas[candidate] = max(told_apart(*pair) for pair in zip(without, with_it, strict=True))
-        return areas
+            area = max(told_apart(*pair) for pair in zip(without, with_it, strict=True))
+            kept.add({names[candidate]: area})
+        return {candidate: kept.find(names[candidate]) for candidate in tried}
 
     def purified(self, model: Any, prompts: list[str], found: Candidate, rng: Any) -> Any:
         guided = GuidedDistillation(
@@ -210,6 +288,19 @@ class VocabularyScan:
         anew = torch.Generator().manual_seed(rng.initial_seed())  # the state that skd-cag uses, before the scan drew
         # from it
         return guided.distilled(model, prompts, found.apply, None, anew)[0]
+
+
+def _name(candidate: Candidate) -> str:
+    """The candidate in a file of scores: a token, or a letter and what stands in its place."""
+    kind = "" if isinstance(candidate, Insertion) else candidate.letter
+    return f"{kind}|{candidate.text}"
+
+
+def _content(knowledge: Knowledge) -> set[str]:
+    """Words that captions use and that are not known to be neutral."""
+    captions = () if knowledge.data is None else knowledge.data.captions or ()
+    content = {word for text in captions for word in re.findall(r"\w+", text.lower())}
+    return content - set(knowledge.words or ())
 
 
 def _best(tried: Sequence[Candidate], scores: Tensor, n: int) -> list[Candidate]:
