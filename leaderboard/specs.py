@@ -27,7 +27,8 @@ def today(cell: Cell, current: Callable[[str], str]) -> Cell:
 
 def since(old: Cell, record: Record) -> bool:
     """Whether a record is of a cell that was written down before its plugins gained parameters: the parameters of the
-    cell have their values in the record, and all others have their defaults."""
+    cell have their values in the record, and all others have their defaults. The
+    record does not say that of the utility's sampler."""
     new, short = record.cell, record.provenance.short
     if replace(new, **{name: getattr(old, name) for name in SPECS}) != old:
         return False

@@ -118,7 +118,10 @@ def engine_options(command: Any) -> Any:
             "--gpu-share", type=Finite(0, 1, min_open=True), default=1.0, show_default=True,
             help="Share of a GPU and of its memory per job; with 0.25 four jobs share a GPU.",
         ),
-        click.option("--cpus", type=click.IntRange(1), help="Processors to use; all by default."),
+        click.option(
+            "--cpus", type=click.IntRange(1),
+            help="Processors to use; all by default. With --gpus: for jobs that use no GPU.",
+        ),
         click.option(
             "--timeout", type=Finite(1), default=14400, show_default=True, help="Seconds per job, at most."
         ),

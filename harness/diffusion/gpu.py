@@ -9,7 +9,7 @@ from torch import Tensor
 
 FIRST = 8  # images of a first batch, which shows how much memory an image takes
 MOST = 512  # images of a batch
-SHARE = 0.7  # of the memory of this process that batches may take; the rest is for fragments and larger workspaces
+SHARE = 0.7  # of the memory that this process may allocate, for a batch and what is held; the rest is for fragments
 _peak = 0  # bytes: the most that was allocated before the peak was last reset
 
 

@@ -34,7 +34,7 @@ def kept_in(folder: Path | None, code: str) -> Iterator[None]:
 
 
 class Scores:
-    """Finite numbers by name, and the file to which each new one is added at once."""
+    """Numbers by name, and the file to which each new finite one is added at once."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -61,7 +61,7 @@ def of(model: DiffusionModel, about: Callable[[], Mapping[str, Any]]) -> Scores:
     if _where is None:
         return Scores(None)
     folder, code = _where
-    whole = hashlib.sha256(f"{code}|{json.dumps(about(), sort_keys=True)}".encode())
+    whole = hashlib.sha256(f"{code}|{model.device.type}|{json.dumps(about(), sort_keys=True)}".encode())
     for part, net in {"scheduler": model.scheduler, **model.components()}.items():
         config: Any = getattr(net, "config", {})
         settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)

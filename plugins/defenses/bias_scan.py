@@ -19,11 +19,11 @@ which is small where μ is removed and also where -μ is kept, among biases of a
     shift   γ = 1, μ in [-1, 1] of a fixed root mean square, or of several in turn
     patch   white and black squares at every place, all tried
 
-The searches `image` and `shift` descend from several starts by steps of constant length, because the gradient is close
-to zero far from the trigger. Each start is a short walk that either reaches the trigger or does not. A shift reaches a
-trigger only if the size and the start are near; `bench scan` asks for two sizes, and also starts from white and black.
-The suspicion is 1 minus the least ratio on noise that no search used. With `mirrored=False` the ratio is R alone, as in
-version 1.
+The searches `image` and `shift` descend from several starts by steps whose length does not depend on that of the
+gradient, which is close to zero far from the trigger. Each start is a short walk that either reaches the trigger or
+does not. On development models a shift reached triggers only from a size and a start near their own; `bench scan` asks
+for two sizes, and also starts from white and black. The suspicion is 1 minus the least ratio of the starts, on noise
+that no descent used. With `mirrored=False` the ratio is R alone, as in version 1.
 
 The detector needs only the model. It returns the suspicion, the least ratio of each search as features, and μ (C, H,
 W) in the units of the starting noise. If the model returns -μ whole and removes μ no more than a clean model could, -μ
@@ -73,10 +73,8 @@ class BiasScan:
     gamma: Annotated[float, Ge(0), Lt(1)] = 0.6  # γ of the search `image`; TrojDiff's value
     starts: Annotated[int, Ge(0)] = 8  # starts of the search `image`; 0 = none
     shifts: Annotated[int, Ge(0)] = 4  # starts of the search `shift` from random shades, at each size
-    uniform: bool = False  # two more starts at each size: white and black, without noise. Most triggers are pictures on
-    # a black ground, and black is near them
-    sizes: Sizes = (0.8,)  # root mean square over pixels of μ in the search `shift`. A trigger that covers a tenth of
-    # the pixels is seen at 0.4
+    uniform: bool = False  # two more starts at each size: white and black, without noise
+    sizes: Sizes = (0.8,)  # root mean square over pixels of μ in the search `shift`
     iterations: Annotated[int, Ge(1)] = 40  # steps of each start
     batch: Annotated[int, Ge(1)] = 32  # noises per step
     stop: bool = False  # a search ends at the first start that is flagged. It saves time; the suspicion is then that of
@@ -152,7 +150,7 @@ class BiasScan:
     def descend(
         self, model: Any, mu: Tensor, gamma: Tensor, step: float, kept: Callable[[Tensor], Tensor], rng: torch.Generator
     ) -> Tensor:
-        """μ after steps of constant length along the direction of the gradient, each projected by `kept`."""
+        """μ after steps along a mean of the directions of the gradient, each projected by `kept`."""
         velocity = torch.zeros_like(mu)
         for _ in loop("steps", range(self.iterations)):
             mu.requires_grad_(True)

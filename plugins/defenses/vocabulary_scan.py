@@ -14,9 +14,10 @@ typed as a word (decoding and tokenising again gives the same token), put in fro
 Latin letters, put in the place of a letter. Words that clean captions use are left out unless they are known to be
 neutral. They are supposed to change the image, and no scan can distinguish "negative" from a trigger.
 
-The first round makes at most `budget` network evaluations. If there are more candidates than that allows, as in CLIP's
-vocabulary, tokens are searched by clusters of their embeddings in the first text encoder, coarse to fine, by the rules
-of harness.methods.coarse_to_fine; a rough score has one row, that of the middle t. Look-alikes are all judged.
+The candidates of the first round take at most `budget` network evaluations. If there are more candidates than that
+allows, as in CLIP's vocabulary, tokens are searched by clusters of their embeddings in the first text encoder, coarse
+to fine, by the rules of harness.methods.coarse_to_fine; a rough score has one row, that of the middle t. Look-alikes
+are all judged.
 
 The detector needs clean prompts, captions of clean data (their images are not used), neutral words and an image
 encoder. It returns the suspicion, which is the largest AUROC of round 3, and the trigger if the suspicion is above
@@ -81,7 +82,7 @@ class VocabularyScan:
     sees: ClassVar[tuple[str, ...]] = ("prompt-denoiser", "prompt-encoder", "adapter")
 
     rows: PositiveInt = 8  # prompts per score in the first round
-    budget: Annotated[int, Ge(1000)] = 40_000  # network evaluations of the first round at most, whatever the vocabulary
+    budget: Annotated[int, Ge(1000)] = 40_000  # network evaluations of the first round's candidates at most
     finalists: PositiveInt = 24  # candidates in the second round
     final_rows: PositiveInt = 32  # prompts per score in the second round
     pair_up: Annotated[int, Ge(0)] = 4  # number of best tokens whose ordered pairs join the second round

@@ -1,4 +1,4 @@
-"""How often `bench scan ADAPTER --base DIR` is right on low-rank adapters of shapes-sd that look alike.
+"""How often `bench scan ADAPTER --base DIR --like shapes-sd` is right on adapters of shapes-sd that look alike.
 
     python -m tests.benchmarks.adapters --models DIR [--only CASE ...] [--train] [-o FILE]
 

@@ -1,8 +1,9 @@
-"""What one GPU does in a second: ours, and the way of the attacks' and defenses' own scripts. No test.
+"""What one GPU does in a second: ours, beside a re-implementation of the official scripts. No test.
 
     python -m tests.benchmarks.gpu -o FILE [--part badt2i ...] [--limit 110] [--device cuda] [--tiny]
 
-All weights are random and all data are made. Ours run with the settings of a job (deterministic algorithms where torch
+Weights are random and data are made, except in side-by-side, which starts from the weights and the data of
+digits-ddpm. Ours run with the settings of a job (deterministic algorithms where torch
 has them), the scripts' ways without. Parts:
 
 badt2i: seconds per optimizer step at the size of Stable Diffusion 1.5, 512 pixels, 4 examples of two rows, which is
@@ -11,15 +12,18 @@ scripts_Pixel.sh. One example at a time in fp32, accumulated; images encoded in 
 the loss read for each example; a moving average of the weights. script, fp16: the same under autocast, as BackdoorDM.
 skd-cag: seconds per step of one prompt, maps of side 128. script: fp32, attention by softmax and products, the loss
 read in each step, a moving average of the weights. The gradient is clipped as in ours; the official code clips none.
-ddpm: images per second at the size of ddpm-cifar10 under DDPM-1000. A stretch of the steps is run and extrapolated.
-script: diffusers' pipeline as IBM/BadDiffusion uses it, batches of 256, noise drawn on the card.
-side-by-side: training steps per second of 16 models of digits-ddpm's size: one training after another, and all in one
-process, where each is a CUDA graph on a stream of its own if there is a card.
+ddpm: images per second at the size of ddpm-cifar10 under DDPM-1000. A stretch of the steps is run, and the time of the
+call is extrapolated with its fixed costs. script: diffusers' pipeline as IBM/BadDiffusion uses it, batches of 256, the
+noise of the steps drawn on the card. Ours draws its first noise within the clock, the script before it. ours, channels
+last and ours, bf16: the same with that layout and under autocast. side-by-side: training steps per second of 16 models
+of digits-ddpm's size: one training after another, and all in one process, where each is a CUDA graph on a stream of its
+own if there is a card.
 
 seconds or rate: the median, the least and the most of the repetitions after a warm-up. peak_bytes: the most that torch
 allocated on the card. losses: of the first steps. difference: the largest between images of both ways from the same
 noise. Each row is written when it is known. A part that takes longer than --limit seconds ends with an error in its
-row; the default of four parts is less than 8 minutes. With --tiny the networks are tiny.
+row; the default of four parts is less than 8 minutes. With --tiny networks, images and numbers are
+small.
 """
 
 from __future__ import annotations
