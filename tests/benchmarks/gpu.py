@@ -537,13 +537,14 @@ PARTS = {"badt2i": measure_badt2i, "skd-cag": measure_skd_cag, "ddpm": measure_d
 
 @contextmanager
 def limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError after so many seconds."""
+    """Raises TimeoutError after so many seconds, and each second from then on: what is raised while an object is
+    finalised is lost."""
 
     def late(*_: object) -> None:
         raise TimeoutError(f"longer than the {seconds:g} s of a part")
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
     finally:
