@@ -42,7 +42,7 @@ OLDER = Path(__file__).parent / "older.toml"
 SEAL_DIGITS = 16
 MOST_LINES = 4  # about what one record says against itself
 LIMIT = 25_000_000  # bytes of all results
-PER_RECORD = 25_000  # bytes of a packed record and its contact sheet, on average
+PER_RECORD = 30_000  # bytes of a packed record and its contact sheet, on average
 T = TypeVar("T")
 
 

@@ -15,6 +15,7 @@ from typing import Literal
 
 from harness.judges import statistics
 from harness.types import Score
+from leaderboard.columns import bounds
 
 Scores = Mapping[str, Score]
 Found = tuple[float, tuple[float, float] | None]
@@ -74,7 +75,7 @@ def again(name: str, scores: Scores) -> list[Found] | None:
         return [(math.fsum(values) / len(values), statistics.mean_interval(values))] if base == name else None
     if "[" in name and f"{name.partition('[')[0]}[]" in PARTS:
         return _ratio(name, scores)
-    return _counted(scores[name])
+    return _counted(scores[name]) if bounds(name) == (0.0, 1.0) else None
 
 
 def samples(scores: Scores, name: str) -> list[float]:

@@ -27,7 +27,7 @@ from harness.runs import suite as suites
 from harness.runs.record import Dropped, bare
 from harness.types import Knowledge
 from leaderboard import results
-from tests import controls_table, readme_table, real_small_table
+from tests import controls_table, readme_table, real_small_table, v1_tables
 from tests.benchmarks import detectors
 from tests.oracles import tiny_unet
 
@@ -69,6 +69,13 @@ def test_the_table_of_real_pictures_is_that_of_the_published_records() -> None:
     written = real_small_table.PLACE.written()
     assert "| `elijah` |" in written
     assert written == real_small_table.table(results.read())
+
+
+def test_the_tables_of_the_benchmark_are_those_of_the_published_records() -> None:
+    """If this fails after a change of the records: python -m tests.v1_tables"""
+    written = v1_tables.PLACE.written()
+    assert "| `skd-cag-text` |" in written
+    assert written == v1_tables.tables(results.read())
 
 
 # ---- what there is --------------------------------------------------------------------------------------------------

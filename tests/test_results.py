@@ -185,11 +185,11 @@ def test_the_committed_results_are_small() -> None:
     sheets = [path for folder in folders for path in (folder / "sheets").iterdir()]
     assert {path.suffix for path in packed} == {".gz"} and {path.suffix for path in sheets} == {".webp"}
     assert max(path.stat().st_size for path in sheets) <= 30_000
-    assert sum(path.stat().st_size for path in (*packed, *sheets)) / len(packed) <= 25_000
+    assert sum(path.stat().st_size for path in (*packed, *sheets)) / len(packed) <= 30_000
 
 
 def test_the_tracked_tree_is_small_and_holds_nothing_derived(tracked: list[str]) -> None:
-    assert sum((ROOT / name).stat().st_size for name in tracked) <= 55_000_000  # weights 32 MB, records 15 MB
+    assert sum((ROOT / name).stat().st_size for name in tracked) <= 57_000_000  # weights 32 MB, records 15 MB
     derived = ("leaderboard/page/", "leaderboard/LEADERBOARD.md")
     assert not [name for name in tracked if name.startswith(derived)]
     ours = [name.split("/", 3)[3] for name in tracked if name.startswith("leaderboard/results/")]
