@@ -15,13 +15,13 @@ from typing import Literal
 
 from harness.judges import statistics
 from harness.types import Score
-from leaderboard.columns import bounds
 
 Scores = Mapping[str, Score]
 Found = tuple[float, tuple[float, float] | None]
 Level = Literal["claimed", "recomputed", "reproduced"]
 LEVELS: tuple[Level, ...] = ("claimed", "recomputed", "reproduced")
 SHARES = ("asr", "asr_before", "clean_hits", "clean_hits_before", "false_triggers", "clean_model_hits")
+DISTANCES = ("fd", "fid", "kd", "kid")  # of sets of images; one between 0 and 1 is no share
 PARTS = {  # a score that is one score over another, less another, ...
     "fd_ratio[]": ("fd[]", "fd_clean[]"),
     "fd_ratio_before[]": ("fd_before[]", "fd_clean[]"),
@@ -75,7 +75,7 @@ def again(name: str, scores: Scores) -> list[Found] | None:
         return [(math.fsum(values) / len(values), statistics.mean_interval(values))] if base == name else None
     if "[" in name and f"{name.partition('[')[0]}[]" in PARTS:
         return _ratio(name, scores)
-    return _counted(scores[name]) if bounds(name) == (0.0, 1.0) else None
+    return None if base.startswith(DISTANCES) else _counted(scores[name])
 
 
 def samples(scores: Scores, name: str) -> list[float]:

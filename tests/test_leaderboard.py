@@ -20,7 +20,7 @@ import pytest
 from harness.cli import call
 from harness.judges import statistics
 from harness.runs.record import Dropped, Record
-from harness.types import Cell
+from harness.types import Cell, Score
 from leaderboard import (
     add_results,
     charts,
@@ -252,6 +252,14 @@ def test_rates_means_ratios_and_removal_are_recomputed() -> None:
     assert recompute.recompute(around).problems == (), "a bootstrap over samples that no record holds"
     scores["drift"] = replace(scores["drift"], interval=(0.4, 4.6))
     assert "drift has the interval (0.4, 4.6)" in recompute.recompute(scores).problems[0]
+
+
+def test_only_shares_are_counted_without_values() -> None:
+    """A distance between 0 and 1 is no share, whatever its interval."""
+    distance = Score(0.0424, 256, False, (0.0368, 0.0479))
+    assert recompute.recompute({"kd[efficientnet-lite0]": distance}).problems == ()
+    (words,) = recompute.recompute({"recognised": distance}).problems
+    assert words.startswith("recognised is")
 
 
 def test_the_screens_area_is_recomputed_from_what_it_said_of_each_input() -> None:
