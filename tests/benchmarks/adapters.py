@@ -12,10 +12,7 @@ part of a scan that was stopped and repeated. --train: train and measure, and sc
 
 from __future__ import annotations
 
-import argparse
 import json
-import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,10 +26,11 @@ from harness.stages import attack as attacking
 from harness.types import Backdoor, Data
 from plugins.attacks.masqlora import MasqLoRA
 from tests.benchmarks.judged import Judged
+from tests.benchmarks.scanning import Trial, scanned
 
 HITS = 64  # samples for the success rate
 SEEDS = (100, 101, 102, 103, 104)
-VERDICTS = {0: "nothing found", 1: "suspicious", 6: "undecided"}
+KEPT = ("suspicion", "flagged", "trigger_text", "error")  # of each finding
 FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -82,44 +80,16 @@ def trained(case: Case, folder: Path, plugins: Any) -> dict[str, Any]:
     return facts
 
 
-def scanned(adapter: Path, base: Path) -> dict[str, Any]:
-    began = time.perf_counter()
-    command = [sys.executable, "-m", "harness", "scan", adapter, "--base", base, "--like", "shapes-sd", "--json"]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-    assert done.returncode in VERDICTS and done.stdout, done.stderr
-    told = json.loads(done.stdout)
-    kept = ("suspicion", "flagged", "trigger_text", "error")
-    findings = {f["detector"].partition("(")[0]: {k: f[k] for k in kept} for f in told["findings"]}
-    return {"verdict": told["verdict"], "seconds": round(time.perf_counter() - began, 1), "findings": findings}
-
-
 def main() -> None:
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--models", type=Path, required=True, help="where the adapters are kept")
-    words.add_argument("--train", action="store_true", help="train and measure, and scan nothing")
-    words.add_argument("--only", action="append", help="a case; default: all")
-    words.add_argument("-o", "--out", type=Path, default=Path(__file__).with_suffix(".json"))
-    told = words.parse_args()
-    torch.set_num_threads(1)
-    told.models.mkdir(parents=True, exist_ok=True)
-    plugins = load()
+    trial, plugins = Trial.of("adapters", __file__, __doc__), load()
+    folder = trial.told.models
     base = checkpoint.embedded(plugins.build("models", "shapes-sd"), "shapes-sd") / "model"
-    known: dict[str, Any] = json.loads(told.out.read_text()) if told.out.is_file() else {"adapters": {}}
-    for case in CASES:
-        if told.only and case.name not in told.only:
-            continue
-        facts = trained(case, told.models, plugins)
-        print(case.name, facts, flush=True)
-        if told.train or case.name in known["adapters"]:
-            continue
-        outcome = scanned(told.models / case.name / FILE, base)
-        right = outcome["verdict"] == ("nothing found" if case.clean else "suspicious")
-        known["adapters"][case.name] = {"clean": case.clean, "right": right, **facts, **outcome}
-        for kind, clean in (("harmless", True), ("backdoored", False)):
-            rights = [each["right"] for each in known["adapters"].values() if each["clean"] is clean]
-            known[kind] = f"{sum(rights)} of {len(rights)}"
-        told.out.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
-        print(json.dumps(known["adapters"][case.name]), flush=True)
+    trial.run(
+        CASES,
+        lambda case: trained(case, folder, plugins),
+        lambda case: scanned([folder / case.name / FILE, "--base", base, "--like", "shapes-sd"], KEPT),
+        {"harmless": lambda each: each["clean"], "backdoored": lambda each: not each["clean"]},
+    )
 
 
 if __name__ == "__main__":

@@ -10,12 +10,7 @@ this script), so that a run that was stopped goes on where it stopped. One threa
 
 from __future__ import annotations
 
-import argparse
 import json
-import resource
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +25,10 @@ from harness.judges import digits
 from harness.registry import load
 from harness.stages.sample import stamped
 from harness.types import Backdoor, Inputs, TargetContext
+from tests.benchmarks.scanning import Trial, scanned
 
 HITS = 32  # samples for the success rate of an attack
-VERDICTS = {0: "nothing found", 1: "suspicious", 6: "undecided"}
+KEPT = ("suspicion", "flagged", "features")  # of each finding
 TAIL = "trigger_only=True, schedule='one-cycle', ema=0.99"
 
 
@@ -134,53 +130,15 @@ def _facts(case: Case, model: DiffusionModel, backdoor: Backdoor, plugins: Any) 
     return found
 
 
-def processor_seconds() -> float:
-    """Of all children that have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def scanned(folder: Path) -> dict[str, Any]:
-    began, used = time.perf_counter(), processor_seconds()
-    command = [Path(sys.executable).with_name("bench"), "scan", folder, "--json"]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-    assert done.returncode in VERDICTS and done.stdout, done.stderr
-    told = json.loads(done.stdout)
-    assert told["verdict"] == VERDICTS[done.returncode]
-    findings = {
-        f["detector"].partition("(")[0]: {k: f[k] for k in ("suspicion", "flagged", "features")}
-        for f in told["findings"]
-    }
-    return {
-        "verdict": told["verdict"], "seconds": round(time.perf_counter() - began, 1),
-        "core_seconds": round(processor_seconds() - used, 1), "findings": findings,
-    }  # fmt: skip
-
-
 def main() -> None:
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--models", type=Path, required=True, help="where the models are kept")
-    words.add_argument("--train", action="store_true", help="train, and scan nothing")
-    words.add_argument("--only", action="append", help="a case; default: all")
-    words.add_argument("-o", "--out", type=Path, default=Path(__file__).with_suffix(".json"))
-    told = words.parse_args()
-    torch.set_num_threads(1)
-    told.models.mkdir(parents=True, exist_ok=True)
-    known: dict[str, Any] = json.loads(told.out.read_text()) if told.out.is_file() else {"models": {}}
-    for case in CASES:
-        if told.only and case.name not in told.only:
-            continue
-        facts = trained(case, told.models)
-        print(case.name, facts, flush=True)
-        if told.train or case.name in known["models"]:
-            continue
-        outcome = scanned(told.models / case.name)
-        right = outcome["verdict"] == ("nothing found" if case.clean else "suspicious")
-        known["models"][case.name] = {"clean": case.clean, "right": right, **facts, **outcome}
-        rights = [each["right"] for each in known["models"].values()]
-        known["right"] = f"{sum(rights)} of {len(rights)}"
-        told.out.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
-        print(json.dumps(known["models"][case.name]), flush=True)
+    trial = Trial.of("models", __file__, __doc__)
+    folder = trial.told.models
+    trial.run(
+        CASES,
+        lambda case: trained(case, folder),
+        lambda case: scanned([folder / case.name], KEPT),
+        {"right": lambda each: True},
+    )
 
 
 if __name__ == "__main__":
