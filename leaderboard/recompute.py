@@ -8,6 +8,7 @@ nothing to be recomputed from, and only the record's digest speaks for it.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ Found = tuple[float, tuple[float, float] | None]
 Level = Literal["claimed", "recomputed", "reproduced"]
 LEVELS: tuple[Level, ...] = ("claimed", "recomputed", "reproduced")
 SHARES = ("asr", "asr_before", "clean_hits", "clean_hits_before", "false_triggers", "clean_model_hits")
-DISTANCES = ("fd", "fid", "kd", "kid")  # of sets of images; one between 0 and 1 is no share
+DISTANCES = re.compile(r"(fd|fid|kd|kid)(_before|_clean|_increase)?")  # of sets; one between 0 and 1 is no share
 PARTS = {  # a score that is one score over another, less another, ...
     "fd_ratio[]": ("fd[]", "fd_clean[]"),
     "fd_ratio_before[]": ("fd_before[]", "fd_clean[]"),
@@ -75,7 +76,7 @@ def again(name: str, scores: Scores) -> list[Found] | None:
         return [(math.fsum(values) / len(values), statistics.mean_interval(values))] if base == name else None
     if "[" in name and f"{name.partition('[')[0]}[]" in PARTS:
         return _ratio(name, scores)
-    return None if base.startswith(DISTANCES) else _counted(scores[name])
+    return None if DISTANCES.fullmatch(name.partition("[")[0]) else _counted(scores[name])
 
 
 def samples(scores: Scores, name: str) -> list[float]:
