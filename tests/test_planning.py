@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from harness import registry
+from harness.registry import presets
 from harness.runs import planning
 from harness.runs.job import DefendSpec, SampleSpec, condensed
 from harness.runs.jsonable import key_of
@@ -214,3 +215,23 @@ def test_samples_of_a_defense_that_only_samples_share_the_model_it_was_given(plu
     assert len(set(shares(defense="clip").values())) == 2
     assert len(set(shares(defense="finetune").values())) == 3
     assert not set(shares(seed=0, defense="finetune").values()) >= set(shares(seed=1, defense="finetune").values())
+
+
+def test_more_seeds_of_the_same_cells_read_no_spec_again(
+    plugins: registry.Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each reading of a spec takes as long as the rest of a cell's planning."""
+    presets._read_once.cache_clear()
+    read, monkey = list[str](), presets.parse_spec
+
+    def counted(spec: str) -> tuple[str, dict[str, Any]]:
+        read.append(spec)
+        return monkey(spec)
+
+    for module in (presets, planning):
+        monkeypatch.setattr(module, "parse_spec", counted)
+    planned(plugins, cell(plugins, defense="elijah"))
+    assert read, "the first cell is read"
+    read.clear()
+    planned(plugins, *(cell(plugins, defense="elijah", seed=seed) for seed in range(20)))
+    assert len(read) <= 2 * 6, "each part of a cell once for each plan, whatever the number of cells"

@@ -112,7 +112,13 @@ def expanded(kind: str, name: str, parameters: Mapping[str, Any]) -> tuple[str, 
 def named(kind: str, short: str) -> str:
     """The name of the preset that a spec means, else the spec. short: without defaults, its parameters in any order."""
     try:
-        wanted = parse_spec(short)
+        wanted = _read_once(short)
     except RegistryError:
         return short
-    return next((p.name for (of, _), p in shipped().items() if of == kind and parse_spec(p.spec) == wanted), short)
+    return next((p.name for (of, _), p in shipped().items() if of == kind and _read_once(p.spec) == wanted), short)
+
+
+@functools.lru_cache(maxsize=10_000)
+def _read_once(spec: str) -> tuple[str, dict[str, Any]]:
+    """`parse_spec`, for comparing only: planning asks for the same few specs in every cell. Raises RegistryError."""
+    return parse_spec(spec)
