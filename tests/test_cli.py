@@ -230,6 +230,29 @@ def test_a_run_ends_with_table_places_and_summary(bench, prepared, tmp_path: Pat
     assert json.loads(bench("report", str(tmp_path / "out"), "--json").out)["records"]
 
 
+def test_a_row_is_said_when_its_cell_is_measured(tmp_path: Path) -> None:
+    from harness.cli.row_lines import RowLines
+    from harness.runs.execution import SCORES
+    from harness.runs.job import Job
+    from harness.runs.store import Store
+
+    store, said, keys = Store(tmp_path), list[str](), [digit * 64 for digit in "abc"]
+    scores = {"asr": 0.9844, "fd_ratio[digits]": 1.236, "attribute_accuracy": 0.5, "screen_auroc": None, "cost": 7.0}
+    for key in keys[:2]:
+        store.artifact(key).mkdir(parents=True)
+        document = {name: {"value": value, "n": 8} for name, value in scores.items()}
+        (store.artifact(key) / SCORES).write_text(json.dumps(document))
+    tracks = dict(zip(keys, ("unconditional", "text-to-image", "text-to-image"), strict=True))
+    plan: Any = Result(cells=[Result(key=key, track=track) for key, track in tracks.items()])
+    rows = RowLines(plan, store, said.append)
+    for key in keys:  # the last has no scores that could be read
+        rows.finished(Job(key, "measure", f"measure none on {key[0]}", (), {}, 1.0), "done", None, 1.0, None)
+    assert said == ["none on a: ASR 98.4 %, FD ratio 1.24", "none on b: ASR 98.4 %, Attributes 50.0 %"]
+    rows.finished(Job(keys[0], "measure", "measure none on a", (), {}, 1.0), "hit", None, 0.0, None)
+    rows.finished(Job("d" * 64, "attack", "attack", (), {}, 1.0), "done", None, 1.0, None)
+    assert len(said) == 2, "what was there before, and what is no row, is not said"
+
+
 def test_a_run_again_into_the_same_folder_leaves_its_own_records_and_the_users_files(
     bench, prepared, tmp_path: Path
 ) -> None:

@@ -218,6 +218,21 @@ def test_the_job_with_the_longest_work_behind_it_starts_first(store: Store) -> N
     assert order.labels == ["head", "tail", "long", "short"]
 
 
+def test_the_row_that_takes_the_least_work_comes_first_unless_the_store_has_one(store: Store) -> None:
+    def row(name: str, *needs: Job, estimate: float) -> Job:
+        return replace(job(name, *needs, estimate=estimate), kind="measure")
+
+    attack, clean, shared = job("attack", estimate=9), job("clean", estimate=3), job("shared", estimate=1)
+    jobs = [attack, clean, shared, row("dear row", attack, shared, estimate=1), row("row", clean, shared, estimate=2)]
+    order = Order()
+    do(store, *jobs, cpu_slots=1, listener=order)
+    assert order.labels == ["clean", "shared", "row", "attack", "dear row"]
+    more = [job("attack 2", estimate=9), job("clean 2", estimate=3)]
+    order = Order()
+    do(store, *jobs, *more, row("row 2", more[1], estimate=1), cpu_slots=1, listener=order)
+    assert order.labels == ["attack 2", "clean 2", "row 2"], "there are rows to look at"
+
+
 def test_lines_and_bars_tell_of_failures(store: Store) -> None:
     said, barred = io.StringIO(), io.StringIO()
     do(store, job("fine"), job("bad", do="fail"), listener=Lines(said))

@@ -238,6 +238,7 @@ def compute(
     ready: Prepared, settings: Settings, told: Mapping[str, Any], quiet: bool, keys: set[str] | None = None
 ) -> Mapping[str, Any]:
     """Run the plan's jobs (those in `keys`, by default all); results by key. told: what `retry` is to tell again."""
+    from harness.cli.row_lines import RowLines
     from harness.engine import display, driver
 
     jobs = {key: job for key, job in ready.plan.jobs.items() if keys is None or key in keys}
@@ -245,7 +246,9 @@ def compute(
     with engine_of(ready.store, settings) as engine:
         _remember(ready, settings, told)
         events = display.EventFile(ready.store.run_events(ready.suite.name))
-        listener = events if quiet else display.Both(events, display.Unharmed(display.pick()))
+        shown = display.Unharmed(display.pick())
+        rows = RowLines(ready.plan, ready.store, shown.note)
+        listener = events if quiet else display.Both(events, shown, rows)
         try:
             return driver.run(jobs, ready.store, engine, listener=listener, max_seconds=most)
         finally:

@@ -132,6 +132,7 @@ class _Run:
         self.results: dict[str, JobResult] = {}
         needs = {key: job.needs for key, job in self.jobs.items()}
         self.frontier = Frontier(needs, self._rank, self._group)
+        self.early: set[str] = set()
         self.outside = {key: found for key, job in self.jobs.items() if (found := self._of_others(job))}
         self.doomed: list[tuple[float, str]] = []  # a heap: what may need something that failed or is nowhere
         self.locks: dict[str, Any] = {}
@@ -160,6 +161,7 @@ class _Run:
                 for key in self.jobs:
                     self._look_up(key)
                 self.chain = _chains(self.jobs, self.pace)
+                self.early = self._first_row()
                 self.listener.planned(len(self.jobs), len(self.results))
                 self._look_outside()
                 while self.waiting or self.locks:
@@ -260,10 +262,31 @@ class _Run:
         return job.reuse_key if job.on_gpu else OFF_GPU
 
     def _rank(self, key: str) -> tuple[Any, ...]:
-        """Those for a whole card first, then those with the longest work behind them. Of jobs with as much work behind
-        them those that read the same artifacts come one after another, while their model is still in the machine's file
-        cache."""
-        return not self.retries[key, Failure.oom], -self.chain[key], sorted(self.jobs[key].needs), key
+        """Those for a whole card first, then those of the first row, then those with the longest work behind them. Of
+        jobs with as much work behind them those that read the same artifacts come one after another, while their model
+        is still in the machine's file cache."""
+        whole, early = self.retries[key, Failure.oom] > 0, key in self.early
+        return not whole, not early, -self.chain[key], sorted(self.jobs[key].needs), key
+
+    def _first_row(self) -> set[str]:
+        """The jobs of the row that takes the least work, so that a run shows a row early; none where the store has a
+        row of this run already."""
+        rows = [key for key in self.jobs if self.jobs[key].kind == "measure"]
+        if any(key in self.results for key in rows):
+            return set()
+        return min((self._unfinished(key) for key in rows), key=self._work, default=set())
+
+    def _unfinished(self, key: str) -> set[str]:
+        """A job and all that it needs, without what is in the store."""
+        found, look = set[str](), [key]
+        while look:
+            if (each := look.pop()) in self.jobs and each not in self.results and each not in found:
+                found.add(each)
+                look += self.jobs[each].needs
+        return found
+
+    def _work(self, keys: Iterable[str]) -> float:
+        return sum(self.pace.expect(self.jobs[key]) for key in keys)
 
     def _submit_all(self) -> None:
         """Start what there is room for. A process that has just done a job gets the first one that shares what it
