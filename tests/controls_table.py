@@ -11,7 +11,7 @@ from pathlib import Path
 
 from harness.runs.record import Record, bare
 from leaderboard import results
-from tests.tables import Place
+from tests.tables import Place, markdown
 
 PLACE = Place(Path(__file__).parents[1] / "docs" / "results.md", "python -m tests.controls_table")
 SUITE = "controls"
@@ -35,13 +35,12 @@ def _table(records: Sequence[Record]) -> str:
     blind = sorted((r for r in records if "trigger" not in r.knowledge), key=lambda r: r.cell.defense != "none()")
     told = sorted({bare(r.cell.defense) for r in records if "trigger" in r.knowledge})
     head = f"`{bare(first.cell.attack)}` on `{bare(first.cell.model)}`: ASR % after the defense"
-    rows = [[head, *(WORDS.get(g, g) for g in given), "no trigger"], ["---"] * (len(given) + 2)]
-    rows.append(["the control itself, on the attacked model", *(_own(records, g) for g in given), ""])
+    rows = [["the control itself, on the attacked model", *(_own(records, g) for g in given), ""]]
     rows += [[f"`{bare(r.cell.defense)}`", *([""] * len(given)), _asr(r)] for r in blind]
     for name in told:
         mine = {r.cell.trigger_given: r for r in records if bare(r.cell.defense) == name}
         rows.append([f"`{name}`", *(_asr(mine[g]) if g in mine else "" for g in given), ""])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown([head, *(WORDS.get(g, g) for g in given), "no trigger"], rows)
 
 
 def _asr(record: Record) -> str:

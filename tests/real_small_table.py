@@ -11,7 +11,7 @@ from pathlib import Path
 
 from harness.runs.record import Record, bare
 from leaderboard import results
-from tests.tables import Place
+from tests.tables import Place, markdown
 
 PLACE = Place(Path(__file__).parents[1] / "docs" / "results.md", "python -m tests.real_small_table")
 SUITE = "real-small"
@@ -21,8 +21,7 @@ HEAD = ("model", "defense", "ASR %", "FD ratio [mnist-cnn]", "recognised %", "su
 def table(every: Iterable[results.Results]) -> str:
     """Markdown: a row for each record of the suite, in the order of the results."""
     found = [record for suite in every if suite.suite == SUITE for record in suite.records]
-    rows = [list(HEAD), ["---"] * len(HEAD), *(_row(record) for record in found)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(HEAD, [_row(record) for record in found])
 
 
 def _row(record: Record) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 END = "<!-- end of table -->"
 
@@ -28,3 +30,16 @@ class Place:
         head, begin, rest = self.page.read_text().partition(self.begin)
         if begin:
             self.page.write_text(f"{head}{begin}\n\n{table}\n\n{END}{rest.partition(END)[2]}")
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table with the row `head` above `rows`."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """The mean, and the lowest and the highest in brackets where they differ; "" for no values."""
+    if not values:
+        return ""
+    mean, low, high = (f"{number(values):.{digits}f}" for number in (fmean, min, max))
+    return mean if low == high else f"{mean} ({low}–{high})"

@@ -14,7 +14,7 @@ from statistics import fmean
 from harness.registry import presets
 from harness.runs.record import Record, bare
 from leaderboard import headline, protocol, results
-from tests.tables import Place
+from tests.tables import Place, markdown, spread
 
 PLACE = Place(Path(__file__).parents[1] / "docs" / "results.md", "python -m tests.v1_tables")
 SCREENS = ("AUROC", "screen_auroc", 1, 2), ("TPR at 1 % FPR, %", "screen_tpr@1%fpr", 100, 0)
@@ -26,14 +26,23 @@ Setting = tuple[str, str, str, str]
 def tables(every: Iterable[results.Results]) -> str:
     """Markdown: of each setting one table of the defenses that return a model, and one of the screens. Values are means
     over the seeds, with the lowest and the highest where they differ."""
+    found = _settings(every)
+    return "\n\n".join(part for place in sorted(found) for part in _both(place, *found[place]))
+
+
+def of_setting(every: Iterable[results.Results], place: Setting) -> str:
+    """Markdown: the table of the defenses that return a model in one setting."""
+    return _both(place, *_settings(every)[place])[0]
+
+
+def _settings(every: Iterable[results.Results]) -> dict[Setting, tuple[list[Record], list[Record]]]:
+    """Setting → the records of the attacked models, and those of the clean model in the same setting."""
     found = [record for suite in every if suite.suite == protocol.shipped().suite for record in suite.records]
     settings: dict[Setting, list[Record]] = defaultdict(list)
     for record in found:
         if bare(record.cell.attack) != "none":
             settings[_setting(record)].append(record)
-    clean = {place: [r for r in found if _like(r, records[0])] for place, records in settings.items()}
-    parts = [part for place in sorted(settings) for part in _both(place, settings[place], clean[place])]
-    return "\n\n".join(parts)
+    return {place: (records, [r for r in found if _like(r, records[0])]) for place, records in settings.items()}
 
 
 def _setting(record: Record) -> Setting:
@@ -84,7 +93,7 @@ def _purifiers(head: str, attacked: Sequence[Record], clean: Sequence[Record]) -
                 _cost(mine),
             ]
         )
-    return _markdown(rows)
+    return markdown(rows[0], rows[1:])
 
 
 def _order(records: Sequence[Record]) -> tuple[bool, bool, str]:
@@ -110,21 +119,12 @@ def _screens(head: str, attacked: Sequence[Record], clean: Sequence[Record]) -> 
         pair = [[r for r in each if _name(r, "defense") == name] for each in (attacked, clean)]
         knows = ", ".join(pair[0][0].knowledge).replace("_", " ") or "–"
         rows.append([f"`{name}`", knows, *(_over(each, *column[1:]) for column in SCREENS for each in pair)])
-    return _markdown(rows)
+    return markdown(rows[0], rows[1:])
 
 
 def _over(records: Sequence[Record], score: str, times: float, digits: int) -> str:
     """The mean over the seeds, and the lowest and the highest where they differ."""
-    values = [times * value for r in records if not math.isnan(value := r.value(score))]
-    if not values:
-        return ""
-    mean, low, high = (f"{number(values):.{digits}f}" for number in (fmean, min, max))
-    return mean if low == high else f"{mean} ({low}–{high})"
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+    return spread([times * value for r in records if not math.isnan(value := r.value(score))], digits)
 
 
 def main() -> None:
