@@ -52,7 +52,7 @@ class Met:
 class HeadRow:
     """A defense. met: setting → what it did. whole: whether it met every attack of the table; only then are the
     following its numbers over all of them, else NaN. interval: Wilson's, 95 %, over models. worst: the least share of
-    an attack. cost: its wall time divided by the attack's, mean."""
+    an attack. cost: `cost_ratio`, mean."""
 
     defense: str
     page: str
@@ -220,16 +220,20 @@ def _met(group: Sequence[PooledCell]) -> dict[Setting, Met]:
     }
 
 
+def cost_ratio(record: Record) -> float:
+    """The time of the defense, divided by that of the attack; NaN where one of them is unknown. Processor time, which
+    other programs on the machine hardly change; wall time where one of the two ran on a GPU."""
+    on_gpu = any(not math.isnan(record.value(f"{step}_cuda_bytes")) for step in ("attack", "defense"))
+    kinds = ("wall_s",) if on_gpu else ("cpu_s", "wall_s")
+    times = ((record.value(f"defense_{kind}"), record.value(f"attack_{kind}")) for kind in kinds)
+    return next((took / base for took, base in times if base > 0 and not math.isnan(took)), math.nan)
+
+
 def _row(group: Sequence[PooledCell], met: Mapping[Setting, Met], name: str, settings: Sequence[Setting]) -> HeadRow:
     first, whole = group[0], len(met) == len(settings)
     k, n = sum(each.cleaned for each in met.values()), sum(each.n for each in met.values())
-    ratios = [
-        record.value("defense_wall_s") / record.value("attack_wall_s")
-        for cell in group
-        if _setting(cell) in met
-        for record in cell.records
-        if record.value("attack_wall_s") > 0 and not math.isnan(record.value("defense_wall_s"))
-    ]
+    found = [cost_ratio(record) for cell in group if _setting(cell) in met for record in cell.records]
+    ratios = [ratio for ratio in found if not math.isnan(ratio)]
     return HeadRow(
         defense=name,
         page=bare(first.specs.defense),

@@ -110,3 +110,19 @@ def test_page_markdown_and_json_have_the_table(tmp_path: Path) -> None:
     assert {row["defense"]: row["attacks"].get("villandiffusion") for row in kept["rows"]} == {
         "skd": [3, 3], "elijah": [2, 3], "none": [0, 3], "terd": None,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({}, 25 / 300),
+        ({"attack_cpu_s": 200.0, "defense_cpu_s": 10.0}, 0.05),
+        ({"attack_cpu_s": 200.0, "defense_cpu_s": None}, 25 / 300),
+        ({"attack_cpu_s": 200.0, "defense_cpu_s": 10.0, "attack_cuda_bytes": 1e9}, 25 / 300),
+        ({"attack_wall_s": 0.0}, math.nan),
+    ],
+    ids=["wall time alone", "processor time", "half of it", "on a GPU", "no attack"],
+)
+def test_the_cost_is_processor_time_unless_a_gpu_took_part(more: dict[str, float | None], expected: float) -> None:
+    made = record("skd", more={name: score(value, 1 if value is not None else 0) for name, value in more.items()})
+    assert headline.cost_ratio(made) == pytest.approx(expected, nan_ok=True)

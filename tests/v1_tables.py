@@ -107,9 +107,8 @@ def _cleaned(records: Sequence[Record]) -> str:
 
 
 def _cost(records: Sequence[Record]) -> str:
-    """Wall time of the defense, divided by that of the attack, mean over the seeds."""
-    ratios = [r.value("defense_wall_s") / r.value("attack_wall_s") for r in records if r.value("attack_wall_s") > 0]
-    ratios = [ratio for ratio in ratios if not math.isnan(ratio)]
+    """The time of the defense, divided by that of the attack, mean over the seeds."""
+    ratios = [ratio for record in records if not math.isnan(ratio := headline.cost_ratio(record))]
     return f"{fmean(ratios):.2f}" if ratios and bare(records[0].cell.defense) != "none" else ""
 
 
