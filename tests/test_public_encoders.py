@@ -364,10 +364,34 @@ def evidence(n: int = 12, judge: Any = None, defended: bool = True, encoders: tu
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three features under the public encoder's name: the bootstrap of 1280 takes seconds."""
+    """Three features under the public encoder's name, in no time."""
     made = Brightness()
     made.name = LITE0
     monkeypatch.setattr(public_encoders, "load", lambda name: made)
+
+
+def test_public_features_of_a_reference_are_computed_once_on_a_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    computed: list[str] = []
+
+    def extract(encoder: Any, images: Tensor) -> Tensor:
+        computed.append(encoder.name)
+        return images.flatten(1).double()
+
+    monkeypatch.setattr(fidelity, "extract", extract)
+    one, other = drawn(4, side=16), drawn(4, side=16, seed=1)
+    encoder, larger, judge = PublicEncoder(LITE0, None, 128), PublicEncoder(f"{LITE0}-224px", None, 224), Tone()
+    for _ in range(2):
+        assert torch.equal(fidelity.extract_kept(encoder, one), one.flatten(1).double())
+    assert computed == [LITE0]
+    fidelity.extract_kept(encoder, other)
+    fidelity.extract_kept(larger, one)
+    assert computed == [LITE0, LITE0, f"{LITE0}-224px"], "other images, or another size, have other features"
+    fidelity.extract_kept(judge, one)
+    fidelity.extract_kept(judge, one)
+    assert computed[3:] == [judge.name] * 2, "a judge's features take no time"
 
 
 @pytest.mark.slow

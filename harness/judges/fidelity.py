@@ -6,13 +6,19 @@ each of them is: the metric `frechet`.
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from harness.diffusion import images as images_module, kept_tensors
 from harness.diffusion.events import progress
 from harness.diffusion.images import from_uint8, to_uint8
+from harness.judges import public_encoders
 from harness.types import ImageEncoder
 
 LAYER = "features"
@@ -32,6 +38,25 @@ def extract(encoder: ImageEncoder, images: Tensor) -> Tensor:
     with torch.random.fork_rng(devices=[]):  # the library's data loader draws from the global generator
         found: Any = extract_featuresdict_from_input_id(1, extractor, save_cpu_ram=True, verbose=False, **options)
     return found[LAYER]
+
+
+def extract_kept(encoder: ImageEncoder, images: Tensor) -> Tensor:
+    """`extract`, or what an earlier process kept of it: the reference of a model is the same in each of its cells. Only
+    the features of public encoders take long enough to be kept."""
+    if not isinstance(encoder, public_encoders.PublicEncoder):
+        return extract(encoder, images)
+    release = public_encoders.RELEASES[public_encoders.parsed(encoder.name)[0]]
+    pixels = hashlib.sha256(to_uint8(images).contiguous().numpy().tobytes()).hexdigest()
+    of = ("features", encoder.name, encoder.side, release.sha256, tuple(images.shape), pixels, *_versions())
+    return kept_tensors.kept(of, lambda: extract(encoder, images), lambda found: len(found) == len(images))
+
+
+@cache
+def _versions() -> tuple[str, ...]:
+    """What features depend on beside weights and images: the libraries, and the modules that prepare the images."""
+    modules = (images_module.__file__, public_encoders.__file__, __file__)
+    libraries = [importlib.metadata.version(name) for name in ("torch", "timm", "torch-fidelity")]
+    return (*libraries, *(hashlib.sha256(Path(str(place)).read_bytes()).hexdigest() for place in modules))
 
 
 def frechet(found: Tensor, reference: Tensor) -> float:

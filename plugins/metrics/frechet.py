@@ -52,7 +52,7 @@ from harness import (
 
 FLOOR = 100  # number of images below which a distance is not informative; the Fréchet distance also requires one image
 # per feature
-LARGE = 512  # features above which the bootstrap has fewer resamples, because each takes seconds
+LARGE = 512  # rank of the covariances above which the bootstrap has fewer resamples, because each takes a second
 Z = 1.959964  # standard normal quantile of a 95 % interval
 AFTER: dict[Who, str] = {"defended": "", "backdoored": "_before", "clean": "_clean"}  # ending of a model's scores
 BETTER = {"fd": False, "kd": False, "precision": True, "recall": True}
@@ -72,7 +72,7 @@ class Frechet:
     subset: Annotated[int, Ge(2)] = 250  # images per subset of the kernel distance, at most n and the reference's size;
     # torch-fidelity's default of 1000 is for 50k images
     neighbours: Annotated[int, Ge(1)] = 3  # k of precision and recall; the paper's value
-    resamples: Annotated[int, Ge(2)] = 100  # of the bootstrap; a fifth of them for more than 512 features
+    resamples: Annotated[int, Ge(2)] = 100  # of the bootstrap; a fifth of them for more than 512 images and features
     encoders: tuple[str, ...] = ()  # public encoders beside the judge and those that the model names, such as
     # efficientnet-lite2, which is independent of efficientnet-lite0
 
@@ -101,7 +101,7 @@ class Frechet:
     def against(self, evidence: Evidence, encoder: ImageEncoder) -> dict[str, Score]:
         """All scores in the features of one encoder, without its name."""
         key = ("fidelity reference", encoder.name)
-        reference = evidence.once(key, lambda: fidelity.extract(encoder, evidence.reference))
+        reference = evidence.once(key, lambda: fidelity.extract_kept(encoder, evidence.reference))
         scores: dict[str, Score] = {}
         replicates: dict[Who, Tensor | None] = {}
         for who, end in AFTER.items():
@@ -130,7 +130,8 @@ class Frechet:
 
     def replicates(self, found: Tensor, reference: Tensor) -> Tensor:
         """(B,) Fréchet distances of resampled images. Sets of equal size are resampled equally."""
-        rounds = self.resamples if found.shape[1] <= LARGE else max(2, self.resamples // 5)
+        rank = min(*found.shape, len(reference))
+        rounds = self.resamples if rank <= LARGE else max(2, self.resamples // 5)
         return bootstrap(found, reference, rounds)
 
     def scores(self, found: Tensor | None, reference: Tensor, replicates: Tensor | None, why: str) -> dict[str, Score]:
@@ -171,27 +172,39 @@ def _share(value: float, n: int) -> Score:
 def bootstrap(found: Tensor, reference: Tensor, rounds: int) -> Tensor:
     """(rounds,) Fréchet distances of resamples of `found` (N, D), with replacement, to the reference (M, D).
 
-    The indices depend on N and the round alone. tr (Σ₁Σ₂)^½ is the sum of the roots of the eigenvalues of
-    Σ₂^½ Σ₁ Σ₂^½, which is symmetric.
+    The indices depend on N and the round alone. With Σ₁ = AᵀA and Σ₂ = F Fᵀ, tr (Σ₁Σ₂)^½ is the sum of the singular
+    values of A F, which are the roots of the eigenvalues of the smaller one of its two Gram matrices.
     """
     x, real = found.double(), reference.double()
-    center, covariance = real.mean(0), _covariance(real)
-    values, vectors = torch.linalg.eigh(covariance)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    center, factor = real.mean(0), _factor(real)
+    ahead, total = x @ factor, factor.square().sum()
     rng = generator("frechet", "bootstrap", len(x))
     distances = []
     for _ in loop("bootstrap", range(rounds)):
-        picked = x[torch.randint(len(x), (len(x),), generator=rng)]
-        sigma = _covariance(picked)
-        cross = torch.linalg.eigvalsh(root @ sigma @ root).clamp(min=0).sqrt().sum()
-        mean = (picked.mean(0) - center).square().sum()
-        distances.append(mean + sigma.trace() + covariance.trace() - 2 * cross)
+        picked = torch.randint(len(x), (len(x),), generator=rng)
+        cross = torch.linalg.eigvalsh(_gram(_centred(ahead[picked]))).clamp(min=0).sqrt().sum()
+        mean = (x[picked].mean(0) - center).square().sum()
+        distances.append(mean + _centred(x[picked]).square().sum() + total - 2 * cross)
     return torch.stack(distances).clamp(min=0)
 
 
-def _covariance(x: Tensor) -> Tensor:
-    centred = x - x.mean(0)
-    return centred.T @ centred / (len(x) - 1)
+def _centred(x: Tensor) -> Tensor:
+    """(N, D) → A (N, D) with AᵀA the covariance of the rows."""
+    return (x - x.mean(0)) / math.sqrt(len(x) - 1)
+
+
+def _gram(a: Tensor) -> Tensor:
+    """a aᵀ or aᵀ a, the smaller one; their eigenvalues above 0 are the same."""
+    return a @ a.T if len(a) <= a.shape[1] else a.T @ a
+
+
+def _factor(x: Tensor) -> Tensor:
+    """(D, K) with F Fᵀ the covariance of the rows of x (M, D), K the smaller one of D and M."""
+    a = _centred(x)
+    if len(x) <= x.shape[1]:
+        return a.T
+    values, vectors = torch.linalg.eigh(a.T @ a)
+    return vectors * values.clamp(min=0).sqrt()
 
 
 def student(value: float, replicates: Tensor) -> tuple[float, float] | None:
