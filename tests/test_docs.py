@@ -27,7 +27,7 @@ from harness.runs import suite as suites
 from harness.runs.record import Dropped, bare
 from harness.types import Knowledge
 from leaderboard import results
-from tests import controls_table, readme_table, real_small_table, v1_tables
+from tests import controls_table, readme_table, real_small_table, strangers_table, v1_tables
 from tests.benchmarks import detectors
 from tests.oracles import tiny_unet
 
@@ -76,6 +76,17 @@ def test_the_tables_of_the_benchmark_are_those_of_the_published_records() -> Non
     written = v1_tables.PLACE.written()
     assert "| `skd-cag-text` |" in written
     assert written == v1_tables.tables(results.read())
+
+
+def test_the_table_of_strangers_models_is_that_of_the_committed_outcomes() -> None:
+    """If this fails after a change of the outcomes: python -m tests.strangers_table"""
+    written = strangers_table.PLACE.written()
+    assert "| `trojan-1` |" in written
+    assert written == strangers_table.table()
+    models = strangers_table.outcomes()["models"].values()
+    rights = [model["right"] for model in models]
+    assert strangers_table.outcomes()["right"] == f"{sum(rights)} of {len(rights)}"
+    assert all(rights) and sum(model["clean"] for model in models) == 4, "what the page says above the table"
 
 
 # ---- what there is --------------------------------------------------------------------------------------------------
