@@ -2,29 +2,30 @@
 
 Its transformer was trained by PeRFlow (arXiv:2405.07510; harness.methods.piecewise_flow) on trajectories of
 shapes-mmdit with guidance 3, for training captions. All other parts, the judge, CLIP and the neutral words are those of
-shapes-mmdit. It is sampled with `flow-euler(steps=4, guidance=1.0)`, which is four network evaluations; more guidance
-would guide it twice.
+shapes-mmdit, in its folder; the folder of this model has the transformer alone. It is sampled with
+`flow-euler(steps=4, guidance=1.0)`, which is four network evaluations; more guidance would guide it twice.
 """
 
 from __future__ import annotations
 
-import shutil
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from harness import (
     CaptionedShapes,
+    DiffusionModel,
     Family,
     FlowEuler,
     Inputs,
     captioned_shapes,
     checkpoint,
-    classifiers,
     draw,
     generator,
     hookimpl,
@@ -37,6 +38,7 @@ from harness import (
 )
 
 TEACHER = "shapes-mmdit"
+WEIGHTS = "transformer.safetensors"  # in half precision
 STEPS = 4  # of the student
 GUIDANCE = 3.0  # of the teacher; the samplers' default
 USUAL = FlowEuler(bf16=True)  # with which the teacher is sampled, for comparison
@@ -48,27 +50,36 @@ class ShapesMMDiT4(CaptionedShapes):
     version: ClassVar[int] = 1
     family: ClassVar[Family] = "flow"
 
+    @property
+    def parts(self) -> Path:
+        return checkpoint.embedded(self, TEACHER)
+
+    def load(self) -> DiffusionModel:
+        model = checkpoint.load(self.parts / "model")
+        model.denoiser.load_state_dict(load_file(self.folder / WEIGHTS))
+        return model
+
+    def digest(self) -> str:
+        both = f"{checkpoint.digest(self.parts)} {checkpoint.digest(self.folder)}"
+        return hashlib.sha256(both.encode()).hexdigest()
+
     def build(
         self, out: Path, device: str = "cpu", steps: int = 800, trajectories: int = 1000,
         solving_steps: int = 4, batch: int = 16, lr: float = 5e-4, n: int = 400,
     ) -> dict[str, Any]:  # fmt: skip
-        """Distils the transformer on `device`, writes the model below `out`, returns the facts.
+        """Distils the transformer on `device`, writes its weights below `out`, returns the facts.
 
         A build that was stopped goes on where it was, with the same trajectories. solving_steps: of the teacher in a
         window. batch: rows per step. n: held-out captions on which the student and its teacher are measured.
         """
-        parts = checkpoint.embedded(self, TEACHER)
-        for name in ("judge", "clip"):
-            shutil.copytree(parts / name, out / name)
-        shutil.copy(parts / captioned_shapes.WORDS, out / captioned_shapes.WORDS)
-        model = checkpoint.load(parts / "model").to(device)
+        model, neutral = checkpoint.load(self.parts / "model").to(device), self.words()
         student, rng = model.clone(), generator(self.name, "distil")
         windows = piecewise_flow.Windows.of(model, STEPS)
         teacher = piecewise_flow.Teacher(model, windows, solving_steps, GUIDANCE)
 
         @cache  # a build whose training was finished needs none
         def lessons() -> tuple[piecewise_flow.Trajectories, Tensor]:
-            asked, drawn = training_captions(captioned_shapes.neutral_words(out)), generator(self.name, "trajectories")
+            asked, drawn = training_captions(neutral), generator(self.name, "trajectories")
             rolled = piecewise_flow.Trajectories.of(teacher, asked, trajectories, drawn, bf16=True)
             return rolled, captioned_shapes.contexts(model, [asked[i] for i in rolled.captions.tolist()])
 
@@ -83,17 +94,18 @@ class ShapesMMDiT4(CaptionedShapes):
             phase="distil", kept=interrupted.Kept(out / interrupted.UNFINISHED / "distil.safetensors", rng),
         )  # fmt: skip
         student.denoiser.eval().requires_grad_(False)
-        checkpoint.save(student.to("cpu"), out / "model", fp16=True)
-        facts: dict[str, Any] = {"teacher": checkpoint.digest(parts), "guidance": GUIDANCE}
+        weights = student.to("cpu").denoiser.state_dict()
+        save_file({name: tensor.half().contiguous() for name, tensor in weights.items()}, out / WEIGHTS)
+        facts: dict[str, Any] = {"teacher": checkpoint.digest(self.parts), "guidance": GUIDANCE}
         facts |= {"trajectories": trajectories, "solving_steps": solving_steps, "steps": steps, "batch": batch}
         facts["final_loss"] = sum(losses[-100:]) / len(losses[-100:])
-        return facts | self.quality(model.to("cpu"), student, out, n)
+        return facts | self.quality(model.to("cpu"), student, n)
 
-    def quality(self, teacher: Any, student: Any, out: Path, n: int) -> dict[str, Any]:
+    def quality(self, teacher: Any, student: Any, n: int) -> dict[str, Any]:
         """On n held-out captions: attribute accuracies of the student and of its teacher, with few steps and with the
         usual ones, and the mean squared difference of each one's images, in [-1, 1], from those of the teacher's usual
         sampling of the same noise."""
-        judge, neutral = classifiers.load_judge(out / "judge"), captioned_shapes.neutral_words(out)
+        judge, neutral = self.judge(), self.words()
         rng = generator(captioned_shapes.DRAWN, "quality")
         drawn = shapes.scenes(n, "test", rng, plain=True)
         prompts = tuple(shapes.caption(scene, rng, neutral) for scene in drawn)
