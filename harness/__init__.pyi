@@ -145,6 +145,7 @@ from harness.methods import (
     inversion as inversion,
     noise_attacks as noise_attacks,
     parameters as parameters,
+    piecewise_flow as piecewise_flow,
     prompt_edits as prompt_edits,
     prompt_screening as prompt_screening,
     pruning as pruning,

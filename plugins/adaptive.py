@@ -95,5 +95,6 @@ def adaptive() -> list[Adaptive]:
             "set", "", "No attack is written: its loss would have to cover attention that is scaled.",
         ),
         Adaptive("clip", "", "No attack is written: the backdoor would have to stay within the range of images."),
+        Adaptive("perflow", "", "It defends against nothing: it makes a model faster, on clean examples."),
         Adaptive("none", "", "It defends against nothing."),
     ]  # fmt: skip

@@ -20,6 +20,7 @@ from plugins.models.digits_ddpm import DigitsDDPM
 from plugins.models.digits_ncsn import DigitsNCSN
 from plugins.models.shapes_ldm import ShapesLDM
 from plugins.models.shapes_mmdit import ShapesMMDiT
+from plugins.models.shapes_mmdit_4 import ShapesMMDiT4
 from plugins.models.shapes_sd import ShapesSD, attention_facts
 
 
@@ -160,6 +161,49 @@ def test_the_transformer_is_built_of_the_parts_of_shapes_sd_and_goes_on_where_it
     assert {name for name in facts if name.startswith("accuracy_")} <= whole.keys()
     assert 2e6 < whole["parameters_transformer"] < 4e6
     assert sum(value for name, value in whole.items() if name.startswith("parameters_t")) < 4e6
+
+
+def test_the_student_obeys_held_out_captions_in_four_evaluations_by_its_provenance() -> None:
+    facts, teacher = provenance(ShapesMMDiT4()), provenance(ShapesMMDiT())
+    for name, least in (("colour", 0.95), ("shape", 0.95), ("place", 0.9)):
+        assert facts[f"student_accuracy_{name}"] >= least
+        assert abs(facts[f"usual_accuracy_{name}"] - teacher[f"accuracy_{name}"]) < 0.02
+    assert facts["held_out_captions"] >= 400
+
+
+def test_the_student_has_every_part_of_its_teacher_but_the_transformer() -> None:
+    student, teacher = (plugin.load().components() for plugin in (ShapesMMDiT4(), ShapesMMDiT()))
+    for name, part in teacher.items():
+        mine = student[name].state_dict()
+        same = [torch.equal(mine[key], value) for key, value in part.state_dict().items()]
+        assert any(same) and all(same) == (name != "transformer"), name
+    assert ShapesMMDiT4().words() == ShapesMMDiT().words()
+
+
+@pytest.mark.slow
+def test_the_student_is_built_and_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from harness.cli import build as building
+    from harness.diffusion.interrupted import Kept
+
+    @dataclass(frozen=True)
+    class Short(ShapesMMDiT4):
+        def build(self, out: Path, device: str = "cpu", **_: Any) -> dict[str, Any]:
+            return super().build(out, device, steps=3, trajectories=4, solving_steps=1, batch=2, n=2)
+
+    plugin = Short()
+    monkeypatch.setattr(checkpoint, "embedded", lambda _, name: Path(shapes_sd.__file__).parent / "weights" / name)
+    monkeypatch.setattr(Kept, "due", lambda self: True)
+    whole = building.built(plugin, tmp_path / "whole")["facts"]
+
+    def stopped(event: dict[str, Any]) -> None:
+        if event["phase"] == "distil" and event["step"] == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(building, "progress_lines", lambda: stopped)
+        building.built(plugin, tmp_path / "again")
+    assert building.built(plugin, tmp_path / "again")["facts"] == whole
+    assert checkpoint.digest(tmp_path / "again") == checkpoint.digest(tmp_path / "whole")
 
 
 def test_captions_read_back_as_their_scenes() -> None:

@@ -47,6 +47,7 @@ OWN_OPTIMIZER = {"anp": "its masks are trained by SGD with momentum, and the mas
 # Suites with one decoy, and why.
 FEW_CONTROLS = {
     "budget": "it shows what the budget does; the suites controls and v1 have the controls",
+    "few-steps": "a decoy; the suite controls has more on shapes-sd",
     "mmdit": "a decoy; the suite controls has more on shapes-sd",
     "v1": "a decoy; the suite controls has three, −r and zero",
     "quick": "it has to stay short",

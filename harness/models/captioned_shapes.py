@@ -33,6 +33,11 @@ class CaptionedShapes:
     def folder(self) -> Path:
         return checkpoint.embedded(self, self.name)
 
+    @property
+    def parts(self) -> Path:
+        """The folder of the judge, of CLIP and of the words: the model's own, unless it shares those of another."""
+        return self.folder
+
     def load(self) -> DiffusionModel:
         return checkpoint.load(self.folder / "model")
 
@@ -57,13 +62,13 @@ class CaptionedShapes:
         return shapes.read(prompt)
 
     def words(self) -> tuple[str, ...]:
-        return neutral_words(self.folder)
+        return neutral_words(self.parts)
 
     def judge(self) -> CNNJudge:
-        return classifiers.load_judge(self.folder / "judge")
+        return classifiers.load_judge(self.parts / "judge")
 
     def scorer(self) -> Any:
-        return shapes_clip.load_scorer(self.folder)
+        return shapes_clip.load_scorer(self.parts)
 
 
 def neutral_words(folder: Path) -> tuple[str, ...]:

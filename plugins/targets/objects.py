@@ -27,7 +27,7 @@ class Judged:
     version: ClassVar[int] = 1
     kind: ClassVar[str] = "object"
     hit_threshold: ClassVar[str] = "judge"
-    accepts_models: ClassVar[tuple[str, ...]] = ("shapes-sd", "shapes-mmdit")
+    accepts_models: ClassVar[tuple[str, ...]] = ("shapes-sd", "shapes-mmdit", "shapes-mmdit-4")
 
     def image(self, shape: Sequence[int]) -> None:
         return None

@@ -24,7 +24,7 @@ class TargetPrompt:
     version: ClassVar[int] = 1
     kind: ClassVar[str] = "prompt"
     hit_threshold: ClassVar[str] = "all"
-    accepts_models: ClassVar[tuple[str, ...]] = ("shapes-sd", "shapes-mmdit")
+    accepts_models: ClassVar[tuple[str, ...]] = ("shapes-sd", "shapes-mmdit", "shapes-mmdit-4")
 
     text: Annotated[str, Len(1)] = "a large yellow triangle at the bottom right on a white background"  # the prompt
     # that is shown
