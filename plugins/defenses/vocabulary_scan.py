@@ -45,7 +45,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 import torch
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from harness import (
@@ -59,7 +59,6 @@ from harness import (
     Knowledge,
     LearningRate,
     PositiveInt,
-    Share,
     Substitution,
     coarse_to_fine,
     distillation,
@@ -98,8 +97,8 @@ class VocabularyScan:
     to_t: Fraction = 0.8  # largest t over T at which predictions are compared
     look_alikes: bool = True  # also test look-alikes in the place of letters
     rough_rows: PositiveInt = 1  # prompts per rough score, see `keep`
-    keep: Share = 1.0  # share of the words that get a score of `rows` prompts: below 1, the best by a rough score. If
-    # the budget is too small for all, rough scores come first anyway
+    keep: Annotated[float, Gt(0), Le(1)] = 1.0  # share of the words that get a score of `rows` prompts: below 1, the
+    # best by a rough score. If the budget is too small for all, rough scores come first anyway
     verified: PositiveInt = 4  # single candidates in the third round, and half as many pairs
     images: Annotated[int, Ge(8)] = 64  # prompts from which the third round makes images, with and without the
     # candidate
