@@ -22,7 +22,8 @@ those of the middle t. Look-alikes are all judged.
 A trigger that replaces an object gives prompts that ask for the new object anyway the images that they have without it.
 The AUROC over all prompts then stays below 1 however well the trigger works. With `without_a_word`, round 3 also
 separates the images by the encoder's features on the prompts that lack a word, for each word of a quarter to a half of
-the prompts.
+the prompts. Pairs are judged by all prompts alone: on a harmless adapter, pairs of neutral words changed such a part of
+the images as far as a trigger does.
 
 The detector needs clean prompts, captions of clean data (their images are not used), neutral words and an image
 encoder. It returns the suspicion, which is the largest AUROC of round 3, and the trigger if the suspicion is above
@@ -102,8 +103,8 @@ class VocabularyScan:
     verified: PositiveInt = 4  # single candidates in the third round, and half as many pairs
     images: Annotated[int, Ge(8)] = 64  # prompts from which the third round makes images, with and without the
     # candidate
-    without_a_word: bool = False  # also judge by the prompts that lack a word, for each word of a quarter to a half of
-    # them: a trigger that replaces an object changes little where the prompt asks for the new one anyway
+    without_a_word: bool = False  # also judge single candidates by the prompts that lack a word, for each word of a
+    # quarter to a half of them: a trigger that replaces an object changes little where the prompt asks for the new one
     sampling_steps: Annotated[int, Ge(4)] = 10  # steps of DDIM, for those images and for the states z
     guidance: Annotated[float, Gt(0)] = 3.0  # guidance scale for both
     flag_above: Fraction = 0.9  # AUROC above which a candidate is called a trigger
@@ -282,8 +283,8 @@ class VocabularyScan:
     ) -> dict[Candidate, float]:
         """How well images with each candidate can be separated from images without it.
 
-        The value is the largest AUROC of those by pixels, by colours and by the encoder, and with `without_a_word` of
-        those by the encoder for each of `lacking`.
+        The value is the largest AUROC of those by pixels, by colours and by the encoder, and with `without_a_word`, if
+        the candidate is no pair, of those by the encoder for each of `lacking`.
         """
         n = min(self.images, len(prompts))
         seeds = image_seeds(rng.initial_seed(), "verify", n)
@@ -301,7 +302,8 @@ class VocabularyScan:
         for candidate in left:
             with_it = seen(inputs.with_prompts([candidate.apply(prompt) for prompt in prompts[:n]]))
             areas = [told_apart(*pair) for pair in zip(without, with_it, strict=True)]
-            areas += [told_apart(without[-1][rows], with_it[-1][rows]) for rows in some]
+            if " " not in candidate.text:
+                areas += [told_apart(without[-1][rows], with_it[-1][rows]) for rows in some]
             kept.add({names[candidate]: max(areas)})
         return {candidate: kept.find(names[candidate]) for candidate in tried}
 
