@@ -18,6 +18,7 @@ from harness.diffusion.model_files import ModelFiles
 from harness.diffusion.seeds import generator
 from harness.methods import coarse_to_fine, prompt_edits
 from harness.methods.coarse_to_fine import clustered, searched
+from harness.methods.prompt_edits import Insertion
 from harness.scan import ahead
 from harness.testing import tiny
 from harness.types import Data, Inputs, Knowledge
@@ -275,6 +276,15 @@ def test_a_trigger_that_replaces_an_object_is_found_by_the_prompts_that_lack_it(
     clean = Replacing(sd[0], sd[1].clamp(max=NEIGHBOUR))
     none = parted.defend(clean, known, generator(0, "x"))
     assert none.trigger is None and none.suspicion is not None and none.suspicion < 0.6
+
+
+def test_pairs_are_judged_by_all_prompts_alone(sd: tuple[DiffusionModel, Tensor]) -> None:
+    some = [f"a {colour} {shape} {i}" for i in range(7) for colour in ("red", "blue") for shape in Replacing.shapes]
+    single, pair = Insertion("sks"), Insertion("sks sks")
+    scan, model = replace(SMALL, images=40, without_a_word=True), Replacing(*sd)
+    kept, encoder = kept_scores.Scores(None), knowledge().encoder
+    areas = scan.verify(model, [single, pair], some, encoder, generator(0, "x"), kept)
+    assert areas[single] > 0.98 and 0.75 < areas[pair] < 0.9
 
 
 def test_words_of_a_quarter_to_a_half_of_the_prompts_part_them() -> None:
