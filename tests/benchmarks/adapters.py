@@ -25,7 +25,9 @@ from typing import Any
 import torch
 
 from harness.diffusion import adapters, checkpoint
+from harness.judges import hub
 from harness.registry import load
+from harness.scan.lowrank import described
 from harness.stages import attack as attacking
 from harness.types import Backdoor, Data
 from plugins.attacks.masqlora import MasqLoRA
@@ -86,6 +88,16 @@ def trained(case: Case, folder: Path, plugins: Any) -> dict[str, Any]:
     return facts
 
 
+def largest_z(case: Case, folder: Path, base: Path) -> float:
+    """The largest robust z of a layer's relative change, as the report of a scan has it; the report names layers above
+    STANDS_OUT."""
+    found = hub.adapter_in(str(folder / case.name))
+    assert found is not None
+    adapter = hub.with_adapter(hub.Source(str(base)), found).adapter
+    assert adapter is not None
+    return round(max(layer.z for layer in described(adapter, case.name).largest), 2)
+
+
 def place() -> Place:
     page = Path(__file__).parents[2] / "docs" / "scan.md"
     return Place(page, "python -m tests.benchmarks.adapters --table")
@@ -95,7 +107,7 @@ def table(known: dict[str, Any]) -> str:
     """The outcomes in Markdown, and how many on the seeds that no setting was chosen on are right."""
     head = (
         "adapter", "the trigger succeeds", "`vocabulary-scan`, flags above 0.9", "`amdet`, flags above 0",
-        "trigger found", "verdict", "core-seconds",
+        "trigger found", "verdict", "largest z of a layer", "core-seconds",
     )  # fmt: skip
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     found = known["adapters"]
@@ -122,13 +134,14 @@ def _row(name: str, each: dict[str, Any]) -> str:
     cells = [
         name, "" if each["clean"] else f"{each['asr']:.2f} of {each['n']}", *scores,
         "none" if words is None else f"`{words}`", each["verdict"],
+        f"{each['largest_z']:.1f}" if "largest_z" in each else "",
         f"{each['core_seconds']:.0f}" if "core_seconds" in each else "",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
 
 def _unscanned(case: Case) -> str:
-    return f"| `{case.name}` | | | | | not scanned yet | |"
+    return f"| `{case.name}` | | | | | not scanned yet | | |"
 
 
 def main() -> None:
@@ -142,7 +155,7 @@ def main() -> None:
     base = checkpoint.embedded(plugins.build("models", "shapes-sd"), "shapes-sd") / "model"
     trial.run(
         CASES,
-        lambda case: trained(case, folder, plugins),
+        lambda case: trained(case, folder, plugins) | {"largest_z": largest_z(case, folder, base)},
         lambda case: scanned([folder / case.name / FILE, "--base", base, "--like", "shapes-sd"], KEPT),
         {"harmless": lambda each: each["clean"], "backdoored": lambda each: not each["clean"]},
     )
