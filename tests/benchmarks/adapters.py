@@ -10,8 +10,10 @@ shapes-sd, and writes one outcome after the other into FILE (default adapters.js
 that was stopped goes on where it stopped. The settings that leaderboard/scan.toml has for adapters were chosen on the
 two of seed 100; those of the other seeds are scanned once. `before` in FILE holds outcomes with earlier settings; the
 seconds there are those of the second part of a scan that was stopped and repeated. `development` there holds what
-`vocabulary-scan` alone gave on seed 100 with the settings from which the present ones were made. --train: train and measure, and scan
-nothing. --table: put the table of the committed outcomes into docs/scan.md and print it. One thread.
+`vocabulary-scan` alone gave on seed 100 with the settings from which the present ones were made.
+
+--train: train and measure, and scan nothing. --table: put the table of the committed outcomes into docs/scan.md and
+print it. One thread.
 """
 
 from __future__ import annotations
