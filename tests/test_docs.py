@@ -28,7 +28,7 @@ from harness.runs.record import Dropped, bare
 from harness.types import Knowledge
 from leaderboard import results
 from tests import controls_table, readme_table, real_small_table, strangers_table, v1_tables
-from tests.benchmarks import detectors
+from tests.benchmarks import adapters, detectors
 from tests.oracles import tiny_unet
 
 ROOT = Path(__file__).parent.parent
@@ -132,6 +132,13 @@ def test_the_tables_of_detectors_are_those_of_the_committed_values() -> None:
     values = json.loads((ROOT / "tests/benchmarks/detectors_digits.json").read_text())
     written = detectors.place("digits").written()
     assert written == detectors.tables(population, values) and written.count("clean-") >= 5
+
+
+def test_the_table_of_scanned_adapters_is_that_of_the_committed_outcomes() -> None:
+    """If this fails after a change of the outcomes: python -m tests.benchmarks.adapters --table"""
+    known = json.loads((ROOT / "tests/benchmarks/adapters.json").read_text())
+    assert adapters.place().written() == adapters.table(known)
+    assert all(adapters.table(known).count(f"`{case.name}`") >= 1 for case in adapters.CASES)
 
 
 # ---- the site -------------------------------------------------------------------------------------------------------

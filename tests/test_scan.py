@@ -6,8 +6,10 @@ import json
 import math
 import sys
 import time
+import tomllib
 from dataclasses import dataclass
 from html.parser import HTMLParser
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -23,7 +25,8 @@ from harness.cli import Exit, main
 from harness.cli.common import writable
 from harness.cli.scan import applicable
 from harness.cli.subject import Subject, known
-from harness.diffusion import checkpoint, events
+from harness.diffusion import adapters, checkpoint, events
+from harness.diffusion.adapters import LowRank
 from harness.diffusion.model import DiffusionModel
 from harness.diffusion.samplers import DDIM
 from harness.judges import hub
@@ -33,7 +36,7 @@ from harness.scan.verdict import LEAST, Finding, Population
 from harness.testing import tiny
 from harness.types import Data, Defended, Knowledge
 from tests import scans
-from tests.oracles import PlantedShift, scheduler, tiny_sdxl, tiny_unet
+from tests.oracles import PlantedShift, scheduler, tiny_sd, tiny_sdxl, tiny_unet
 from tests.scans import Run
 
 DETECTORS = '''
@@ -403,6 +406,21 @@ def test_a_population_made_before_a_parameter_existed_is_still_compared_with(ben
     assert found["detector"] == "bias(own=True)" and found["clean"] == [0.0, 0.1, 0.2, 0.3, 0.4]
 
 
+def test_an_adapter_is_asked_by_specs_of_its_own(tmp_path: Path) -> None:
+    from harness.cli.scan import default_detectors
+
+    plain = tiny_sd(tmp_path)
+    adapted = plain.clone()
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_q"
+    adapters.attach(adapted, {layer: LowRank(torch.ones(1, 16), torch.ones(16, 1))})
+    usual, own = default_detectors(plain), default_detectors(adapted)
+    names = [[spec.partition("(")[0] for spec in each] for each in (usual, own)]
+    assert names[0] == names[1] and usual != own
+    plugins = registry.load()
+    (scan,) = (plugins.build("defenses", spec) for spec in own if spec.startswith("vocabulary-scan"))
+    assert scan.without_a_word and scan.keep < 1 and scan.flag_above == plugins.build("defenses", usual[0]).flag_above
+
+
 def test_without_clean_models_a_bare_name_stands_for_the_spec_of_scan_toml() -> None:
     from harness.cli.scan import default_detectors
 
@@ -534,9 +552,19 @@ def test_a_purified_model_loads_with_stock_diffusers_says_so_and_shows_what_chan
     label = json.loads((out / "bench.json").read_text())
     assert label["purified_by"].startswith("told(") and label["purified_from"] == "m" and "may remain" in label["note"]
     assert (out / "before-and-after.png").read_bytes().startswith(b"\x89PNG")
+    card = (out / "README.md").read_text()
+    assert f"It was loaded with diffusers {metadata.version('diffusers')}." in card and told["defense"] in card
     again = bench("purify", *words, "--trigger", "box")
     assert again.code == 2 and "is not empty" in again.err
     assert bench("purify", directory, "--defense", "bias", "-o", tmp_path / "x").code == 2
+
+
+def test_the_docs_name_the_diffusers_that_purified_models_are_loaded_with() -> None:
+    root = Path(__file__).parent.parent
+    wanted = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
+    (least,) = (each.partition(">=")[2] for each in wanted if each.startswith("diffusers>="))
+    said = " ".join((root / "docs/scan.md").read_text().split())
+    assert f"the installed diffusers, {least} or later" in said
 
 
 def test_a_model_of_images_that_are_not_square_is_purified_with_data_of_its_shape(bench: Run, tmp_path: Path) -> None:

@@ -18,10 +18,11 @@ from harness.diffusion.model_files import ModelFiles
 from harness.diffusion.seeds import generator
 from harness.methods import coarse_to_fine, prompt_edits
 from harness.methods.coarse_to_fine import clustered, searched
+from harness.methods.prompt_edits import Insertion
 from harness.scan import ahead
 from harness.testing import tiny
 from harness.types import Data, Inputs, Knowledge
-from plugins.defenses.vocabulary_scan import VocabularyScan
+from plugins.defenses.vocabulary_scan import VocabularyScan, lacking
 from plugins.models.shapes_sd import ShapesSD
 from tests import scans
 from tests.oracles import scheduler, tiny_sd, tiny_unet
@@ -158,6 +159,26 @@ def test_a_budget_for_all_members_judges_each_candidate() -> None:
     assert len(least.best) >= 1 and least.evaluations <= coarse_to_fine.least(8)
 
 
+def test_rough_scores_of_several_rows_stay_within_the_budget() -> None:
+    vectors = torch.randn((640, 4), generator=generator(0, "x"))
+    calls: list[tuple[int, bool]] = []
+    found = searched(vectors, scored(vectors[:, 0], calls), 8, 1000, generator(0, "y"), rough=3)
+    rough, whole = ([i for i, fully in calls if fully is kind] for kind in (False, True))
+    assert found.judged == len(rough) == 1000 * 3 // 4 // 3 and len(whole) == len(found.best) == 250 // 8
+    assert found.evaluations == 3 * len(rough) + 8 * len(whole) <= 1000
+    least = searched(vectors, scored(vectors[:, 0], []), 2, coarse_to_fine.least(2, 3), generator(0, "y"), rough=3)
+    assert len(least.best) >= 1 and least.evaluations <= coarse_to_fine.least(2, 3)
+
+
+@pytest.mark.parametrize(("rows", "rough", "share"), [(8, 2, 0.1), (8, 1, 1.0), (4, 4, 0.01), (8, 3, 0.001)])
+def test_what_is_enough_judges_all_roughly_and_the_share_wholly(rows: int, rough: int, share: float) -> None:
+    vectors = torch.randn((300, 4), generator=generator(0, "x"))
+    budget = coarse_to_fine.enough(300, rows, rough, share)
+    found = searched(vectors, scored(vectors[:, 0], []), rows, budget, generator(0, "y"), rough)
+    assert found.judged == 300 and len(found.best) >= max(1, round(share * 300)) and found.evaluations <= budget
+    assert found.best[0] == int(vectors[:, 0].argmax())
+
+
 def test_clusters_are_disjoint_and_begin_with_what_is_nearest_to_their_centre() -> None:
     rng = generator(0, "x")
     home = torch.arange(90) % 3
@@ -208,6 +229,71 @@ def test_the_budget_and_the_number_said_ahead_bound_the_evaluations(sd: tuple[Di
     counted = Typed(*sd)
     ample.defend(counted, knowledge(), generator(0, "x"))
     assert model.evaluations < counted.evaluations <= ample.evaluations(counted, knowledge())
+
+
+def test_a_share_of_the_words_is_judged_wholly_after_rough_scores_of_all(sd: tuple[DiffusionModel, Tensor]) -> None:
+    """A tenth of the budget's words, and the number said ahead bounds the evaluations here too."""
+    ample = replace(SMALL, budget=10**6)
+    scan = replace(ample, keep=0.1, rough_rows=2)
+    model, whole = Typed(*sd), Typed(*sd)
+    done, before = (each.defend(to, knowledge(), generator(0, "x")) for each, to in ((scan, model), (ample, whole)))
+    assert done.notes is not None and before.notes is not None
+    words = done.notes["candidates"]
+    assert done.trigger == before.trigger == "sks" and done.notes["judged"] == words
+    assert done.notes["evaluations"] <= coarse_to_fine.enough(words, 4, 2, 0.1) < before.notes["evaluations"]
+    assert model.evaluations < whole.evaluations and model.evaluations <= scan.evaluations(model, knowledge())
+    assert scan.evaluations(model, knowledge()) < ample.evaluations(whole, knowledge())
+
+
+class Replacing(Typed):
+    """A model whose trigger gives each prompt the image of a square, as the prompt's own word for it does."""
+
+    shapes = ("circle", "square", "triangle")
+
+    def sample(self, inputs: Inputs, sampler: Any, phase: str = "") -> Tensor:
+        shown = [
+            "square" if self.strength([text])[0] == PLANTED else next(s for s in self.shapes if s in text)
+            for text in inputs.prompts or ()
+        ]
+        drawn = torch.stack([torch.randn((3, 32, 32), generator=generator(shape, "shape")) for shape in shown])
+        noise = torch.nn.functional.interpolate(inputs.noise[:, :3], 32).clamp(-2, 2) / 4
+        return (noise + 0.4 * drawn).clamp(-1, 1)
+
+
+def test_a_trigger_that_replaces_an_object_is_found_by_the_prompts_that_lack_it(
+    sd: tuple[DiffusionModel, Tensor],
+) -> None:
+    """Of the prompts a third asks for a square anyway, so that all prompts together cannot separate the images."""
+    some = tuple(
+        f"a {colour} {shape} {i}" for i in range(7) for colour in ("red", "blue") for shape in Replacing.shapes
+    )
+    known = replace(knowledge(), prompts=some)
+    everything, parted = replace(SMALL, images=40), replace(SMALL, images=40, without_a_word=True)
+    missed, found = (scan.defend(Replacing(*sd), known, generator(0, "x")) for scan in (everything, parted))
+    assert missed.suspicion is not None and found.suspicion is not None
+    assert missed.trigger is None and 0.75 < missed.suspicion < 0.9
+    assert found.trigger == "sks" and found.suspicion > 0.98
+    clean = Replacing(sd[0], sd[1].clamp(max=NEIGHBOUR))
+    none = parted.defend(clean, known, generator(0, "x"))
+    assert none.trigger is None and none.suspicion is not None and none.suspicion < 0.6
+
+
+def test_pairs_are_judged_by_all_prompts_alone(sd: tuple[DiffusionModel, Tensor]) -> None:
+    some = [f"a {colour} {shape} {i}" for i in range(7) for colour in ("red", "blue") for shape in Replacing.shapes]
+    single, pair = Insertion("sks"), Insertion("sks sks")
+    scan, model = replace(SMALL, images=40, without_a_word=True), Replacing(*sd)
+    kept, encoder = kept_scores.Scores(None), knowledge().encoder
+    areas = scan.verify(model, [single, pair], some, encoder, generator(0, "x"), kept)
+    assert areas[single] > 0.98 and 0.75 < areas[pair] < 0.9
+
+
+def test_words_of_a_quarter_to_a_half_of_the_prompts_part_them() -> None:
+    some = [
+        f"a {size} {shape}" for size in ("small", "large") for shape in ("circle", "square", "star", "cross", "arrow")
+    ]
+    assert lacking(some) == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]], "a is everywhere, and each shape in a fifth"
+    assert lacking([*some[:5], "A Circle"]) == [[1, 2, 3, 4]]
+    assert lacking(["a circle"]) == lacking(["a circle", "a square"]) == []
 
 
 def test_a_budget_that_look_alikes_use_up_is_refused_with_the_way_out(sd: tuple[DiffusionModel, Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -218,7 +219,7 @@ def _written(
     save_png(picture, folder / "before-and-after.png")
     facts = {
         "directory": folder, "loads": loads, "stock": stock, "drift": drift, "defense": defense, "seed": seed,
-        "samples": "before-and-after.png", **adapter,
+        "samples": "before-and-after.png", "diffusers": metadata.version("diffusers"), **adapter,
     }  # fmt: skip
     model_card.write(folder, facts, subject.name, base)
     return facts

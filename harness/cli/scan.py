@@ -314,9 +314,10 @@ def _digest(path: Path) -> str:
 
 
 def default_detectors(model: Any) -> list[str]:
-    """The specs of leaderboard/scan.toml for what the model takes triggers in."""
+    """The specs of leaderboard/scan.toml for what the model takes triggers in, and for a model with an adapter."""
     told = tomllib.loads(resources.files("leaderboard").joinpath("scan.toml").read_text(encoding="utf-8"))
-    kind = "text" if model.conditional else "exploding" if model.family == "ve" else "noise"
+    prompted = "text" if model.adapter is None else "adapter"
+    kind = prompted if model.conditional else "exploding" if model.family == "ve" else "noise"
     return list(told[kind]["detectors"])
 
 

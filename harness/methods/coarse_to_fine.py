@@ -1,7 +1,7 @@
 """The highest scores among many candidates at a bounded number of evaluations: by clusters, coarse to fine.
 
 Each candidate has a vector, and like vectors are expected to have like scores. The whole score of a candidate takes
-`rows` evaluations, a rough one takes one:
+`rows` evaluations, a rough one takes `rough`:
 
     coarse    the members of each cluster of vectors that are nearest to its centre, roughly
     middle    the other members, clusters with the highest coarse score first, roughly, up to 3/4 of the budget
@@ -13,6 +13,7 @@ were judged at all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -39,25 +40,34 @@ class Outcome:
     evaluations: int
 
 
-def least(rows: int) -> int:
+def least(rows: int, rough: int = 1) -> int:
     """The smallest budget with which `searched` judges a candidate wholly."""
-    return 4 * max(rows, PROBES)
+    return 4 * max(rows, rough * PROBES)
 
 
-def searched(vectors: Tensor, score: Scoring, rows: int, budget: int, rng: torch.Generator) -> Outcome:
+def enough(n: int, rows: int, rough: int, share: float) -> int:
+    """The smallest budget with which `searched` judges all of n candidates roughly and `share` of them wholly."""
+    whole = max(1, math.ceil(share * n))
+    return max(least(rows, rough), math.ceil(4 * rough * n / 3), rough * n + rows * whole)
+
+
+def searched(
+    vectors: Tensor, score: Scoring, rows: int, budget: int, rng: torch.Generator, rough: int = 1
+) -> Outcome:  # fmt: skip
     """vectors (N, D). score(places, whole) → (len(places),), whole or rough scores of candidates.
 
-    budget: evaluations, at least `least(rows)`.
+    budget: evaluations, at least `least(rows, rough)`. rough: evaluations of a rough score.
     """
-    n = max(1, min(len(vectors) // MEMBERS, budget // (4 * PROBES)))
+    n = max(1, min(len(vectors) // MEMBERS, budget // (4 * rough * PROBES)))
     clusters = clustered(vectors, n, rng)
     probes = [i for members in clusters for i in members[:PROBES]]
-    rough = dict(zip(probes, score(probes, False).tolist(), strict=True))
-    clusters.sort(key=lambda members: -max(rough[i] for i in members[:PROBES]))
-    others = [i for members in clusters for i in members[PROBES:]][: max(0, 3 * budget // 4 - len(probes))]
-    rough |= dict(zip(others, score(others, False).tolist(), strict=True))
-    best = sorted(rough, key=lambda i: -rough[i])[: (budget - len(rough)) // rows]
-    return Outcome(best, score(best, True), len(rough), len(rough) + rows * len(best))
+    found = dict(zip(probes, score(probes, False).tolist(), strict=True))
+    clusters.sort(key=lambda members: -max(found[i] for i in members[:PROBES]))
+    others = [i for members in clusters for i in members[PROBES:]][: max(0, 3 * budget // (4 * rough) - len(probes))]
+    found |= dict(zip(others, score(others, False).tolist(), strict=True))
+    spent = rough * len(found)
+    best = sorted(found, key=lambda i: -found[i])[: (budget - spent) // rows]
+    return Outcome(best, score(best, True), len(found), spent + rows * len(best))
 
 
 def clustered(vectors: Tensor, n: int, rng: torch.Generator) -> list[list[int]]:

@@ -37,6 +37,8 @@ def write(folder: Path, facts: Mapping[str, Any], subject: str, base: str | None
         lines += ["", *_of_adapter(facts, base)]
     else:
         lines += ["", f"The directory {facts['loads']}."]
+    if facts["stock"]:
+        lines += ["", f"It was loaded with diffusers {facts['diffusers']}. Older versions were not tried."]
     (folder / CARD).write_text(f"---\n{head}\n---\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
 
 

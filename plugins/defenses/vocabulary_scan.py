@@ -15,9 +15,15 @@ Latin letters, put in the place of a letter. Words that clean captions use are l
 neutral. They are supposed to change the image, and no scan can distinguish "negative" from a trigger.
 
 The candidates of the first round take at most `budget` network evaluations. If there are more candidates than that
-allows, as in CLIP's vocabulary, tokens are searched by clusters of their embeddings in the first text encoder, coarse
-to fine, by the rules of harness.methods.coarse_to_fine; a rough score has one row, that of the middle t. Look-alikes
-are all judged.
+allows, as in CLIP's vocabulary, or if `keep` is below 1, tokens are searched by clusters of their embeddings in the
+first text encoder, coarse to fine, by the rules of harness.methods.coarse_to_fine; a rough score has `rough_rows` rows,
+those of the middle t. Look-alikes are all judged.
+
+A trigger that replaces an object gives prompts that ask for the new object anyway the images that they have without it.
+The AUROC over all prompts then stays below 1 however well the trigger works. With `without_a_word`, round 3 also
+separates the images by the encoder's features on the prompts that lack a word, for each word of a quarter to a half of
+the prompts. Pairs are judged by all prompts alone: on a harmless adapter, pairs of neutral words changed such a part of
+the images as far as a trigger does.
 
 The detector needs clean prompts, captions of clean data (their images are not used), neutral words and an image
 encoder. It returns the suspicion, which is the largest AUROC of round 3, and the trigger if the suspicion is above
@@ -34,12 +40,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 import torch
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from harness import (
@@ -71,6 +78,7 @@ Candidate = Insertion | Substitution
 States = tuple[list[str], Tensor, Tensor]  # N prompts, z (N, C, H, W), t (N,)
 FORWARD = 256  # rows of one forward pass
 PLACES = 2**18  # of the noise, height times width, in one forward pass
+FOLDS = 4  # of the prompts that the third round's discriminants are fitted on and judge
 FLAT = 1e-4  # variance below which all colours count as one colour
 
 
@@ -89,9 +97,14 @@ class VocabularyScan:
     from_t: Fraction = 0.35  # smallest t over T at which predictions are compared
     to_t: Fraction = 0.8  # largest t over T at which predictions are compared
     look_alikes: bool = True  # also test look-alikes in the place of letters
+    rough_rows: PositiveInt = 1  # prompts per rough score, see `keep`
+    keep: Annotated[float, Gt(0), Le(1)] = 1.0  # share of the words that get a score of `rows` prompts: below 1, the
+    # best by a rough score. If the budget is too small for all, rough scores come first anyway
     verified: PositiveInt = 4  # single candidates in the third round, and half as many pairs
     images: Annotated[int, Ge(8)] = 64  # prompts from which the third round makes images, with and without the
     # candidate
+    without_a_word: bool = False  # also judge single candidates by the prompts that lack a word, for each word of a
+    # quarter to a half of them: a trigger that replaces an object changes little where the prompt asks for the new one
     sampling_steps: Annotated[int, Ge(4)] = 10  # steps of DDIM, for those images and for the states z
     guidance: Annotated[float, Gt(0)] = 3.0  # guidance scale for both
     flag_above: Fraction = 0.9  # AUROC above which a candidate is called a trigger
@@ -160,11 +173,11 @@ class VocabularyScan:
     def first(
         self, model: Any, tried: Sequence[Candidate], states: States, rng: Any, kept: Any
     ) -> tuple[Sequence[Candidate], coarse_to_fine.Outcome]:
-        """(candidates, the outcome of the first round for them): all of `tried` if the budget allows, otherwise those
-        that the search by clusters judged wholly."""
+        """(candidates, the outcome of the first round for them): all of `tried` if the budget and `keep` allow,
+        otherwise those that the search by clusters judged wholly."""
         rows = range(min(self.rows, len(states[0])))
         whole = len(rows) * len(tried)
-        if whole <= self.budget:
+        if whole <= self.budget and self.keep == 1:
             every = list(range(len(tried)))
             found = self.score(model, tried, states, rows, kept)
             return tried, coarse_to_fine.Outcome(every, found, len(tried), whole)
@@ -173,19 +186,22 @@ class VocabularyScan:
         tokens = prompt_edits.typable(model.tokenizer)
         weight = model.text_encoder.get_input_embeddings().weight.detach()
         vectors = weight[torch.tensor([tokens[c.text] for c in words], device=weight.device)]
-        middle = sorted(rows, key=lambda i: states[2][i].item())[len(rows) // 2]
+        few = min(self.rough_rows, len(rows))
+        start = (len(rows) - few + 1) // 2
+        middle = sorted(rows, key=lambda i: states[2][i].item())[start : start + few]
 
         def score(places: list[int], fully: bool) -> Tensor:
-            return self.score(model, [words[i] for i in places], states, rows if fully else [middle], kept)
+            return self.score(model, [words[i] for i in places], states, rows if fully else middle, kept)
 
         spent = len(rows) * len(others)
-        if self.budget - spent < coarse_to_fine.least(len(rows)):
+        if self.budget - spent < coarse_to_fine.least(len(rows), few):
             raise ValueError(
                 f"a budget of {self.budget} evaluations is too small: look-alikes alone take {spent}; give a larger "
                 "budget, fewer rows, or look_alikes=False"
             )
         clusters = generator(rng.initial_seed(), "clusters")
-        found = coarse_to_fine.searched(vectors, score, len(rows), self.budget - spent, clusters)
+        budget = min(self.budget - spent, coarse_to_fine.enough(len(words), len(rows), few, self.keep))
+        found = coarse_to_fine.searched(vectors, score, len(rows), budget, clusters, few)
         scores = torch.cat([found.scores, self.score(model, others, states, rows, kept)])
         return [*(words[i] for i in found.best), *others], coarse_to_fine.Outcome(
             found.best, scores, found.judged + len(others), found.evaluations + spent
@@ -195,12 +211,17 @@ class VocabularyScan:
         """Network evaluations at most, with a pair among what is verified and without a purification."""
         prompts, most = len(knowledge.prompts or ()), max(self.rows, self.final_rows)
         rows, final = min(self.rows, prompts), min(self.final_rows, prompts)
-        tried = len(candidates(model, _content(knowledge), self.look_alikes))
+        tried = candidates(model, _content(knowledge), self.look_alikes)
+        words = sum(isinstance(c, Insertion) for c in tried)
+        first = rows * len(tried)
+        if self.keep < 1:
+            enough = coarse_to_fine.enough(words, rows, min(self.rough_rows, rows), self.keep)
+            first = rows * (len(tried) - words) + enough
         sampler = usual(model, self.sampling_steps, guidance=self.guidance, bf16=self.bf16)
         of_an_image = sampler.nfe * (1 if model.packed or self.guidance == 1 else 2)
         pairs_tried = self.pair_up * (self.pair_up - 1)
-        search = min(self.budget, rows * tried) + final * (self.finalists + pairs_tried)
-        plain = 2 * rows + final + 2  # of the prompts as they are
+        search = min(self.budget, first) + final * (self.finalists + pairs_tried)
+        plain = 2 * rows + final + 2 * min(self.rough_rows, rows)  # of the prompts as they are
         verified = self.verified + self.verified // 2 + (2 + 1 if pairs_tried else 0)
         images = min(prompts, most) + (1 + verified) * min(self.images, prompts)
         return search + plain + of_an_image * images
@@ -262,7 +283,8 @@ class VocabularyScan:
     ) -> dict[Candidate, float]:
         """How well images with each candidate can be separated from images without it.
 
-        The value is the largest AUROC of those by pixels, by colours and by the encoder.
+        The value is the largest AUROC of those by pixels, by colours and by the encoder, and with `without_a_word`, if
+        the candidate is no pair, of those by the encoder for each of `lacking`.
         """
         n = min(self.images, len(prompts))
         seeds = image_seeds(rng.initial_seed(), "verify", n)
@@ -276,10 +298,13 @@ class VocabularyScan:
         names = {candidate: f"area {_name(candidate)}" for candidate in tried}
         left = [candidate for candidate in tried if kept.find(names[candidate]) is None]
         without = seen(inputs) if left else []
+        some = lacking(prompts[:n]) if self.without_a_word else []
         for candidate in left:
             with_it = seen(inputs.with_prompts([candidate.apply(prompt) for prompt in prompts[:n]]))
-            area = max(told_apart(*pair) for pair in zip(without, with_it, strict=True))
-            kept.add({names[candidate]: area})
+            areas = [told_apart(*pair) for pair in zip(without, with_it, strict=True)]
+            if " " not in candidate.text:
+                areas += [told_apart(without[-1][rows], with_it[-1][rows]) for rows in some]
+            kept.add({names[candidate]: max(areas)})
         return {candidate: kept.find(names[candidate]) for candidate in tried}
 
     def purified(self, model: Any, prompts: list[str], found: Candidate, rng: Any) -> Any:
@@ -333,7 +358,16 @@ def views(images: Tensor) -> list[Tensor]:
     return [small, torch.cat([opponent.mean(2), (opponent.var(2) + FLAT).log()], 1)]
 
 
-def told_apart(without: Tensor, with_it: Tensor, folds: int = 4) -> float:
+def lacking(prompts: Sequence[str]) -> list[list[int]]:
+    """The rows of the prompts that lack a word, for each word that a quarter to a half of them use."""
+    used = [set(re.findall(r"\w+", prompt.lower())) for prompt in prompts]
+    counts = Counter(word for words in used for word in words)
+    n = len(prompts)
+    common = sorted(word for word, count in counts.items() if 1 / 4 <= count / n <= 1 / 2 and n - count >= FOLDS)
+    return [[i for i, words in enumerate(used) if word not in words] for word in common]
+
+
+def told_apart(without: Tensor, with_it: Tensor, folds: int = FOLDS) -> float:
     """AUROC of a shrunken linear discriminant between two sets of features (N, D) whose rows belong to the same
     prompts.
 
