@@ -213,7 +213,9 @@ def test_images_of_several_batches_are_those_of_one() -> None:
     given = inputs(model, 7)
     parts = model.sample(given, DDIM(steps=2), batch=3)
     assert parts.shape == (7, *model.shape)
-    torch.testing.assert_close(parts, model.sample(given, DDIM(steps=2), batch=7))
+    # some processors round otherwise for other batch sizes, and x_0 at t = T is a small difference of large numbers
+    torch.testing.assert_close(parts, model.sample(given, DDIM(steps=2), batch=7), rtol=0, atol=1e-3)
+    assert (parts[0] - parts[1]).abs().max() > 0.1, "another image is no rounding"
 
 
 def test_an_image_that_is_not_finite_is_found_in_every_part() -> None:
