@@ -27,7 +27,7 @@ from harness.runs import suite as suites
 from harness.runs.record import Dropped, bare
 from harness.types import Knowledge
 from leaderboard import results
-from tests import controls_table, readme_table, real_small_table, strangers_table, v1_tables
+from tests import controls_table, few_steps_table, readme_table, real_small_table, strangers_table, v1_tables
 from tests.benchmarks import adapters, detectors
 from tests.oracles import tiny_unet
 
@@ -76,6 +76,13 @@ def test_the_tables_of_the_benchmark_are_those_of_the_published_records() -> Non
     written = v1_tables.PLACE.written()
     assert "| `skd-cag-text` |" in written
     assert written == v1_tables.tables(results.read())
+
+
+def test_the_table_of_models_of_few_steps_is_that_of_the_published_records() -> None:
+    """If this fails after a change of the records: python -m tests.few_steps_table"""
+    written = few_steps_table.PLACE.written()
+    assert "| `perflow` |" in written
+    assert written == few_steps_table.table(results.read())
 
 
 def test_the_table_of_strangers_models_is_that_of_the_committed_outcomes() -> None:

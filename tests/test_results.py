@@ -189,7 +189,7 @@ def test_the_committed_results_are_small() -> None:
 
 
 def test_the_tracked_tree_is_small_and_holds_nothing_derived(tracked: list[str]) -> None:
-    assert sum((ROOT / name).stat().st_size for name in tracked) <= 57_000_000  # weights 32 MB, records 15 MB
+    assert sum((ROOT / name).stat().st_size for name in tracked) <= 62_000_000  # weights 36 MB, records 17 MB
     derived = ("leaderboard/page/", "leaderboard/LEADERBOARD.md")
     assert not [name for name in tracked if name.startswith(derived)]
     ours = [name.split("/", 3)[3] for name in tracked if name.startswith("leaderboard/results/")]
@@ -494,7 +494,7 @@ def built(tracked: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(900)
 def test_the_wheel_has_weights_and_no_results_and_the_sdist_is_as_small(built: Path) -> None:
     (wheel,), (sdist,) = built.glob("*.whl"), built.glob("*.tar.gz")
-    assert wheel.stat().st_size <= 35_000_000 and sdist.stat().st_size <= 35_000_000
+    assert wheel.stat().st_size <= 40_000_000 and sdist.stat().st_size <= 40_000_000
     names = zipfile.ZipFile(wheel).namelist()
     assert not [name for name in names if name.startswith(("leaderboard/results/", "leaderboard/page/", "tests/"))]
     weights = {name.split("/")[3] for name in names if name.startswith("plugins/models/weights/")}

@@ -22,8 +22,8 @@ those of the middle t. Look-alikes are all judged.
 A trigger that replaces an object gives prompts that ask for the new object anyway the images that they have without it.
 The AUROC over all prompts then stays below 1 however well the trigger works. With `without_a_word`, round 3 also
 separates the images by the encoder's features on the prompts that lack a word, for each word of a quarter to a half of
-the prompts. Pairs are judged by all prompts alone: on a harmless adapter, pairs of neutral words changed such a part of
-the images as far as a trigger does.
+the prompts. Pairs are judged by all prompts alone: on a harmless adapter, two pairs of neutral words had an AUROC above
+0.9 on such a part of the prompts.
 
 The detector needs clean prompts, captions of clean data (their images are not used), neutral words and an image
 encoder. It returns the suspicion, which is the largest AUROC of round 3, and the trigger if the suspicion is above
