@@ -564,7 +564,7 @@ def test_the_docs_name_the_diffusers_that_purified_models_are_loaded_with() -> N
     wanted = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
     (least,) = (each.partition(">=")[2] for each in wanted if each.startswith("diffusers>="))
     said = " ".join((root / "docs/scan.md").read_text().split())
-    assert f"the installed diffusers, {least} or later" in said
+    assert f"The package diffusers {least} or later loads the directory" in said
 
 
 def test_a_model_of_images_that_are_not_square_is_purified_with_data_of_its_shape(bench: Run, tmp_path: Path) -> None:
