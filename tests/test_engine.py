@@ -227,7 +227,7 @@ def test_the_row_that_takes_the_least_work_comes_first_unless_the_store_has_one(
     order = Order()
     do(store, *jobs, cpu_slots=1, listener=order)
     assert order.labels == ["clean", "shared", "row", "attack", "dear row"]
-    more = [job("attack 2", estimate=9), job("clean 2", estimate=3)]
+    more = [job("attack 2", estimate=9e6), job("clean 2", estimate=3)]  # far apart: what jobs took is learned
     order = Order()
     do(store, *jobs, *more, row("row 2", more[1], estimate=1), cpu_slots=1, listener=order)
     assert order.labels == ["attack 2", "clean 2", "row 2"], "there are rows to look at"
