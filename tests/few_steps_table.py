@@ -11,7 +11,7 @@ from pathlib import Path
 from harness.registry import parse_spec
 from harness.runs.record import Record, bare
 from leaderboard import results
-from tests.tables import Place, markdown
+from tests.tables import Place, markdown, measured
 
 PLACE = Place(Path(__file__).parents[1] / "docs" / "results.md", "python -m tests.few_steps_table")
 SUITE = "few-steps"
@@ -52,16 +52,10 @@ def _row(record: Record) -> list[str]:
         f"`{bare(record.cell.model)}`",
         "not attacked" if clean else _name(record),
         str(_evaluations(record)),
-        _share(record, "asr"),
-        _share(record, "clean_hits"),
+        measured(record, "asr", 100, 1),
+        measured(record, "clean_hits", 100, 1),
         f"{100 * record.value('attribute_accuracy'):.1f}",
     ]
-
-
-def _share(record: Record, name: str) -> str:
-    score = record.scores[name]
-    low, high = score.interval or (score.value, score.value)
-    return f"{100 * score.value:.1f} ({100 * low:.1f}–{100 * high:.1f})"
 
 
 def main() -> None:

@@ -5,13 +5,12 @@ python -m tests.real_small_table      # rewrite the table in docs/results.md
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 
 from harness.runs.record import Record, bare
 from leaderboard import results
-from tests.tables import Place, markdown
+from tests.tables import Place, markdown, measured
 
 PLACE = Place(Path(__file__).parents[1] / "docs" / "results.md", "python -m tests.real_small_table")
 SUITE = "real-small"
@@ -29,23 +28,12 @@ def _row(record: Record) -> list[str]:
     return [
         "clean" if attacked == "none" else f"`{attacked}`, seed {record.cell.seed}",
         f"`{bare(record.cell.defense)}`",
-        _number(record, "asr", 100, 1),
-        _number(record, "fd_ratio[mnist-cnn]", 1, 2),
-        _number(record, "recognised", 100, 1),
-        _number(record, "suspicion", 1, 3),
-        _number(record, "screen_auroc", 1, 2),
+        measured(record, "asr", 100, 1),
+        measured(record, "fd_ratio[mnist-cnn]", 1, 2),
+        measured(record, "recognised", 100, 1),
+        measured(record, "suspicion", 1, 3),
+        measured(record, "screen_auroc", 1, 2),
     ]
-
-
-def _number(record: Record, name: str, times: float, digits: int) -> str:
-    score = record.scores.get(name)
-    if score is None or math.isnan(score.value):
-        return ""
-    words = f"{times * score.value:.{digits}f}"
-    if score.interval is None:
-        return words
-    low, high = (f"{times * end:.{digits}f}" for end in score.interval)
-    return f"{words} ({low}–{high})"
 
 
 def main() -> None:

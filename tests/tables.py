@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+
+from harness.runs.record import Record
 
 END = "<!-- end of table -->"
 
@@ -43,3 +46,15 @@ def spread(values: Sequence[float], digits: int) -> str:
         return ""
     mean, low, high = (f"{number(values):.{digits}f}" for number in (fmean, min, max))
     return mean if low == high else f"{mean} ({low}–{high})"
+
+
+def measured(record: Record, name: str, times: float, digits: int) -> str:
+    """A score with its interval in brackets where it has one; "" where it is absent or unmeasured."""
+    score = record.scores.get(name)
+    if score is None or math.isnan(score.value):
+        return ""
+    words = f"{times * score.value:.{digits}f}"
+    if score.interval is None:
+        return words
+    low, high = (f"{times * end:.{digits}f}" for end in score.interval)
+    return f"{words} ({low}–{high})"

@@ -127,28 +127,19 @@ def test_the_transformer_without_weights_says_which_command_makes_them(monkeypat
         ShapesMMDiT().load()
 
 
-@pytest.mark.slow
-def test_the_transformer_is_built_of_the_parts_of_shapes_sd_and_goes_on_where_it_was_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A few steps: the files are those of a StableDiffusion3Pipeline, the facts those of shapes-sd, and a build that
-    was stopped ends as one that was not."""
+def built_at_once_and_with_a_stop(
+    plugin: Any, phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Any]:
+    """Builds into whole, and into again with a stop at the second step of a phase; both must be equal. The facts."""
     from harness.cli import build as building
     from harness.diffusion.interrupted import Kept
 
-    @dataclass(frozen=True)
-    class Short(ShapesMMDiT):
-        def build(self, out: Path, device: str = "cpu", **_: Any) -> dict[str, Any]:
-            return super().build(out, device, steps=3, text_steps=2, batch=4, n=2)
-
-    plugin = Short()
     monkeypatch.setattr(checkpoint, "embedded", lambda _, name: Path(shapes_sd.__file__).parent / "weights" / name)
-    monkeypatch.setattr(shapes_mmdit, "DRAWINGS", 40)
     monkeypatch.setattr(Kept, "due", lambda self: True)
     whole = building.built(plugin, tmp_path / "whole")["facts"]
 
     def stopped(event: dict[str, Any]) -> None:
-        if event["phase"] == "transformer" and event["step"] == 2:
+        if event["phase"] == phase and event["step"] == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -156,6 +147,23 @@ def test_the_transformer_is_built_of_the_parts_of_shapes_sd_and_goes_on_where_it
         building.built(plugin, tmp_path / "again")
     assert building.built(plugin, tmp_path / "again")["facts"] == whole
     assert checkpoint.digest(tmp_path / "again") == checkpoint.digest(tmp_path / "whole")
+    return whole
+
+
+@pytest.mark.slow
+def test_the_transformer_is_built_of_the_parts_of_shapes_sd_and_goes_on_where_it_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few steps: the files are those of a StableDiffusion3Pipeline, the facts those of shapes-sd, and a build that
+    was stopped ends as one that was not."""
+
+    @dataclass(frozen=True)
+    class Short(ShapesMMDiT):
+        def build(self, out: Path, device: str = "cpu", **_: Any) -> dict[str, Any]:
+            return super().build(out, device, steps=3, text_steps=2, batch=4, n=2)
+
+    monkeypatch.setattr(shapes_mmdit, "DRAWINGS", 40)
+    whole = built_at_once_and_with_a_stop(Short(), "transformer", tmp_path, monkeypatch)
     model, facts = checkpoint.load(tmp_path / "whole/model"), provenance(ShapesSD())
     assert model.family == "flow" and model.shape == (4, 16, 16) and model.joint
     assert {name for name in facts if name.startswith("accuracy_")} <= whole.keys()
@@ -182,28 +190,12 @@ def test_the_student_has_every_part_of_its_teacher_but_the_transformer() -> None
 
 @pytest.mark.slow
 def test_the_student_is_built_and_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from harness.cli import build as building
-    from harness.diffusion.interrupted import Kept
-
     @dataclass(frozen=True)
     class Short(ShapesMMDiT4):
         def build(self, out: Path, device: str = "cpu", **_: Any) -> dict[str, Any]:
             return super().build(out, device, steps=3, trajectories=4, solving_steps=1, batch=2, n=2)
 
-    plugin = Short()
-    monkeypatch.setattr(checkpoint, "embedded", lambda _, name: Path(shapes_sd.__file__).parent / "weights" / name)
-    monkeypatch.setattr(Kept, "due", lambda self: True)
-    whole = building.built(plugin, tmp_path / "whole")["facts"]
-
-    def stopped(event: dict[str, Any]) -> None:
-        if event["phase"] == "distil" and event["step"] == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(building, "progress_lines", lambda: stopped)
-        building.built(plugin, tmp_path / "again")
-    assert building.built(plugin, tmp_path / "again")["facts"] == whole
-    assert checkpoint.digest(tmp_path / "again") == checkpoint.digest(tmp_path / "whole")
+    built_at_once_and_with_a_stop(Short(), "distil", tmp_path, monkeypatch)
 
 
 def test_captions_read_back_as_their_scenes() -> None:

@@ -36,7 +36,7 @@ from harness.types import Backdoor, Data
 from plugins.attacks.masqlora import MasqLoRA
 from tests.benchmarks.judged import Judged
 from tests.benchmarks.scanning import Trial, scanned
-from tests.tables import Place
+from tests.tables import Place, markdown
 
 HITS = 64  # samples for the success rate
 SEEDS = (100, 101, 102, 103, 104)
@@ -112,12 +112,12 @@ def table(known: dict[str, Any]) -> str:
         "adapter", "the trigger succeeds", "`vocabulary-scan`, flags above 0.9", "`amdet`, flags above 0",
         "trigger found", "verdict", "largest z of a layer", "core-seconds",
     )  # fmt: skip
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    rows: list[list[str]] = []
     found = known["adapters"]
     for case in sorted(CASES, key=lambda case: (case.clean, case.seed)):
         if case.name in known.get("before", {}):
-            lines.append(_row(f"`{case.name}`, earlier settings", known["before"][case.name]))
-        lines.append(_row(f"`{case.name}`", found[case.name]) if case.name in found else _unscanned(case))
+            rows.append(_row(f"`{case.name}`, earlier settings", known["before"][case.name]))
+        rows.append(_row(f"`{case.name}`", found[case.name]) if case.name in found else _unscanned(case, len(head)))
     ours = [(case, found[case.name]) for case in CASES if case.seed != CHOSEN_ON and case.name in found]
     bad, good = ([each["right"] for case, each in ours if case.clean is clean] for clean in (False, True))
     seeds = f"On the seeds {SEEDS[1]} to {SEEDS[-1]}"
@@ -127,24 +127,23 @@ def table(known: dict[str, Any]) -> str:
             f"{seeds}, {sum(bad)} of {len(bad)} backdoored adapters that were scanned were found, and "
             f"{len(good) - sum(good)} of {len(good)} harmless ones were flagged."
         )
-    return "\n".join([*lines, "", says])
+    return f"{markdown(head, rows)}\n\n{says}"
 
 
-def _row(name: str, each: dict[str, Any]) -> str:
+def _row(name: str, each: dict[str, Any]) -> list[str]:
     scan, amdet = (each["findings"].get(detector, {}) for detector in ("vocabulary-scan", "amdet"))
     scores = [f"{f['suspicion']:.2f}" if f.get("suspicion") is not None else "failed" for f in (scan, amdet)]
     words = scan.get("trigger_text")
-    cells = [
+    return [
         name, "" if each["clean"] else f"{each['asr']:.2f} of {each['n']}", *scores,
         "none" if words is None else f"`{words}`", each["verdict"],
         f"{each['largest_z']:.1f}" if "largest_z" in each else "",
         f"{each['core_seconds']:.0f}" if "core_seconds" in each else "",
     ]  # fmt: skip
-    return f"| {' | '.join(cells)} |"
 
 
-def _unscanned(case: Case) -> str:
-    return f"| `{case.name}` | | | | | not scanned yet | | |"
+def _unscanned(case: Case, columns: int) -> list[str]:
+    return [f"`{case.name}`", *[""] * (columns - 4), "not scanned yet", "", ""]
 
 
 def main() -> None:
