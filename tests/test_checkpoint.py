@@ -277,6 +277,41 @@ def test_the_digest_is_that_of_the_tensors_not_of_the_files(tmp_path: Path) -> N
     assert checkpoint.digest(tmp_path / "a") != checkpoint.digest(tmp_path / "c")
 
 
+@pytest.mark.parametrize(
+    ("file", "changes", "counts"),
+    [
+        ("unet/config.json", {"norm_num_groups": 1}, True),  # the same tensors, used in another way
+        ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, True),
+        ("words.json", {"words": ["quaint"]}, True),
+        ("scheduler/scheduler_config.json", {"_diffusers_version": "9"}, False),
+        ("provenance.json", {"seconds": 9}, False),
+    ],
+)
+def test_the_digest_follows_what_configs_say(file: str, changes: dict[str, Any], counts: bool, tmp_path: Path) -> None:
+    checkpoint.save(tiny_unet(), tmp_path / "m")
+    path = tmp_path / "m" / file
+    if not path.exists():
+        path.write_text("{}")
+    before = checkpoint.digest(tmp_path / "m")
+    path.write_text(json.dumps(dict(reversed(json.loads(path.read_text()).items())), indent=7))
+    assert checkpoint.digest(tmp_path / "m") == before, "the text changed, not what it says"
+    _edit(path, **changes)
+    assert (checkpoint.digest(tmp_path / "m") != before) is counts
+
+
+def test_what_a_model_borrows_counts_as_its_own(tmp_path: Path) -> None:
+    checkpoint.save(tiny_unet(), tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole" / "unet", tmp_path / "lender" / "judge")
+    (tmp_path / "lender" / "words.json").write_text('["quaint"]')
+    lent = (tmp_path / "lender" / "judge", tmp_path / "lender" / "words.json")
+    borrowed = checkpoint.digest(tmp_path / "whole", lent)
+    shutil.copytree(lent[0], tmp_path / "whole" / "judge")
+    shutil.copy(lent[1], tmp_path / "whole")
+    assert checkpoint.digest(tmp_path / "whole") == borrowed
+    lent[1].write_text('["plain"]')
+    assert checkpoint.digest(tmp_path / "whole", lent) != borrowed
+
+
 def test_a_pruned_model_saved_and_reloaded_makes_identical_images(tmp_path: Path) -> None:
     for name, model, sampler in (("vp", tiny_unet(), DDIM(steps=3)), ("ve", tiny_ncsn(), PredictorCorrector(steps=3))):
         pruning.prune(model, pruning.magnitude(), 0.25)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
 from math import prod
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from harness.diffusion import adapters, networks, pruned_shapes, schedules, tokenizer_files
@@ -24,7 +24,10 @@ from harness.diffusion.networks import PRUNED
 IGNORED = ("feature_extractor", "safety_checker", "image_encoder")  # parts that make no image
 MOST_SCALE = 1e4  # of latents
 SIZES = 6  # numbers of SDXL's condition on size
-_INDEX = "{}.safetensors.index.json"
+INDEXED = ".safetensors.index.json"
+_INDEX = "{}" + INDEXED
+ABOUT = ("provenance.json", "bench.json")  # say where a model is from, and change nothing in it
+NOTED = ("_diffusers_version", "transformers_version", "_name_or_path")  # in a config, by the library that wrote it
 PARTS = {
     "unet": ("UNet2DModel", "UNet2DConditionModel"),
     "transformer": ("SD3Transformer2DModel", "FluxTransformer2DModel"),
@@ -457,25 +460,43 @@ def json_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def digest(directory: Path) -> str:
-    """sha256 over every tensor below `directory` (name, dtype, shape, bytes) and over tokenizer and scheduler files.
+def digest(directory: Path, beside: Sequence[Path] = ()) -> str:
+    """sha256 over every tensor below `directory` (name, dtype, shape, bytes) and over what its other files say.
 
-    Tensors, not weight files: a header that a library version writes differently does not change it.
+    These are configs, schedulers, tokenizers and words. `beside`: files and folders of other directories that count as
+    if they were in this one under their own names.
+
+    Tensors, not weight files, and values of a JSON file, not its text: what a library writes differently in another
+    version, its own number above all, does not change the digest.
     """
     from safetensors import safe_open
 
+    files = {PurePosixPath(path.relative_to(directory).as_posix()): path for path in directory.rglob("*")}
+    for lent in beside:
+        inside = lent.rglob("*") if lent.is_dir() else (lent,)
+        files |= {PurePosixPath(path.relative_to(lent.parent).as_posix()): path for path in inside}
     total = hashlib.sha256()
-    for path in sorted(directory.rglob("*")):
-        name = path.relative_to(directory).as_posix()
+    for name, path in sorted(files.items()):
         if path.suffix == ".safetensors":
             with safe_open(path, framework="numpy") as file:
                 for key in sorted(file.keys()):
                     tensor = file.get_tensor(key)
                     total.update(f"{name}|{key}|{tensor.dtype}|{tensor.shape}".encode())
                     total.update(tensor.tobytes())
-        elif path.name in ("vocab.json", "merges.txt", "scheduler_config.json"):
-            total.update(name.encode() + path.read_bytes())
+        elif path.suffix in (".json", ".txt") and path.name not in ABOUT and not path.name.endswith(INDEXED):
+            total.update(f"{name}|{_values(path)}".encode())
     return total.hexdigest()
+
+
+def _values(path: Path) -> str:
+    """What a config says, without the versions and the place that a library notes in it; another file's text."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".json":
+        return text
+    found = json.loads(text)
+    if isinstance(found, dict):
+        found = {key: value for key, value in found.items() if key not in NOTED}
+    return json.dumps(found, sort_keys=True)
 
 
 # ---- models shipped in a package --------------------------------------------------------------------------------

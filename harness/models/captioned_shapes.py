@@ -18,6 +18,7 @@ from harness.judges.classifiers import CNNJudge
 from harness.types import Data, Modality
 
 WORDS = "words.json"  # the neutral words, in the folder of the weights
+SHARED = ("judge", "clip", WORDS)
 DRAWN = "shapes-sd"  # what the generators of the data are named after, so that all these models have the same data
 
 
@@ -42,7 +43,11 @@ class CaptionedShapes:
         return checkpoint.load(self.folder / "model")
 
     def digest(self) -> str:
-        return checkpoint.digest(self.folder)
+        return checkpoint.digest(self.folder, self.shared())
+
+    def shared(self) -> tuple[Path, ...]:
+        """What the model takes from the folder of another."""
+        return () if self.parts == self.folder else tuple(self.parts / name for name in SHARED)
 
     def data(self, n: int = 6000) -> Data:
         rng = generator(DRAWN, "data")

@@ -2,14 +2,14 @@
 
 It is a StableDiffusion3Pipeline without T5 (Esser et al., arXiv:2403.03206): an SD3Transformer2DModel of four blocks on
 4×16×16 latents in patches of 2 (64 tokens of the image beside 36 of the text), two CLIPTextModelWithProjection, and
-flow matching with a shift of 1. Tokenizer, VAE, judge and CLIP are those of shapes-sd. Of the first text encoder the
+flow matching with a shift of 1. Tokenizer, VAE, judge and CLIP are those of shapes-sd; the judge, CLIP and the neutral
+words are read from its folder. Of the first text encoder the
 embeddings and two layers begin as those of shapes-sd; the second, narrower one begins at random. Both are trained on
 text alone and then frozen, as in Stable Diffusion.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,6 @@ from harness import (
     Inputs,
     captioned_shapes,
     checkpoint,
-    classifiers,
     draw,
     generator,
     hookimpl,
@@ -52,6 +51,10 @@ class ShapesMMDiT(CaptionedShapes):
     version: ClassVar[int] = 1
     family: ClassVar[Family] = "flow"
 
+    @property
+    def parts(self) -> Path:
+        return checkpoint.embedded(self, captioned_shapes.DRAWN)
+
     def build(
         self, out: Path, device: str = "cpu", steps: int = 4200, text_steps: int = 1200, batch: int = 128, n: int = 400
     ) -> dict[str, Any]:
@@ -60,20 +63,16 @@ class ShapesMMDiT(CaptionedShapes):
         A build that was stopped goes on where it was. batch: drawings per step of the
         transformer. n: held-out captions on which the model is measured.
         """
-        parts = checkpoint.embedded(self, captioned_shapes.DRAWN)
-        for name in ("judge", "clip"):
-            shutil.copytree(parts / name, out / name)
-        shutil.copy(parts / captioned_shapes.WORDS, out / captioned_shapes.WORDS)
-        neutral, state = captioned_shapes.neutral_words(out), out / interrupted.UNFINISHED
-        model = untrained(checkpoint.load(parts / "model")).to(device)
+        neutral, state = self.words(), out / interrupted.UNFINISHED
+        model = untrained(checkpoint.load(self.parts / "model")).to(device)
         drawn = shapes.scenes(DRAWINGS, "train", generator(captioned_shapes.DRAWN, "data"))
         data = pictures(drawn, neutral)
-        facts: dict[str, Any] = {"parts_of": checkpoint.digest(parts)}
+        facts: dict[str, Any] = {"parts_of": checkpoint.digest(self.parts)}
         for place in (0, 1):
             facts |= train_text(model, place, data, text_steps, state)
         facts |= train_transformer(model, data.images, drawn, neutral, steps, batch, state)
         checkpoint.save(model.to("cpu"), out / "model", fp16=True)
-        return facts | sizes(model) | quality(model, classifiers.load_judge(out / "judge"), neutral, n)
+        return facts | sizes(model) | quality(model, self.judge(), neutral, n)
 
 
 def pictures(drawn: Sequence[shapes.Scene], neutral: Sequence[str]) -> Data:

@@ -2,7 +2,7 @@
 
 Its transformer was trained by PeRFlow (arXiv:2405.07510; harness.methods.piecewise_flow) on trajectories of
 shapes-mmdit with guidance 3, for training captions. All other parts, the judge, CLIP and the neutral words are those of
-shapes-mmdit, in its folder; the folder of this model has the transformer alone. It is sampled with
+shapes-mmdit, read where it has them; the folder of this model has the transformer alone. It is sampled with
 `flow-euler(steps=4, guidance=1.0)`, which is four network evaluations; more guidance would guide it twice.
 """
 
@@ -52,15 +52,19 @@ class ShapesMMDiT4(CaptionedShapes):
 
     @property
     def parts(self) -> Path:
+        return checkpoint.embedded(self, captioned_shapes.DRAWN)
+
+    @property
+    def teacher(self) -> Path:
         return checkpoint.embedded(self, TEACHER)
 
     def load(self) -> DiffusionModel:
-        model = checkpoint.load(self.parts / "model")
+        model = checkpoint.load(self.teacher / "model")
         model.denoiser.load_state_dict(load_file(self.folder / WEIGHTS))
         return model
 
     def digest(self) -> str:
-        both = f"{checkpoint.digest(self.parts)} {checkpoint.digest(self.folder)}"
+        both = f"{checkpoint.digest(self.teacher, self.shared())} {checkpoint.digest(self.folder)}"
         return hashlib.sha256(both.encode()).hexdigest()
 
     def build(
@@ -72,15 +76,15 @@ class ShapesMMDiT4(CaptionedShapes):
         A build that was stopped goes on where it was, with the same trajectories. solving_steps: of the teacher in a
         window. batch: rows per step. n: held-out captions on which the student and its teacher are measured.
         """
-        model, neutral = checkpoint.load(self.parts / "model").to(device), self.words()
+        model, neutral = checkpoint.load(self.teacher / "model").to(device), self.words()
         student, rng = model.clone(), generator(self.name, "distil")
         windows = piecewise_flow.Windows.of(model, STEPS)
-        teacher = piecewise_flow.Teacher(model, windows, solving_steps, GUIDANCE)
+        taught = piecewise_flow.Teacher(model, windows, solving_steps, GUIDANCE)
 
         @cache  # a build whose training was finished needs none
         def lessons() -> tuple[piecewise_flow.Trajectories, Tensor]:
             asked, drawn = training_captions(neutral), generator(self.name, "trajectories")
-            rolled = piecewise_flow.Trajectories.of(teacher, asked, trajectories, drawn, bf16=True)
+            rolled = piecewise_flow.Trajectories.of(taught, asked, trajectories, drawn, bf16=True)
             return rolled, captioned_shapes.contexts(model, [asked[i] for i in rolled.captions.tolist()])
 
         def loss() -> Tensor:
@@ -96,7 +100,7 @@ class ShapesMMDiT4(CaptionedShapes):
         student.denoiser.eval().requires_grad_(False)
         weights = student.to("cpu").denoiser.state_dict()
         save_file({name: tensor.half().contiguous() for name, tensor in weights.items()}, out / WEIGHTS)
-        facts: dict[str, Any] = {"teacher": checkpoint.digest(self.parts), "guidance": GUIDANCE}
+        facts: dict[str, Any] = {"teacher": checkpoint.digest(self.teacher, self.shared()), "guidance": GUIDANCE}
         facts |= {"trajectories": trajectories, "solving_steps": solving_steps, "steps": steps, "batch": batch}
         facts["final_loss"] = sum(losses[-100:]) / len(losses[-100:])
         return facts | self.quality(model.to("cpu"), student, n)
