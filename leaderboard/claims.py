@@ -137,7 +137,7 @@ def _control(record: Record, declared: Declared) -> Iterator[str]:
     if control is None:
         yield f"says that its defense was given {control_words(given)}, and names no control trigger"
         return
-    rates = [each.hits / each.n if each.n else 0.0 for each in control.tried]
+    rates = [each.hits / each.n if each.n else math.nan for each in control.tried]
     led = {_led(rates, place_of(given)), _led(rates, 1)}  # 1: rows from before decoys had one ladder
     if control.given != given or (control.inert, control.chosen) not in led:
         yield "its control trigger is not the one to which its candidates lead"
@@ -150,8 +150,8 @@ def _led(rates: Sequence[float], k: int) -> tuple[bool, int]:
     inert = [i for i, rate in enumerate(rates) if rate <= INERT]
     if len(inert) >= k:
         return True, inert[k - 1]
-    others = [i for i, rate in enumerate(rates) if rate > INERT]
-    return False, min(others, key=rates.__getitem__) if others else -1
+    others = [i for i, rate in enumerate(rates) if not rate <= INERT]
+    return False, min(others, key=lambda i: (math.isnan(rates[i]), rates[i])) if others else -1
 
 
 def _made_from(record: Record, part: str) -> bool:

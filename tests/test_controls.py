@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -187,6 +188,22 @@ def test_the_zero_trigger_of_a_text_is_tried_on_prompts_as_they_are() -> None:
 
 SHORT = {"skd": "steps=2, batch=2", "skd-cag": "steps=2, batch=2", "finetune-reversal": "steps=2, batch=2",
          "sau": "", "drop-trigger": ""}  # fmt: skip
+
+
+class Nowhere(Bright):
+    """A target that every prompt asks for anyway."""
+
+    def applicable_to(self, prompts: Sequence[str]) -> Tensor:
+        return torch.zeros(len(prompts), dtype=torch.bool)
+
+
+def test_a_candidate_that_was_measured_on_no_image_is_not_inert() -> None:
+    model = tiny.model("text")
+    inputs, plugin = tiny.inputs(model, 2), tiny.Model("text")
+    clean = torch.zeros(2, *model.shape)
+    choice = choose(plugin, model, Backdoor(Text(), Nowhere()), DDIM(steps=1), "decoy", 0, inputs, clean)  # type: ignore[arg-type]
+    assert {each.n for each in choice.tried} == {0} and not choice.inert
+    assert claims._led([math.nan, 0.5, 0.2], 1) == (False, 2) and claims._led([math.nan, 0.0], 1) == (True, 1)
 
 
 @pytest.mark.parametrize("name", sorted(SHORT))

@@ -238,7 +238,7 @@ def test_the_score_is_the_difference_of_the_two_importances(score: Any, gone: in
     r[2] = 4.0
     model = DiffusionModel(Diagonal(a), scheduler())
     spec = DiffCleanse(score=score, tau=996)
-    importance = spec.importance(model, torch.zeros(100, 3, 4, 4), r, torch.ones(3, 4, 4), generator(0, "x"))
+    importance = spec.importance(model, torch.zeros(100, 3, 4, 4), r, generator(0, "x"))
     eps = model.draw_eps(100, generator(0, "x"))
 
     def expected(r: Tensor) -> Tensor:

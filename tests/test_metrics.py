@@ -234,6 +234,17 @@ def test_kernel_distance_is_the_polynomial_kernels_unbiased_mmd():
     assert value == pytest.approx(expected, rel=1e-9) and spread == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.parametrize(("n", "m"), [(60, 250), (250, 250), (256, 100)])
+def test_the_error_of_the_kernel_distance_is_its_spread_over_other_images(n: int, m: int):
+    """For sets no larger than a subset as well, where all subsets are the same."""
+    rng = torch.Generator().manual_seed(0)
+    reference = torch.randn(m, 8, generator=rng)
+    draws = [torch.randn(n, 8, generator=rng) * 1.1 + 0.2 for _ in range(24)]
+    values = torch.tensor([fidelity.kernel(x, reference, min(n, m, 250))[0] for x in draws])
+    errors = torch.tensor([fidelity.kernel_error(x, reference) for x in draws])
+    assert 0.7 < (errors.mean() / values.std()).item() < 1.4
+
+
 def test_the_distances_carry_the_judges_name_and_agree_with_torch_fidelitys_own_pipeline():
     import torch_fidelity
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness import registry
 from harness.registry import presets
-from harness.runs import planning
+from harness.registry.code_digest import closure
+from harness.runs import execution, planning
 from harness.runs.job import DefendSpec, SampleSpec, condensed
 from harness.runs.jsonable import key_of
+from harness.runs.planning import STAGES
 from harness.runs.suite import standard
+from plugins.models.digits_ddpm import DigitsDDPM
+from plugins.triggers.box import Box
 from tests.plans import cell, planned
 from tests.whole_runs import ATTACK
 
@@ -235,3 +242,38 @@ def test_more_seeds_of_the_same_cells_read_no_spec_again(
     read.clear()
     planned(plugins, *(cell(plugins, defense="elijah", seed=seed) for seed in range(20)))
     assert len(read) <= 2 * 6, "each part of a cell once for each plan, whatever the number of cells"
+
+
+def imported_by(function: str) -> set[str]:
+    """The modules that decide numbers and that a function of harness.runs.execution imports, or a function of that
+    module which it names."""
+    tree = ast.parse(Path(execution.__file__).read_text())
+    bodies = {each.name: each for each in tree.body if isinstance(each, ast.FunctionDef)}
+    found: set[str] = set()
+    open_, seen = [function], set()
+    while open_:
+        name = open_.pop()
+        seen.add(name)
+        for node in ast.walk(bodies[name]):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                whole = [f"{node.module}.{each.name}" for each in node.names]
+                found |= {module if find_spec_of(module) else node.module for module in whole}
+            elif isinstance(node, ast.Name) and node.id in bodies and node.id not in seen:
+                open_.append(node.id)
+    deciding = ("harness.stages", "harness.methods", "harness.diffusion", "harness.judges")
+    return {module for module in found if module.startswith(deciding)}
+
+
+def find_spec_of(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the parent is no package
+        return False
+
+
+@pytest.mark.parametrize("kind", sorted(STAGES))
+def test_what_a_job_imports_is_in_its_key(kind: str) -> None:
+    """The inputs of a sample job are drawn by harness.stages.inputs: other noise has to be another key."""
+    learned = {"harness.methods.learned_triggers"}  # in the key of the attack that learns, which the others hold
+    missing = imported_by(f"_{kind}") - set(closure([DigitsDDPM, Box], STAGES[kind])) - learned
+    assert missing == set()

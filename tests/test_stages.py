@@ -544,3 +544,11 @@ def test_a_screen_that_gives_no_finite_score_for_each_input_is_refused(digits: A
 def test_a_defense_delivers_what_it_declares(declared: tuple[str, ...], done: Defended, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         defend.check_delivered(SimpleNamespace(name="x", delivers=declared), done)  # type: ignore[arg-type]
+
+
+def test_what_a_defense_costs_leaves_out_the_evaluation_of_its_screen(tmp_path: Path) -> None:
+    facts = {"screen_s": 0.5, "screening_wall_s": 64.0, "screening_cpu_s": 60.0}
+    cost = {"wall_s": 100.0, "cpu_s": 90.0, "peak_rss_bytes": 7, "cuda_peak_bytes": None}
+    store: Any = SimpleNamespace(manifest=lambda key: {"facts": {"cost": cost, **(facts if key == "screens" else {})}})
+    assert execution._cost(store, "screens") == cost | {"wall_s": 36.0, "cpu_s": 30.0, "screen_s": 0.5}
+    assert execution._cost(store, "purifies") == cost and execution._cost(store, None) is None

@@ -65,8 +65,10 @@ def _name(record: Record, part: str) -> str:
 
 def _both(place: Setting, attacked: Sequence[Record], clean: Sequence[Record]) -> list[str]:
     model, attack, trigger, target = place
-    screens = [r for r in attacked if not math.isnan(r.value("screen_auroc"))]
-    others = [r for r in attacked if set(r.provenance.delivers) != {"screening"}]
+    screens = [r for r in attacked if r.cell.trigger_given == "true" and not math.isnan(r.value("screen_auroc"))]
+    others = [
+        r for r in attacked if bare(r.cell.defense) == "none" or {"model", "sampler"} & set(r.provenance.delivers)
+    ]
     head = f"`{attack}` on `{model}`, trigger `{trigger}`, target `{target}`"
     tables = [_purifiers(head, others, clean)] if others else []
     return [*tables, *([_screens(head, screens, clean)] if screens else [])]

@@ -77,6 +77,19 @@ def kernel(found: Tensor, reference: Tensor, subset: int) -> tuple[float, float]
     return done[KEY_METRIC_KID_MEAN], done[KEY_METRIC_KID_STD]
 
 
+def kernel_error(found: Tensor, reference: Tensor) -> float:
+    """Standard error of the kernel distance of feature sets (N, D) and (M, D), over other images and the same
+    reference: the jackknife of the unbiased estimate from all pairs, with the kernel (x·y / D + 1)³ of torch-fidelity.
+    N is at least 3."""
+    x, real = found.double(), reference.double()
+    n, m = len(x), len(real)
+    own = (x @ x.T / x.shape[1] + 1) ** 3
+    pairs = own.sum(1) - own.diagonal()  # of each image with the others
+    across = ((x @ real.T / x.shape[1] + 1) ** 3).sum(1)
+    without = (pairs.sum() - 2 * pairs) / ((n - 1) * (n - 2)) - 2 * (across.sum() - across) / ((n - 1) * m)
+    return ((n - 1) * without.var(correction=0)).sqrt().item()
+
+
 def manifolds(found: Tensor, reference: Tensor, neighbours: int) -> tuple[float, float]:
     """(precision, recall) of two feature sets."""
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric

@@ -8,8 +8,9 @@ variance-exploding model it is in [-1, 1], as all triggers here, although the im
 
 The adaptive attack of Diff-Cleanse (arXiv:2407.21316, appendix G) adds λ ‖ε_θ(x_t, t) - ε_θ(x_t', t)‖², so that
 backdoored inputs excite the network as clean inputs do. x_t' is the noised clean image of the same row, with the same ε
-and t. The paper specifies neither the inputs that are compared nor the norm, and it has no code for this attack. What
-else an attacker who knows the defense may do is in `evasion`.
+and t. The paper compares the outputs of clean and of backdoored inputs at one timestep, in the L2 norm. It does not say
+which clean input belongs to a backdoored one, and it has no code for this attack. What else an attacker who knows the
+defense may do is in `evasion`.
 """
 
 from __future__ import annotations

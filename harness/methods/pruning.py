@@ -255,8 +255,8 @@ class Pruning:
     # = no fine-tuning
     batch: PositiveInt = 128  # examples per step of the fine-tuning
     lr: LearningRate = 2e-4  # AdamW without weight decay
-    schedule: Literal["constant", "cosine", "one-cycle"] = "cosine"  # of the learning rate, without warm-up
-    ema: Fraction = 0.999  # decay of the weights' moving average; 0 = off
+    schedule: Literal["constant", "cosine", "one-cycle"] = "cosine"  # of the learning rate, without warm-up; released
+    ema: Fraction = 0.999  # decay of the weights' moving average, released; 0 = off
     bf16: bool = False  # autocast of the forward pass of the fine-tuning
 
     accepts_triggers: ClassVar[tuple[str, ...]] = ("noise",)

@@ -18,7 +18,7 @@ from harness.judges.classifiers import CNNJudge
 from harness.types import Data, Modality
 
 WORDS = "words.json"  # the neutral words, in the folder of the weights
-SHARED = ("judge", "clip", WORDS)
+SHARED = ("judge", "clip", WORDS, "model/tokenizer")  # the last is that of CLIP
 DRAWN = "shapes-sd"  # what the generators of the data are named after, so that all these models have the same data
 
 

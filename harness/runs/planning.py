@@ -52,11 +52,14 @@ if TYPE_CHECKING:
 
 # First guesses of the seconds that a job takes, for the embedded models on one CPU core
 BEGIN, STEP, EVALUATION = 5.0, 0.25, 0.003  # before the first step, an optimizer step, a network evaluation
-SECONDS = {"attack": 300.0, "control": 20.0, "defend": 60.0, "measure": 5.0}  # of a method without steps
+SECONDS = {"attack": 300.0, "control": 20.0, "defend": 60.0, "measure": 20.0}  # of a method without steps
 STAGES = {
     kind: (f"harness.stages.{kind}", "harness.diffusion.checkpoint", *also)
     for kind, also in {
-        "attack": (), "control": (), "defend": ("harness.stages.knowledge", "harness.methods.decoys"), "sample": (),
+        "attack": (),
+        "control": ("harness.stages.inputs",),
+        "defend": ("harness.stages.knowledge", "harness.methods.decoys"),
+        "sample": ("harness.stages.inputs", "harness.stages.defend", "harness.diffusion.images"),
         "measure": (),
     }.items()
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -26,7 +27,8 @@ class Tried:
 
     @property
     def rate(self) -> float:
-        return self.hits / self.n if self.n else 0.0
+        """NaN if the target applies to no image: nothing was measured, so the candidate is not inert."""
+        return self.hits / self.n if self.n else math.nan
 
 
 @dataclass(frozen=True)
@@ -64,5 +66,6 @@ def choose(
         progress("control", len(tried), len(candidates))
         if sum(each.rate <= INERT for each in tried) == place_of(given):
             return Choice(given, len(tried) - 1, True, tuple(tried))
-    best = min((i for i, each in enumerate(tried) if each.rate > INERT), key=lambda i: tried[i].rate)
+    active = [i for i, each in enumerate(tried) if not each.rate <= INERT]
+    best = min(active, key=lambda i: (math.isnan(tried[i].rate), tried[i].rate))
     return Choice(given, best, False, tuple(tried))

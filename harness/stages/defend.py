@@ -69,9 +69,10 @@ def defend(
         done = defense.defend(prepared(plugin, model), mine, generator(seed, "defense"))
         check_delivered(defense, done)
         if done.screen is not None and screening is not None:
-            start = time.monotonic()
+            wall, cpu = time.monotonic(), time.process_time()
             screened = screen(plugin, model, done.screen, screening, seed)
-            facts["screen_s"] = (time.monotonic() - start) / (2 * screening.n)
+            wall, cpu = time.monotonic() - wall, time.process_time() - cpu
+            facts |= {"screen_s": wall / (2 * screening.n), "screening_wall_s": wall, "screening_cpu_s": cpu}
     findings = Findings(
         done.suspicion, done.flag_above, dict(done.features or {}), stored(done.trigger), dict(done.notes),
         spec_of(done.sampler), done.screen_above, screened,

@@ -58,10 +58,8 @@ class BadDiffusion(Evasion):
     ema: Fraction = 0.0  # decay of the weights' moving average; 0 = off
     bf16: bool = True  # autocast of the forward pass
     adaptive_weight: Weight = (
-        0.0  # λ of Diff-Cleanse's adaptive attack, for a mean over pixels; the paper uses 1e-3 to 0.1. If the paper's
-        # norm is a sum, its values
+        0.0  # λ of Diff-Cleanse's adaptive attack; the paper uses 1e-3 to 0.1; 0 = the plain attack
     )
-    # are 256 times as large at 1×16×16. 0 = the plain attack
 
     def implant(self, model: Any, backdoor: Backdoor, data: Data, rng: Any) -> Backdoored:
         return noise_attacks.implant(

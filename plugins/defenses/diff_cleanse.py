@@ -10,12 +10,12 @@ entropy of image i. Adam minimises over r, from N(0, 1):
 
 The sampler is not differentiated: ∂X_0/∂X_T is a constant, so the gradient of r is the mean of ∂l/∂X_0 over the batch.
 λ makes both terms equally large. MSCR is the share of images in the largest set in which every two images have a cosine
-above κ. A model with an MSCR above the threshold is backdoored.
+above κ. A model with an MSCR above the threshold is backdoored (algorithm 1; in the text at the threshold too).
 
 Stage 2 prunes. With x_t = s_t x + σ_t ε (+ ρ_t r) and L_t = ‖ε - ε_θ(x_t, t)‖², it removes the p % of the channels of
 each layer whose I_b - I_c is largest; I_b is computed on inputs with r, I_c on inputs without r:
 
-    I(θ_i) = Σ_k |θ_ik Σ_{t>τ} ∂L_t/∂θ_ik|
+    I(θ_i) = Σ_k |θ_ik Σ_{t≥τ} ∂L_t/∂θ_ik|      t from 0; the paper's t > τ counts from 1
 
 It then fine-tunes on clean images sampled from the model itself; θ' is the model before pruning:
 
@@ -29,7 +29,10 @@ The defense needs an image encoder and no data; with `invert=False` it needs the
 returns MSCR as the suspicion, r, and a smaller model. The notes contain MSCR and both losses of every iteration, and
 the shares that the pruning realised. With `bounds='data'` the defense needs clean images too.
 
-Differs from the paper: MSCR is that after a fixed number of iterations, because a search that ends at the threshold
+Differs from the paper: equation 5 counts the pairs above κ, which can be more than the images; here a set of images is
+counted, as the name says. The images of a search always come from a clean sampler on ε + r, because a defender does not
+know how an attack samples; algorithm 1 samples as the attack does, which is another thing for TrojDiff alone. MSCR is
+that after a fixed number of iterations, because a search that ends at the threshold
 (`stop=True`, the paper's algorithm 1) ends with the threshold as its result. MSCR is measured on held-out noises
 (`held_out=False`: on the noises of the search). The paper gives no formula of the entropy; here it is that of 256 grey
 levels in bits, at most 8, so that κ₊ = 8.5 is never reached. In variance-exploding models ρ_t is σ_t. `ratio` is one
@@ -70,7 +73,6 @@ from harness import (
     image_seeds,
     inversion,
     pruning,
-    trigger_placement,
 )
 
 Encode = Callable[[Tensor], Tensor]
@@ -167,12 +169,11 @@ class DiffCleanse(Pruning):
 
     def defend(self, model: Any, knowledge: Knowledge, rng: torch.Generator) -> Defended:
         notes: dict[str, Any] = {}
-        gamma = torch.ones(model.shape)
         if self.invert:
             r, mscr = self.inverted(model, knowledge, rng, notes)
         else:
             trigger: Any = knowledge.trigger
-            r, mscr, gamma = trigger.delta(model.shape), None, trigger_placement.scale_of(trigger, model.shape)
+            r, mscr = trigger.delta(model.shape), None
         found = Defended(
             suspicion=mscr,
             trigger=r.cpu(),
@@ -185,7 +186,7 @@ class DiffCleanse(Pruning):
         flagged = mscr is None or mscr > self.flag_above
         if self.prune == "never" or (self.prune == "flagged" and not flagged):
             return found
-        purified = self.cleansed(model, r.to(model.device), gamma.to(model.device), knowledge, rng, notes)
+        purified = self.cleansed(model, r.to(model.device), knowledge, rng, notes)
         return replace(found, model=purified)
 
     # ---- stage 1 --------------------------------------------------------------------------------------------------
@@ -256,9 +257,7 @@ class DiffCleanse(Pruning):
         return inversion.largest_cluster(z, self.kappa) / len(z)
 
     # ---- stage 2 --------------------------------------------------------------------------------------------------
-    def cleansed(
-        self, model: Any, r: Tensor, gamma: Tensor, knowledge: Knowledge, rng: torch.Generator, notes: dict[str, Any]
-    ) -> Any:
+    def cleansed(self, model: Any, r: Tensor, knowledge: Knowledge, rng: torch.Generator, notes: dict[str, Any]) -> Any:
         """A pruned and fine-tuned copy of `model`."""
         start = time.perf_counter()
         student = model.clone()
@@ -266,27 +265,29 @@ class DiffCleanse(Pruning):
         notes["images_s"] = time.perf_counter() - start
         start = time.perf_counter()
         x_0 = examples.latents[draw(self.images, len(examples.latents), rng)]
-        importance = self.importance(student, x_0, r, gamma, rng)
+        importance = self.importance(student, x_0, r, rng)
         notes["scoring_s"] = time.perf_counter() - start
         return self.tuned(self.pruned(student, importance, notes), model, examples, rng, notes)
 
-    def importance(self, model: Any, x_0: Tensor, r: Tensor, gamma: Tensor, rng: torch.Generator) -> Importance:
+    def importance(self, model: Any, x_0: Tensor, r: Tensor, rng: torch.Generator) -> Importance:
         """The score that torch-pruning keeps most of: I_c - I_b, so that the channels of the largest I_b - I_c are
         pruned first.
         """
-        if self.tau + 1 >= model.T:
-            raise ValueError(f"tau={self.tau} leaves no timestep above it; the model has {model.T}: use a smaller tau")
+        if self.tau >= model.T:
+            raise ValueError(
+                f"tau={self.tau} leaves no timestep; the model counts from 0 to {model.T - 1}: use a smaller tau"
+            )
         eps = model.draw_eps(len(x_0), rng)
 
-        def score(noise: Tensor, r: Tensor) -> Importance:
+        def score(r: Tensor) -> Importance:
             def loss(step: int) -> Tensor:
                 t = torch.full((len(x_0),), step, device=model.device)
-                x_t = model.add_noise(x_0, noise, t) + growth(model, t) * r
+                x_t = model.add_noise(x_0, eps, t) + growth(model, t) * r
                 return (eps - model.eps(x_t, t)).square().flatten(1).sum(1).mean()
 
-            return pruning.taylor(model, pruning.accumulated(model, loss, range(self.tau + 1, model.T)))
+            return pruning.taylor(model, pruning.accumulated(model, loss, range(self.tau, model.T)))
 
-        clean, backdoored = score(eps, torch.zeros_like(r)), score(gamma * eps, r)
+        clean, backdoored = score(torch.zeros_like(r)), score(r)
         return difference(clean, backdoored) if self.score == "difference" else negative_sum(clean, backdoored)
 
 

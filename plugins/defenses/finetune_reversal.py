@@ -47,7 +47,7 @@ class FinetuneReversal:
     accepts_triggers: ClassVar[tuple[str, ...]] = ("text",)
 
     mode: Literal["data", "distil"] = "data"  # the meaning of the paper or of the released code
-    steps: PositiveInt = 2500  # optimizer steps; released: 100 epochs of 100 prompts at batch 4
+    steps: PositiveInt = 1875  # optimizer steps, as many as SKD; released: 100 epochs of 100 prompts at batch 4, 2500
     batch: PositiveInt = 4  # examples or prompts per step; released value
     lr: LearningRate = 1e-6  # AdamW; released value for 860 M weights, small models need about 1e-4
     latents: Latents = "noise"  # latents on which mode "distil" trains; released: noise

@@ -1,16 +1,19 @@
 """Self-knowledge distillation that also guides the cross-attention maps of the trigger's tokens.
 
 SKD-CAG. "Sealing the Backdoor: Unlearning Adversarial Text Triggers in Diffusion Models Using Knowledge Distillation",
-arXiv:2508.18235, section 3 and appendix B. It adds a loss on the cross-attention maps M to the prediction loss of SKD.
-There is one map per token, min-max scaled:
+arXiv:2508.18235; sections and appendices are those of its text of 2024. It adds a loss on the cross-attention maps M to
+the prediction loss of SKD (section 3.1). There is one map per token:
 
     L      = α L_attn + (1-α) ‖ε_s(z, t, τ(T+p)) - ε_te(z, t, τ(p))‖²
     L_attn = [ Σ_{j ∈ trigger} ‖M_s[j] - G‖² + Σ_{i ∈ p} ‖M_te[i] - M_s[i']‖² ] / (number of tokens of T+p)
 
-‖·‖² is the mean over the map. i' is the position of token i of p in T+p. G is the map that the trigger's tokens should
-have: gaussian (N(1/2, 1/6²) clipped to [0, 1], drawn again at each step), uniform (the released "Gaussian"), black
-(zeros), or random_words (the teacher's maps of random words in the trigger's place; the teacher's prediction then uses
-these words too).
+The text says that L_attn is the mean squared error between maps. The two sums, the division and the min-max scaling of
+each map are those of the official code. With the scaling the largest value of a map is always 1: the loss then trains
+the shape of a map, and hardly how much attention the trigger's tokens get, which `black` is meant to minimise.
+`normalise='none'` trains that. ‖·‖² is the mean over the map. i' is the position of token i of p in T+p. G is the map
+that the trigger's tokens should have: gaussian (N(1/2, 1/6²) clipped to [0, 1], drawn again at each step; the numbers
+are ours), uniform (the released "Gaussian"), black (zeros), or random_words (the teacher's maps of random words in the
+trigger's place; the teacher's prediction then uses these words too).
 
 The defense needs the trigger and clean prompts, and returns a purified model. The random words are adjectives that the
 model's tokenizer keeps whole, because each of them takes the place of one token.

@@ -19,11 +19,12 @@ FIELDS = ("wall_s", "cpu_s", "peak_rss_bytes", "cuda_bytes")
 class Cost:
     """attack_<field> and defense_<field> for wall_s, cpu_s, peak_rss_bytes and cuda_bytes, and defense_screen_s.
 
-    defense_screen_s is the wall time in seconds in which the defense screens one input.
+    defense_screen_s is the wall time in seconds in which the defense screens one input. The evaluation of a screen is
+    not in defense_wall_s and defense_cpu_s. It is in defense_peak_rss_bytes and defense_cuda_bytes.
     """
 
     name: ClassVar[str] = "cost"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def measure(self, evidence: Evidence) -> Mapping[str, Score]:
         scores = {
