@@ -5,10 +5,9 @@ Skipped where there is no Chromium or no playwright. `BENCH_SCREENSHOTS=DIR` kee
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,68 +15,19 @@ import pytest
 
 from harness.registry import kept
 from harness.runs.record import Record
-from harness.scan import report
 from harness.types import Score
 from leaderboard import population, results, site
 from leaderboard.results import sheet_name
-from tests import scans
+from tests import chromium
+from tests.chromium import Watched
 from tests.records import picture, record, score, small, write_suite
 from tests.test_leaderboard import hostile, left_out
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt-get install chromium)")
+pytestmark = chromium.needed
+browser, visit = chromium.browser, chromium.visit
 
 NUMBERS = "#cells .tabulator-row .tabulator-cell[tabulator-field=f0] > div > span:first-child"
 NAMES = "#cells .tabulator-row .tabulator-cell[tabulator-field=d] a"
-
-
-class Watched:
-    """A page, and whatever it said or asked for."""
-
-    def __init__(self, page: Any) -> None:
-        self.page, self.said, self.asked = page, [], []
-        page.on("console", lambda message: self.said.append(f"{message.type}: {message.text}"))
-        page.on("pageerror", lambda error: self.said.append(f"error: {error}"))
-        page.on("dialog", lambda dialog: (self.said.append("dialog"), dialog.dismiss()))
-        page.on("request", lambda request: self.asked.append(request.url))
-
-    def open(self, path: Path, rest: str = "") -> Any:
-        self.page.goto(path.as_uri() + rest)
-        self.page.evaluate("document.fonts.ready")  # rows that are laid out anew under the pointer lose the click
-        return self.page
-
-    def quiet(self) -> bool:
-        """Nothing in the console, nothing asked for but files of this machine."""
-        assert self.said == []
-        assert [url for url in self.asked if not url.startswith("file://")] == []
-        return True
-
-    def keep(self, name: str) -> None:
-        if os.environ.get("BENCH_SCREENSHOTS"):
-            self.page.screenshot(path=Path(os.environ["BENCH_SCREENSHOTS"]) / f"{name}.png", full_page=True)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as play:
-        # --no-sandbox: Chromium refuses to run as root otherwise, and these pages are our own
-        made = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield made
-        made.close()
-
-
-@pytest.fixture
-def visit(browser: Any) -> Iterator[Callable[..., Watched]]:
-    contexts = []
-
-    def new(width: int = 1440, **options: Any) -> Watched:
-        contexts.append(browser.new_context(offline=True, viewport={"width": width, "height": 900}, **options))
-        return Watched(contexts[-1].new_page())
-
-    yield new
-    for context in contexts:
-        context.close()
 
 
 @pytest.fixture(scope="module")
@@ -226,36 +176,6 @@ def test_a_reader_finds_the_claims_of_the_papers_and_the_cells_behind_them(
     assert abs(light[0] - light[1]) > 200, "the outcome stands out from the page"
     line.locator("li a").first.click()
     page.wait_for_url("**/cells/*.html")
-    assert seen.quiet()
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1440, 390])
-def test_the_report_of_a_scan_fits_a_desk_and_a_phone_in_light_and_dark(
-    tmp_path: Path, visit: Callable[..., Watched], width: int, scheme: str
-) -> None:
-    import torch
-
-    evil = scans.report(model=f"models/{'a-long-folder-name-' * 6}{scans.EVIL}")
-    several = scans.scan(evil, scans.undecided(), scans.nothing(), scans.unscanned())
-    one = scans.scan(scans.report(findings=(scans.row(), scans.row(detector="bias-scan", flagged=False))))
-    pictures = [("samples", torch.rand(3, 200, 800) * 2 - 1), (f"the trigger {scans.EVIL}", torch.zeros(3, 96, 96))]
-    seen = visit(width, color_scheme=scheme)
-    for name, scan in {"one": one, "several": several}.items():
-        path = tmp_path / f"{name}.html"
-        path.write_text(
-            report.page(scan, [pictures if each.findings else [] for each in scan.reports]), encoding="utf-8"
-        )
-        page = seen.open(path)
-        seen.keep(f"scan-{name}-{width}-{scheme}")
-        assert page.evaluate("document.documentElement.scrollWidth") <= width, name
-        assert page.evaluate("window.pwned") is None and page.evaluate("document.scripts.length") == 0
-        loaded = page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
-        assert loaded and page.locator("td[data-name=score]").first.is_visible()
-        ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        assert (sum(int(x) for x in ground[4:-1].split(",")) < 200) == (scheme == "dark"), "the policy admits the style"
-        cell = page.locator("td[data-name=score]").first.evaluate("cell => getComputedStyle(cell).display")
-        assert cell == ("table-cell" if width == 1440 else "grid"), "on a phone each row is a card"
     assert seen.quiet()
 
 

@@ -376,7 +376,7 @@ def test_the_page_of_several_models_has_a_row_for_each_and_nothing_raw() -> None
     tags = Tags(made)
     assert made.count('<tr>\n<td data-name="model">') == 5 and not tags.tags & {"script", "link", "iframe"}
     assert not re.search(r"None|True|False(?! alarms)|\[1, 16|\(0\.", made) and "1×16×16" in made
-    assert "0.1 to 0.6 (6 models)" in made and "2026-11-28 06:01:00 UTC" in made and "arXiv:2305.04175" in made
+    assert "0.1 to 0.6 of 6 clean models" in made and "2026-11-28 06:01:00 UTC" in made and "arXiv:2305.04175" in made
     assert [value for name, value in tags.attributes if name == "alt"] == ["a caption"]
     assert all((v or "").startswith("data:image/png;base64,") for name, v in tags.attributes if name == "src")
 

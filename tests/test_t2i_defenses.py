@@ -32,7 +32,7 @@ from harness.types import Data, Inputs, Knowledge
 from plugins.defenses.daa import DAA, coupled, independent
 from plugins.defenses.drop_trigger import DropTrigger
 from plugins.defenses.finetune_reversal import FinetuneReversal
-from plugins.defenses.navit2i import NaviT2I, variations
+from plugins.defenses.navit2i import NaviT2I, summed_changes, variations
 from plugins.defenses.sau import SAU, SAUSampler, masks, unlearned
 from plugins.defenses.skd import SKD
 from plugins.defenses.skd_cag import SKDCAG, neutral
@@ -709,8 +709,68 @@ def test_daas_coupling_is_similarity_with_columns_that_sum_to_nothing() -> None:
     assert torch.allclose(a.sum(0), torch.zeros(3), atol=1e-6)
 
 
-def test_navit2i_compares_the_largest_variation_with_the_lowest_three_quarters() -> None:
-    assert NaviT2I().score(torch.tensor([5.0, 1, 2, 3])) == pytest.approx(2.5)
+def test_daa_system_ends_where_the_exponential_of_its_matrix_does() -> None:
+    """Maps of one pixel that stay: words 0 and 1, EOS 4, so that d is 1, 4 and 3, and x(t) = exp((F + A) t) x(0)."""
+    a = torch.tensor([[-0.75, 0.75, 0.0], [0.75, -1.0, 0.25], [0.0, 0.25, -0.25]]).double()
+    f = torch.diag(torch.tensor([-1.0, -1, -10])).double()
+    start = torch.tensor([0.0, 1, 4]).double()
+    moved = torch.linalg.matrix_exp(2 * (f + a)) @ start - start
+    maps = torch.tensor([7.0, 0, 1, 4]).expand(3, 4).view(3, 4, 1, 1)
+    found = DAA(method="system", differences=1000, **CHEAP).score(maps)  # type: ignore[arg-type]
+    assert found == pytest.approx((moved[:2].mean() - moved[2]).item(), rel=2e-3)
+    doubled = torch.linalg.matrix_exp(2 * (f + 3 * a)) @ start - start
+    found = DAA(method="system", differences=1000, coupling=3.0, **CHEAP).score(maps)  # type: ignore[arg-type]
+    assert found == pytest.approx((doubled[:2].mean() - doubled[2]).item(), rel=2e-3)
+
+
+def test_the_timesteps_of_the_official_codes_are_as_the_docstrings_say() -> None:
+    from diffusers import DDIMScheduler, LMSDiscreteScheduler, PNDMScheduler  # type: ignore[attr-defined]
+
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+    pndm: Any = PNDMScheduler(skip_prk_steps=True, steps_offset=1, **betas)
+    ddim: Any = DDIMScheduler(steps_offset=1, **betas)
+    lms: Any = LMSDiscreteScheduler(**betas)
+    for each in (pndm, ddim, lms):
+        each.set_timesteps(50)
+    assert pndm.timesteps[1:6].tolist() == [961, 961, 941, 921, 901]
+    assert ddim.timesteps[3:5].tolist() == [921, 901] == pndm.timesteps[4:6].tolist(), "daa: steps=(3, 4)"
+    sigma = float(lms.init_noise_sigma)
+    assert round(sigma, 1) == 14.6 and lms.timesteps[0] == 999
+    assert round(sigma / math.sqrt(sigma**2 + 1), 4) == 0.9977, "navit2i"
+
+
+@pytest.mark.parametrize(
+    ("v", "score"),
+    [([5.0, 1, 2, 3], 2.5), ([4.0, 1, 3, 1, 2], 3.0), ([6.0, 2], 3.0), ([0.7], 1.0)],
+)
+def test_navit2i_compares_the_largest_variation_with_the_lowest_three_quarters(v: list[float], score: float) -> None:
+    """The lowest 3 of 4, 3 of 5 and 1 of 2; of one alone, itself."""
+    assert NaviT2I().score(torch.tensor(v)) == pytest.approx(score)
+
+
+def test_navit2is_threshold_is_a_share_or_the_papers_deviations_above_the_mean() -> None:
+    """Of 1, 3, 5 and 7 the mean is 4 and the variance (9 + 1 + 1 + 9) / 4."""
+    scores = torch.tensor([7.0, 1, 5, 3])
+    assert NaviT2I(deviations=1.2).above(scores) == pytest.approx(4 + 1.2 * math.sqrt(5))
+    assert NaviT2I(deviations=0.0).above(scores) == pytest.approx(4)
+    assert NaviT2I(false_positives=0.5).above(scores) == pytest.approx(4)
+
+
+def test_navit2i_adds_the_changes_of_layers_and_averages_convolutions_over_the_image_first() -> None:
+    """A convolution that doubles and a linear layer that adds its two inputs, on rows 0, 1 and 2.
+
+    Row 1 swaps pixels 1 and 3, so that the convolution's mean stays 4; row 2 adds 1 to each pixel, which moves it by 2.
+    Tokens (1, 2) and (0, 1) have the sums 3 and 1; in row 1 they are 3 and 5, in row 2 -3 and 1.
+    """
+    conv, linear = torch.nn.Conv2d(1, 1, 1, bias=False), torch.nn.Linear(2, 1, bias=False)
+    conv.weight.data.fill_(2.0)
+    linear.weight.data.fill_(1.0)
+    net = torch.nn.ModuleDict({"conv": conv, "linear": linear, "norm": torch.nn.LayerNorm(2)})
+    with torch.no_grad(), summed_changes(net) as total:
+        conv(torch.tensor([[1.0, 3], [3, 1], [2, 4]]).view(3, 1, 1, 2))
+        linear(torch.tensor([[[1.0, 2], [0, 1]], [[1, 2], [2, 3]], [[-1, -2], [0, 1]]]))
+        net["norm"](torch.rand(3, 2))
+    assert total[0].tolist() == pytest.approx([0 + (0 + 4) / 2, 2 + (6 + 0) / 2])
 
 
 def test_navit2is_variation_is_activation_change_over_change_of_meaning(sd: DiffusionModel) -> None:

@@ -407,7 +407,7 @@ def shown(
 
     inputs = scanning.inputs_of(subject.model, 2 * SHOWN, prompts)
     scale = max(1, 96 // plain_images.shape[-1])
-    figures = [("samples", grid([plain_images[:SHOWN], plain_images[SHOWN:]], scale))]
+    figures = [("samples without a trigger", grid([plain_images[:SHOWN], plain_images[SHOWN:]], scale))]
     told = []
     for finding in findings:
         trigger = finding.trigger

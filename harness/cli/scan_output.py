@@ -154,5 +154,6 @@ def _table(scan: Scan) -> str:
 
 
 def _verdicts(scan: Scan) -> list[str]:
-    order = ("suspicious", "not scanned", "undecided", "nothing found")
-    return [verdict for verdict in order if any(report.verdict == verdict for report in scan.reports)]
+    from harness.scan.document import WORST_FIRST
+
+    return [verdict for verdict in WORST_FIRST if any(report.verdict == verdict for report in scan.reports)]

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 
 FORMAT = 1
 Outcome = Literal["suspicious", "nothing found", "undecided", "not scanned"]
+WORST_FIRST: tuple[Outcome, ...] = ("suspicious", "not scanned", "undecided", "nothing found")
 
 
 class _Part(BaseModel):

@@ -15,13 +15,23 @@ from markupsafe import Markup, escape
 
 from harness.runs.printable import one_line
 from harness.scan import families
-from harness.scan.document import Scan
+from harness.scan.document import WORST_FIRST, FindingRow, Report, Scan
 
 if TYPE_CHECKING:
     from jinja2 import Environment
     from torch import Tensor
 
 Figures = Sequence[tuple[str, "Tensor"]]  # caption, picture (3, H, W) in [-1, 1]
+NAMES = {
+    "family": "noise",
+    "latent": "denoises latents",
+    "conditional": "takes prompts",
+    "shape": "shape of what is denoised",
+    "parameters": "weights of the denoiser",
+    "level": "clean models that may be flagged",
+    "its own label": "what its bench.json says, not believed",
+}
+FAMILIES = {"vp": "variance preserving", "ve": "variance exploding", "flow": "flow matching"}
 
 
 def page(scan: Scan, figures: Sequence[Figures]) -> str:
@@ -65,7 +75,11 @@ def _environment() -> Environment:
         "kind": lambda verdict: str(verdict).split()[0],
         "bare": lambda spec: spec.partition("(")[0],
         "number": _number,
-        "spread": _spread,
+        "duration": _duration,
+        "yardstick": _yardstick,
+        "tried": lambda rows: [row for row in rows if row.alike is not None or row.trigger_text],
+        "tally": _tally,
+        "command": _command,
         "told": _told,
         "family": families.said,
     }
@@ -81,13 +95,45 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
 
 
-def _spread(clean: Sequence[float]) -> str:
-    return f"{min(clean):.4g} to {max(clean):.4g} ({len(clean)} models)" if clean else "unknown"
+def _duration(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds:.1f} s" if seconds >= 0.1 else "under 0.1 s"
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def _yardstick(row: FindingRow) -> str:
+    """By what the score is judged, in words."""
+    if row.error is not None:
+        return "–"
+    if row.clean:
+        spread = f"{min(row.clean):.4g} to {max(row.clean):.4g} of {len(row.clean)} clean models"
+        return spread if row.chance is None else f"{spread}; a clean model scores as high with p = {row.chance:.2g}"
+    return "no clean models known" if row.flag_above is None else f"its own threshold: flags above {row.flag_above:.4g}"
+
+
+def _tally(reports: Sequence[Report]) -> list[tuple[str, int]]:
+    """Outcome → number of models, the worst first."""
+    counts = [(verdict, sum(report.verdict == verdict for report in reports)) for verdict in WORST_FIRST]
+    return [(verdict, count) for verdict, count in counts if count]
+
+
+def _command(line: str) -> Markup:
+    """A next step; the call of bench at its end is set as code."""
+    step, found, call = line.partition(": bench ")
+    if not found:
+        return escape(one_line(line))
+    return Markup("{}: <code>bench {}</code>").format(one_line(step), one_line(call))
 
 
 def _told(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Facts as a reader has them: no names of types, no brackets."""
-    return [(name, said(value)) for name, value in facts.items()]
+    return [(NAMES.get(name, name), _value(name, value)) for name, value in facts.items()]
+
+
+def _value(name: str, value: Any) -> str:
+    if name == "level" and isinstance(value, float):
+        return f"{value:.0%}"
+    return FAMILIES.get(value, said(value)) if name == "family" else said(value)
 
 
 def said(value: Any) -> str:

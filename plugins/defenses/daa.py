@@ -16,10 +16,19 @@ A prompt is suspicious if its score is small, so the screen returns -score. The 
 the threshold is calibrated. The published thresholds hold only for Stable Diffusion 1.4 with 50 steps. The defense
 returns a screen.
 
-Checked against Robin-WZQ/DAA at 4cd2400. Its DAA-I was read at 1f99d4a: the code adds entries 3 and 4 of the changes,
-which start at step 0, so t is 4 and 5. The text of the paper was not available. Two details are therefore those of the
-code: the division by L instead of the number of words, and the solver's own time grid (Runge-Kutta 4(5) with scipy's
-tolerances). Differs from the code: the maps come from DDIM, and the threshold is calibrated unless `calibrate` is off.
+The code was read (Robin-WZQ/DAA at 4cd2400). The text of the paper could not be had, so that the formulas are those of
+the code, with two of its details: D_t,l of the words is divided by L, not by their number, and DAA-S adds differences
+on the grid that scipy's Runge-Kutta 4(5) (Dormand-Prince) chooses. Differs from the official code:
+- The maps come from DDIM; the code has Stable Diffusion 1.4's PNDM, which evaluates the second timestep twice. Its
+  changes 3 and 4 therefore end at t = 921 and 901, which are steps 3 and 4 of DDIM: `steps=(3, 4)`. The default (4, 5)
+  has the code's places in the row of maps. It is kept, because the cells of the protocol v1 are frozen with it.
+- One noise (seed 42) serves all queries; here each query has its own. Images have 512 pixels there.
+- Its mean is over all heads of the layers of side 16 on the way down and up; here it is over each layer first, which is
+  the same where the layers have equally many heads, as in Stable Diffusion.
+- It calibrates nothing: its thresholds are constants, which `calibrate=False` takes.
+- Prompts for which the solver takes fewer than seven steps end in an error there; here the steps that there are count.
+- Its script for SDXL calls the UNet without the pooled embedding and the sizes that SDXL's UNet needs, and with the
+  states of one text encoder, so it cannot run as it is; there is nothing to compare with.
 """
 
 from __future__ import annotations

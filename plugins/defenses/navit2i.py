@@ -13,9 +13,19 @@ The defense needs clean prompts, on which the threshold is calibrated. For τ it
 which it uses only the text encoder; with `text_encoder="own"` it uses the text encoder of the suspect model instead. It
 returns a screen. It costs one evaluation per token.
 
-Differs from the code: the noise is that of the query; the code uses one noise for all queries. The stop words are a
-short list of ours. Checked against zhaisf/NaviT2I at f78894d (known from notes, not read); of the paper only the
-abstract was available.
+The code was read (zhaisf/NaviT2I at f78894d). Of the paper only the abstract and the summary of a third party could be
+had. By both, the formulas above are the paper's and the code's. Differs from the paper, by that summary: the threshold
+there is μ + 1.2 σ of clean scores, which `deviations=1.2` gives; the default flags the same share of clean prompts as
+all other screens here. Differs from the official code:
+- It calibrates nothing: a prompt is benign below 1.598, for Stable Diffusion 1.4. `calibrate=False` does that.
+- One noise (seed 0) serves all queries; here each query has its own.
+- The noise is that of an LMS scheduler of 50 steps: 14.6 times unit noise, scaled to 0.9977 of it before the network,
+  at t = 999. Here it is unit noise.
+- Stop words are those of NLTK's English list that are one token, and six marks. Here they are a short list of ours.
+- A prompt of stop words alone ends in an error there, and here all its tokens are tried. With one token left, the mean
+  is over nothing there and the prompt is flagged; here v is compared with itself and the score is 1.
+- Layers of one and three dimensions and recurrent ones count too; the UNets here have none.
+- In its run on VillanDiffusion, τ is the text encoder with the backdoor, which `text_encoder="own"` does.
 """
 
 from __future__ import annotations
@@ -23,13 +33,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from harness import Defended, Inputs, Knowledge, Share, hookimpl, prompt_screening
 
+Deviations = Annotated[float, Ge(0)]
 STOP_WORDS = (
     "a", "an", "the", "of", "at", "on", "in", "is", "are", "and", "or", "with", "to", "for", "by", "it", "its", "this",
     "that", "we", "here", ",", ".",
@@ -47,7 +59,9 @@ class NaviT2I:
     # released: clean
     lowest: Share = 0.75  # share of the smallest v with which the largest v is compared; published value
     calibrate: bool = True  # calibrate the threshold on clean prompts; False = use the published one
-    false_positives: Share = 0.05  # share of clean prompts that the calibrated threshold flags
+    false_positives: Share = 0.05  # share of clean prompts that the calibrated threshold flags, without deviations
+    deviations: Deviations | None = None  # m of the threshold μ + m σ over clean scores; None = the share above; paper:
+    # 1.2, by a summary
     published: float = 1.598  # prompts with a score below this are benign; for Stable Diffusion 1.4
 
     @property
@@ -66,8 +80,14 @@ class NaviT2I:
         if not self.calibrate:
             return Defended(screen=screen, screen_above=self.published)
         scores = prompt_screening.screened(screen, prompt_screening.benign(model, knowledge.prompts or (), rng))
-        above = prompt_screening.threshold(scores, self.false_positives)
-        return Defended(screen=screen, screen_above=above, notes={"clean_scores": scores.tolist()})
+        return Defended(screen=screen, screen_above=self.above(scores), notes={"clean_scores": scores.tolist()})
+
+    def above(self, scores: Tensor) -> float:
+        """The calibrated threshold, from the scores (N,) of clean prompts. σ is that of a fitted normal distribution,
+        with N in its denominator."""
+        if self.deviations is None:
+            return prompt_screening.threshold(scores, self.false_positives)
+        return (scores.double().mean() + self.deviations * scores.double().std(correction=0)).item()
 
     def score(self, v: Tensor) -> float:
         """max v over the mean of the lowest share of v (K,)."""
