@@ -3,8 +3,8 @@
     python -m tests.benchmarks.adapters --models DIR [--only CASE ...] [--train] [-o FILE]
     python -m tests.benchmarks.adapters --table
 
-Five adapters with the backdoor of masqlora (the preset shapes-masqlora, whose settings were chosen on seed 100), and
-five harmless ones of the same ranks, rates and steps, trained on as many images with their own captions. Trains those
+Six adapters with the backdoor of masqlora (the preset shapes-masqlora, whose settings were chosen on seed 100), and
+six harmless ones of the same ranks, rates and steps, trained on as many images with their own captions. Trains those
 that are not in DIR yet, measures how often the trigger succeeds, scans each once with the defaults and with the base
 shapes-sd, and writes one outcome after the other into FILE (default adapters.json beside this script), so that a run
 that was stopped goes on where it stopped. The settings that leaderboard/scan.toml has for adapters were chosen on the
@@ -39,7 +39,7 @@ from tests.benchmarks.scanning import Trial, scanned
 from tests.tables import Place, markdown
 
 HITS = 64  # samples for the success rate
-SEEDS = (100, 101, 102, 103, 104)
+SEEDS = (100, 101, 102, 103, 104, 105)
 CHOSEN_ON = 100  # the seed on which the settings of the scan were chosen
 KEPT = ("suspicion", "flagged", "trigger_text", "error")  # of each finding
 FILE = "pytorch_lora_weights.safetensors"
