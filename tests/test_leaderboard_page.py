@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from harness.registry import kept
 from harness.runs.record import Record
 from harness.scan import report
 from harness.types import Score
