@@ -322,7 +322,7 @@ def test_two_thousand_records_build_quickly_into_a_light_page_that_shows_at_once
     (tmp_path / sheet_name(picture())).write_bytes(picture())
     spent = time.process_time()  # not wall time: the machine may be shared
     assert site.build([suite], tmp_path / "page")["records"] == 2000
-    assert time.process_time() - spent < 25, "about 10 s on a loaded core, of which 72 forests take 2"
+    assert time.process_time() - spent < 40, "about 20 s on a loaded core with the forests of scikit-learn"
     assert len(forests) == 3 * 4 * (1 + population.FOLDS), "each forest of a page is fitted once"
     index = tmp_path / "page" / "index.html"
     assert index.stat().st_size < 2_000_000
