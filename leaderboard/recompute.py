@@ -11,8 +11,8 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from functools import lru_cache, partial
+from typing import Any, Literal
 
 from harness.judges import statistics
 from harness.types import Score
@@ -79,9 +79,14 @@ def again(name: str, scores: Scores) -> list[Found] | None:
     return None if DISTANCES.fullmatch(name.partition("[")[0]) else _counted(scores[name])
 
 
-def samples(scores: Scores, name: str) -> list[float]:
+def samples(scores: Scores, name: str) -> tuple[float, ...]:
     """The values behind a score, those aside that do not count (NaN)."""
-    return [value for value in per_sample(scores, name) if not math.isnan(value)]
+    return _counting(per_sample(scores, name))
+
+
+@lru_cache(8)  # a score has shares at several thresholds
+def _counting(values: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(value for value in values if not math.isnan(value))
 
 
 def per_sample(scores: Scores, name: str) -> tuple[float, ...]:
@@ -103,16 +108,26 @@ def threshold(at: str, scores: Scores) -> float:
         return value_of(scores, "asr_threshold")
 
 
-def shares(values: Sequence[float], tau: float) -> list[Found] | None:
+def shares(values: tuple[float, ...], tau: float) -> list[Found] | None:
     """Shares of values at most τ. Distances were compared in single or in double precision: either may be right."""
     import numpy as np
 
     if math.isnan(tau):
         return None
+    exact, single = _arrays(values)
+    with np.errstate(over="ignore"):
+        counts = {int((exact <= tau).sum()), int((single <= np.float32(tau)).sum())}
+    return [_share(k, len(exact)) for k in sorted(counts)]
+
+
+@lru_cache(8)
+def _arrays(values: tuple[float, ...]) -> tuple[Any, Any]:
+    """The values in double and in single precision."""
+    import numpy as np
+
     exact = np.asarray(values, dtype=np.float64)
     with np.errstate(over="ignore"):
-        counts = {int((exact <= tau).sum()), int((exact.astype(np.float32) <= np.float32(tau)).sum())}
-    return [_share(k, len(exact)) for k in sorted(counts)]
+        return exact, exact.astype(np.float32)
 
 
 def _share(k: int, n: int) -> Found:

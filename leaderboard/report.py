@@ -22,7 +22,7 @@ from harness.runs.record import Dropped, Record
 from harness.types import Cell, Doubt, Score
 from leaderboard import population, results
 from leaderboard.columns import Column, possible
-from leaderboard.rows import Number, PooledCell, Row, Table, by_setting, control_of, pooled
+from leaderboard.rows import Number, Row, Table, by_setting, control_of, pooled
 
 LEGEND = (
     "Letters go by ASR: two rows share a letter where they are not shown to differ. They are shown to differ if they "
@@ -102,7 +102,7 @@ def derived(records: Sequence[Record], dropped: Sequence[Dropped], out: Path) ->
     return {
         "report.md": markdown(records, dropped, sheets),
         "report.json": results.dump(document),
-        "report.csv": comma_separated(records, dropped),
+        "report.csv": comma_separated(records, tables, dropped),
     }
 
 
@@ -148,15 +148,15 @@ def markdown(
     """report.md. sheets: key → path of its contact sheet, relative to the report."""
     cells = pooled(records, dropped)
     detection = population.rendered(cells, escape)
-    parts = ["# Leaderboard", every_cell(cells, sheets if sheets is not None else {})]
+    parts = ["# Leaderboard", every_cell(by_setting(cells), sheets if sheets is not None else {})]
     parts += ["## Detection over populations of models", population.LEGEND, detection] if detection else []
     return "\n\n".join(parts) + "\n"
 
 
-def every_cell(cells: Sequence[PooledCell], sheets: Mapping[str, str]) -> str:
-    """One table per setting as Markdown, below the headings of the tracks."""
+def every_cell(tables: Iterable[Table], sheets: Mapping[str, str]) -> str:
+    """The tables, one per setting (`by_setting`), as Markdown, below the headings of the tracks."""
     parts, track = [escape_words(LEGEND)], None
-    for table in by_setting(cells):
+    for table in tables:
         if table.track != track:
             track = table.track
             parts.append(f"## Track: {escape(track)}")
@@ -255,13 +255,13 @@ def entry(table: Table, row: Row) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def comma_separated(records: Sequence[Record], dropped: Sequence[Dropped] = ()) -> str:
+def comma_separated(records: Sequence[Record], tables: Iterable[Table], dropped: Sequence[Dropped] = ()) -> str:
     """report.csv: a line per cell and seed, every score with value, interval and n. Unmeasured is "nan" with its
-    warning. doubts: their codes."""
+    warning. tables: of the records, `by_setting`, with their letters. doubts: their codes."""
     names = sorted({name for record in records for name in record.scores})
     parts = ("", " low", " high", " n", " warning")
-    rows = [row for table in by_setting(pooled(records, dropped)) for row in table.rows]
-    letters, doubted = {key: row.letters for row in rows for key in row.first.keys}, doubts.of(records)
+    letters = {key: row.letters for table in tables for row in table.rows for key in row.first.keys}
+    doubted = doubts.of(records)
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     about = ("nfe", "knowledge", "control", "letters", "state", "doubts")
@@ -291,7 +291,11 @@ def _csv_score(name: str, score: Score | None) -> tuple[object, ...]:
 
 def safe(value: object) -> str:
     """A CSV cell that no spreadsheet takes for a formula: text that begins like one gets a ' in front."""
-    text = "" if value is None else one_line(value)
+    if value is None or value == "":
+        return ""
+    if type(value) in (int, float):
+        return str(value)
+    text = one_line(value)
     if not text.startswith(("=", "+", "-", "@")):
         return text
     try:

@@ -23,6 +23,7 @@ import re
 import zlib
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar
@@ -232,11 +233,16 @@ def _dropped(path: Path) -> Dropped:
 def parsed(form: type[T], document: Any, path: Path) -> T:
     """`document` as `form`. Raises ResultsError that names the file and the first place that is wrong."""
     try:
-        return TypeAdapter(form).validate_python(document)
+        return _adapter(form).validate_python(document)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         raise ResultsError(f"{path}: {place or 'file'}: {first['msg']}") from None
+
+
+@cache
+def _adapter(form: type[T]) -> TypeAdapter[T]:
+    return TypeAdapter(form)
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
+from functools import cached_property
 from typing import Any, Literal
 
 from harness.judges import statistics
@@ -132,6 +133,16 @@ class PooledCell:
 
     def number(self, score: str) -> Number:
         """The score over seeds."""
+        if score not in self._numbers:
+            self._numbers[score] = self._number(score)
+        return self._numbers[score]
+
+    @cached_property
+    def _numbers(self) -> dict[str, Number]:
+        """Those that were asked for: a page asks for most of them twice."""
+        return {}
+
+    def _number(self, score: str) -> Number:
         if self.state is not None:
             return Number(math.nan, warning=str(self.state))
         number = pool([record.scores.get(record.name_of(score)) for record in self.records])

@@ -12,6 +12,7 @@ import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,14 @@ class Site:
     def records(self) -> list[Record]:
         return [record for cell in self.cells for record in cell.records]
 
+    @cached_property
+    def by_setting(self) -> list[Table]:
+        return rows.by_setting(self.cells)
+
+    @cached_property
+    def by_task(self) -> Mapping[tuple[Track, Task], list[Table]]:
+        return {(track, task): rows.by_task(self.cells, track, task) for track in TRACKS for task in TABLES}
+
     def level(self, cells: Iterable[PooledCell]) -> Level:
         """The least that any record of the cells was checked."""
         found = {self.origins[key].level for cell in cells for key in cell.keys}
@@ -297,8 +306,7 @@ def _index(site: Site, counts: Mapping[str, int]) -> None:
 def _view(site: Site, track: Track, task: Task) -> View:
     columns = of_view(track, task)
     if task in TABLES:
-        tables = enumerate(rows.by_task(site.cells, track, task))
-        blocks = [_block(site, table, task, index) for index, table in tables]
+        blocks = [_block(site, table, task, index) for index, table in enumerate(site.by_task[track, task])]
         ranked = [each for each in site.rankings if each.track == track and task == "purification"]
         heads = site.heads[track] if task == "purification" else ()
         return View(track, task, columns, blocks, rankings=ranked, heads=heads)
@@ -408,7 +416,7 @@ def _five(value: float) -> float:
 def _files(site: Site, counts: Mapping[str, int]) -> None:
     write_text(site.out / "page.css", asset("page.css"))
     write_text(site.out / "LEADERBOARD.md", markdown(site))
-    write_text(site.out / "leaderboard.csv", report.comma_separated(site.records, site.dropped))
+    write_text(site.out / "leaderboard.csv", report.comma_separated(site.records, site.by_setting, site.dropped))
     lines = ",\n".join(json.dumps(_entry(site, c), sort_keys=True, allow_nan=False) for c in site.cells)
     heads = json.dumps([headline.entry(head) for track in TRACKS for head in site.heads[track]])
     claims = ",\n".join(json.dumps(paper_claims.entry(each), sort_keys=True) for each in site.claims)
@@ -461,7 +469,7 @@ def markdown(site: Site) -> str:
     for track in TRACKS:
         parts += [part for head in site.heads[track] for part in headline.markdown(head)]
         for task in TABLES:
-            for table in rows.by_task(site.cells, track, task):
+            for table in site.by_task[track, task]:
                 numbers = [word for column in table.columns for word in _heads(column, table)]
                 head = [report.escape(word) for word in ("letters", "defense", "knowledge", *numbers, "seeds")]
                 parts += [
@@ -474,7 +482,7 @@ def markdown(site: Site) -> str:
     parts += paper_claims.markdown(site.claims)
     found = population.rendered(site.cells, report.escape)
     parts += ["## Detection of backdoored models", population.LEGEND, found] if found else []
-    return "\n\n".join([*parts, "## Every cell", report.every_cell(site.cells, site.names)]) + "\n"
+    return "\n\n".join([*parts, "## Every cell", report.every_cell(site.by_setting, site.names)]) + "\n"
 
 
 def _heads(column: Column, table: Table) -> tuple[str, str]:

@@ -28,7 +28,7 @@ from harness.runs.record import Dropped, bare
 from harness.types import Knowledge
 from leaderboard import results
 from tests import controls_table, few_steps_table, readme_table, real_small_table, strangers_table, v1_tables
-from tests.benchmarks import adapters, detectors
+from tests.benchmarks import adapters, before_after, detectors
 from tests.oracles import tiny_unet
 
 ROOT = Path(__file__).parent.parent
@@ -139,6 +139,18 @@ def test_the_tables_of_detectors_are_those_of_the_committed_values() -> None:
     values = json.loads((ROOT / "tests/benchmarks/detectors_digits.json").read_text())
     written = detectors.place("digits").written()
     assert written == detectors.tables(population, values) and written.count("clean-") >= 5
+
+
+def test_the_table_of_costs_before_and_after_is_that_of_the_committed_measurements() -> None:
+    """If this fails after a measurement: python -m tests.benchmarks.before_after --table"""
+    known = json.loads((ROOT / "tests/benchmarks/before_after.json").read_text())
+    written = before_after.place().written()
+    assert known["parts"] and written == before_after.table(known)
+    rows = [line for line in written.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + sum(len(before_after.PARTS[name].figures) for name in known["parts"])
+    for name, found in known["parts"].items():  # a benchmark that was changed is measured again
+        for figure in before_after.PARTS[name].figures:
+            assert found["before"][figure.name] > 0 and found["after"][figure.name] > 0, (name, figure.name)
 
 
 def test_the_table_of_scanned_adapters_is_that_of_the_committed_outcomes() -> None:

@@ -62,6 +62,10 @@ def tables(*records: Record, dropped: Sequence[Dropped] = ()) -> list[Table]:
     return rows.by_setting(rows.pooled(records, dropped))
 
 
+def comma_separated(records: Sequence[Record]) -> str:
+    return report.comma_separated(records, tables(*records))
+
+
 @pytest.fixture(scope="module")
 def committed() -> Mapping[str, Sequence[Table]]:
     """The tables of two published suites."""
@@ -91,7 +95,7 @@ def test_network_evaluations_stand_beside_the_numbers() -> None:
     both = report.markdown([known, record("bb", defense="x()")])
     head, *found = [[word.strip() for word in line.split("|")] for line in both.splitlines() if line.startswith("| ")]
     assert sorted(line[head.index("NFE")] for line in found) == ["35", "–"]
-    read = list(csv.DictReader(io.StringIO(report.comma_separated([known, record("bb", seed=1)]))))
+    read = list(csv.DictReader(io.StringIO(comma_separated([known, record("bb", seed=1)]))))
     assert [row["nfe"] for row in read] == ["35", ""]
 
 
@@ -296,7 +300,7 @@ def test_csv_cells_never_become_formulas_and_numbers_stay_numbers() -> None:
         record(error="=cmd|' /C calc'!A0", defense="@x()", seed=-1),
         record("bb", scores={"drift": score(-0.5), "asr_before": score(0.2)}),
     ]
-    read = list(csv.DictReader(io.StringIO(report.comma_separated(records))))
+    read = list(csv.DictReader(io.StringIO(comma_separated(records))))
     assert read[0]["state"].startswith("failed: =") and read[0]["defense"] == "'@x()"
     assert read[0]["seed"] == "-1" and read[1]["drift"] == "-0.5"
     assert read[1]["attribute_accuracy"] == "nan"

@@ -25,6 +25,8 @@ def canonical(obj: Any) -> str:
 def to_jsonable(value: Any) -> Any:
     """`value` as JSON has it: dataclasses and pydantic models as objects, tuples as lists, paths as text, NaN and
     infinities as null."""
+    if type(value) in _ATOMS:
+        return None if type(value) is float and not math.isfinite(value) else value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_jsonable(getattr(value, f.name)) for f in dataclasses.fields(value)}
     dump = getattr(type(value), "model_dump", None)

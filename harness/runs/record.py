@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 from pydantic import (
@@ -174,9 +175,15 @@ class Record(_Frozen):
         encoders it is the model's judge. A distance may have its former name, "fid[digits-cnn]"."""
         if not score.endswith("[]"):
             return score
-        stems = (score[:-1], re.sub("^(f|k)d", r"\1id", score[:-1]))
-        names = [name for stem in stems for name in self.scores if name.startswith(stem) and name.endswith("]")]
+        named = [name for name in self.scores if name.endswith("]")]
+        names = [name for stem in _stems(score) for name in named if name.startswith(stem)]
         return min(names, key=_of_public_encoder, default=score[:-2])
+
+
+@cache
+def _stems(score: str) -> tuple[str, str]:
+    """What a name begins with that "fd[]" stands for, and its former one: "fd[", "fid["."""
+    return score[:-1], re.sub("^(f|k)d", r"\1id", score[:-1])
 
 
 def _of_public_encoder(name: str) -> bool:

@@ -1,6 +1,6 @@
 """What planning costs: a suite of 10,000 cells, and `bench plan quick`. No test.
 
-    python -m tests.benchmarks.planning [--cells 10000] [-o FILE]
+    python -m tests.benchmarks.planning [--cells 10000] [--only many|quick] [-o FILE]
 
 expand, plan: processor milliseconds per cell for the suite's cells, and for their jobs and keys. memory: MiB of this
 process, at most, plugins and libraries included. quick: processor seconds of `bench plan quick` in a process of its
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,12 @@ def quick() -> dict[str, float]:
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--cells", type=int, default=10000)
+    words.add_argument("--only", choices=["many", "quick"])
     words.add_argument("-o", "--out", type=Path)
     told = words.parse_args()
-    found = {"many": planned(told.cells), "quick": quick(), "load": round(os.getloadavg()[0], 1)}
+    parts: dict[str, Any] = {"many": partial(planned, told.cells), "quick": quick}
+    found = {name: part() for name, part in parts.items() if told.only in (None, name)}
+    found["load"] = round(os.getloadavg()[0], 1)
     print(json.dumps(found))
     if told.out is not None:
         told.out.write_text(json.dumps(found, indent=1) + "\n")
