@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
-from random import Random
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,9 +18,10 @@ from harness.diffusion.model import DiffusionModel
 from harness.diffusion.seeds import generator
 from harness.judges.evidence import Verdict
 from harness.methods import inversion
+from harness.registry import kept
 from harness.runs.record import Record
 from harness.types import Cell, Data, Knowledge, Score
-from leaderboard import forest, population, report
+from leaderboard import population, report
 from leaderboard.rows import pooled
 from plugins.defenses import elijah
 from plugins.defenses.elijah import Elijah
@@ -392,9 +393,10 @@ def test_a_model_counts_once_over_its_cells_and_failures_are_counted_apart() -> 
     assert found.undetected.value == 0.0
 
 
-def test_a_forest_never_sees_the_attack_that_it_judges() -> None:
+def test_a_forest_never_sees_the_attack_that_it_judges(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two attacks that lie apart: one that lowers the feature, one that raises it. A forest that had seen both would
     know both; with either left out, it calls that one clean."""
+    monkeypatch.setattr(population, "TREES", 5)
     models = [
         *[m for i in range(6) for m in clean(*([0.0] * (i + 1)), features={"u": 0.5 + 0.01 * i})[i:]],
         *attacked("low", *[(0.0, 1.0)] * 4, features={"u": 0.1}),
@@ -409,52 +411,32 @@ def test_a_forest_never_sees_the_attack_that_it_judges() -> None:
     assert "two families" in (alone.accuracy["forest"].why or "")
 
 
-def features(random: Random, models: int, *drawn: Callable[[Random], float]) -> list[tuple[float, ...]]:
-    return [tuple(draw(random) for draw in drawn) for _ in range(models)]
-
-
-TABLES: dict[str, tuple[Callable[[Random], float], ...]] = {
-    "one": (Random.random,),
-    "real": (Random.random,) * 3,
-    "many": (Random.random,) * 17,  # four of them are tried in a node
-    "ties": (lambda r: float(r.randint(0, 3)),) * 3,  # leaves of both classes, features that become equal
-    "equal": (lambda r: 1.5, Random.random, lambda r: -2.0, Random.random, lambda r: 0.0),
-    "near": (lambda r: 1e-6 * r.random(), lambda r: 1e6 * r.random()),  # values that count as equal to the next
-}
-
-
-SHARES = [0.38, 0.84, 0.2, 0.27, 0.12, 0.8, 0.71, 0.29, 0.12, 0.2, 0.91, 0.14]  # of scikit-learn 1.9.1
-SKLEARN = tuple(int(part) for part in version("scikit-learn").split(".")[:2])
-
-
-@pytest.mark.skipif(SKLEARN < (1, 9), reason="earlier versions draw the models of a tree in another way")
-@pytest.mark.parametrize("kind", TABLES)
-def test_a_forest_is_the_one_that_scikit_learn_grows(kind: str) -> None:
-    from sklearn.ensemble import RandomForestClassifier
-
-    random = Random(kind)
-    for _ in range(4):
-        ours, theirs, unseen = (features(random, random.randint(1, 40), *TABLES[kind]) for _ in range(3))
-        grown: Any = RandomForestClassifier(forest.TREES, class_weight="balanced", random_state=0)
-        grown.fit([*ours, *theirs], [0] * len(ours) + [1] * len(theirs))
-        assert forest.shares(ours, theirs, unseen) == [tuple(p) for p in grown.predict_proba(unseen).tolist()]
-
-
-def test_the_shares_of_a_forest_are_the_same_with_every_version_of_the_libraries() -> None:
-    ours, theirs, unseen = (features(Random(i), 12, Random.random, Random.gauss) for i in range(3))
-    assert [theirs for _, theirs in forest.shares(ours, theirs, unseen)] == SHARES
-
-
-@pytest.mark.parametrize("odd", [math.nan, math.inf, -1e39])
-def test_features_that_a_forest_cannot_hold_leave_its_verdict_out(odd: float) -> None:
+def test_the_next_process_asks_for_no_forest_of_the_same_features(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(population, "TREES", 5)
+    asked, whole = list[Any](), population.fitted
+    monkeypatch.setattr(population, "fitted", lambda *features: asked.append(features) or whole(*features))
     models = [
         *clean(0.1, 0.2, 0.3, features={"u": 0.5}),
         *attacked("low", *[(0.0, 1.0)] * 4, features={"u": 0.1}),
-        *attacked("high", *[(0.0, 1.0)] * 4, features={"u": odd}),
+        *attacked("high", *[(0.0, 1.0)] * 4, features={"u": 0.9}),
     ]
-    assert all("features" in (p.accuracy["forest"].why or "") for p in populations(models))
-    with pytest.raises(ValueError, match="a forest takes features between"):
-        forest.shares([(0.0,)], [(1.0,)], [(odd,)])
+
+    def next_process(models: Sequence[Record]) -> list[population.Population]:
+        population._predict.cache_clear()
+        monkeypatch.setattr(population, "derived", kept.Kept("derived"))
+        return populations(models)
+
+    first, n = next_process(models), len(asked)
+    assert n > 0 and next_process(models) == first and len(asked) == n
+    (file,) = tmp_path.rglob("derived-*.json")
+    file.write_text(json.dumps({name: ["x"] for name in json.loads(file.read_text())}))
+    assert next_process(models) == first and len(asked) == 2 * n
+    next_process([*models, *attacked("high", *[(0.0, 1.0)] * 5, features={"u": 0.8})])
+    assert len(asked) > 2 * n
+    population._predict.cache_clear()
 
 
 def test_the_table_escapes_what_comes_from_records_and_is_absent_without_a_population() -> None:
