@@ -114,7 +114,7 @@ def populations(cells: Iterable[PooledCell]) -> list[Population]:
             groups[cell.short.defense, cell.knows, bare(cell.specs.model)] += cell.records
     found: list[Population] = []
     for (defense, knows, model), group in groups.items():
-        subjects, left_out = _subjects(group)
+        subjects, left_out = subjects_of(group)
         keys = tuple(record.key for record in group)
         made = [
             replace(one, defense=defense, knows=knows, model=model, left_out=left_out, keys=keys)
@@ -125,7 +125,7 @@ def populations(cells: Iterable[PooledCell]) -> list[Population]:
     return sorted(found, key=lambda p: (p.model, p.family != ALL, p.family, p.defense, p.knows))
 
 
-def _subjects(records: Sequence[Record]) -> tuple[list[Subject], int]:
+def subjects_of(records: Sequence[Record]) -> tuple[list[Subject], int]:
     """The models among the records of one defense, each once, and how many could not be judged."""
     found: dict[tuple[str, ...], Subject | None] = {}
     for record in records:
