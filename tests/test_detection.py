@@ -354,6 +354,17 @@ def test_the_drawn_roc_is_of_the_models_that_its_auroc_counts(monkeypatch: pytes
     assert [area(curve) for curve in drawn] == pytest.approx(2 * [found.auroc.value])
 
 
+def test_models_of_other_weights_are_another_population() -> None:
+    """Those of the clean models that are of the same weights stand beside an attacked one."""
+    old = [*clean(0.1, 0.2, 0.3), *attacked("bad", (0.9, 1.0))]
+    new = [*clean(0.8, 0.9, 1.0, sampler="ddim(steps=9)"), *attacked("bad", (0.1, 1.0), sampler="ddim(steps=9)")]
+    job = {"kind": "measure", "label": "measure", "ingredients": {"model": {"version": 2, "weights": 64 * "a"}}}
+    new = [changed(each, provenance={"jobs": {each.key: job}}) for each in new]
+    assert {p.model: (p.clean, p.attacked, p.auroc.value) for p in populations([*old, *new])} == {
+        "digits-ddpm, weights not recorded": (3, 1, 1.0), f"digits-ddpm, version 2, weights {12 * 'a'}": (3, 1, 0.0),
+    }  # fmt: skip
+
+
 def clean(*suspicions: float, **more: Any) -> list[Record]:
     return [record("none(batch=64, steps=150)", seed, s, **more) for seed, s in enumerate(suspicions)]
 
