@@ -107,7 +107,8 @@ class Population:
 
 def populations(cells: Iterable[PooledCell]) -> list[Population]:
     """One Population for each defense that judges models, model of the same weights and family of attacks, and where
-    there are several families one for all of them. Defenses without clean and attacked models to compare are left out."""
+    there are several families one for all of them. Defenses without clean and attacked models to compare are left
+    out."""
     groups: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
     for cell in cells:
         if "detection" in cell.tasks:
