@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from markupsafe import Markup
 
@@ -38,7 +40,8 @@ def of_table(table: Table, task: Task) -> list[Figure]:
     removal, and ASR and utility against training steps; screening's ROC."""
     rows = [(r, r.section) for r in table.rows if r.control is not Control.decoy]
     if task == "screening":
-        return _drawn("ROC: true over false positives, in each defense's worst setting", _roc([r for r, _ in rows]))
+        caption = "ROC: true over false positives, in each defense's worst setting, mean over its seeds"
+        return _drawn(caption, _roc([r for r, _ in rows]))
     names = _called(r for r, _ in rows)
     utility = columns.UTILITY[table.track]
     percent = 100 if utility.percent else 1
@@ -125,15 +128,15 @@ def _drawn(caption: str, draw: Draw) -> list[Figure]:
 
 
 def of_populations(found: Sequence[Population], records: Mapping[str, Record]) -> list[Figure]:
-    """The ROC of each defense that judges models, over all attacks that it met; a picture an architecture."""
+    """The ROC of each defense that judges models, over all attacks that it met and over the models that its AUROC
+    counts; a picture an architecture."""
     lines: dict[str, list[charts.Curve]] = defaultdict(list)
     for each in found:
-        if (
-            each.family == population.ALL
-            or sum(p.defense == each.defense and p.model == each.model for p in found) == 1
-        ):
-            clean, attacked = _suspicions([records[key] for key in each.keys])
-            lines[each.model].append(_curve(one_line(each.defense), clean, attacked))
+        if each.family == population.ALL or sum(p.keys == each.keys for p in found) == 1:
+            subjects, _ = population.subjects_of([records[key] for key in each.keys])
+            clean = [subject.suspicion for subject in subjects if subject.family is None]
+            attacked = [subject.suspicion for subject in subjects if subject.family is not None]
+            lines[each.model].append(_curve(one_line(each.defense), [_steps(clean, attacked)]))
     return [
         chart
         for model, drawn in lines.items()
@@ -141,32 +144,40 @@ def of_populations(found: Sequence[Population], records: Mapping[str, Record]) -
     ]
 
 
-def _suspicions(records: Sequence[Record]) -> tuple[list[float], list[float]]:
-    """What was said of clean and of attacked models, each model once."""
-    models: dict[bool, dict[tuple[str, ...], float]] = {True: {}, False: {}}
-    for record in records:
-        suspicion = record.value("suspicion")
-        if not math.isnan(suspicion):
-            models[bare(record.cell.attack) == "none"][population.model_of(record.cell)] = suspicion
-    return list(models[True].values()), list(models[False].values())
-
-
 def _roc(rows: Sequence[Row]) -> Draw:
     lines, names = [], _called(rows)
     for row in rows:
         cell = row.deciding.get("screen_auroc")
-        values = samples(cell.records[0].scores, "screen_auroc") if cell is not None else []
-        clean, triggered = values[: len(values) // 2], values[len(values) // 2 :]
-        if clean and triggered:
-            lines.append(_curve(names[row.first.specs.defense], clean, triggered))
+        seeds = [samples(record.scores, "screen_auroc") for record in cell.records] if cell is not None else []
+        halves = [(values[: len(values) // 2], values[len(values) // 2 :]) for values in seeds]
+        if halves and all(clean and triggered for clean, triggered in halves):
+            lines.append(_curve(names[row.first.specs.defense], [_steps(*half) for half in halves]))
     return lambda alone: _rates(lines, "of screening", alone)
 
 
-def _curve(name: str, negatives: Sequence[float], positives: Sequence[float]) -> charts.Curve:
-    """True over false positives in %, from (0, 0) to (100, 100)."""
-    steps = [statistics.at(negatives, positives, tau) for tau in sorted({*negatives, *positives}, reverse=True)]
-    points = [(0.0, 0.0), *((100 * p.fpr, 100 * p.tpr) for p in steps), (100.0, 100.0)]
-    return charts.Curve(name, *zip(*points, strict=True))
+def _steps(negatives: Sequence[float], positives: Sequence[float]) -> list[tuple[float, float]]:
+    """The corners (false, true positives) in % of a ROC, from (0, 0) to (100, 100)."""
+    found = [statistics.at(negatives, positives, tau) for tau in sorted({*negatives, *positives}, reverse=True)]
+    return [(0.0, 0.0), *((100 * p.fpr, 100 * p.tpr) for p in found), (100.0, 100.0)]
+
+
+def _curve(name: str, each: Sequence[Sequence[tuple[float, float]]]) -> charts.Curve:
+    """The mean of ROCs: at each share of false positives the mean of their true positives (Fawcett 2006, vertical
+    averaging), so that the area below it is the mean of theirs."""
+    shares = sorted({x for corners in each for x, _ in corners})
+    ends = [[_at(corners, x) for corners in each] for x in shares]
+    points = [(x, fmean(side)) for x, found in zip(shares, ends, strict=True) for side in zip(*found, strict=True)]
+    return charts.Curve(name, *zip(*dict.fromkeys(points), strict=True))
+
+
+def _at(corners: Sequence[tuple[float, float]], x: float) -> tuple[float, float]:
+    """The lowest and the highest true positives of a ROC at a share of false positives."""
+    i, j = bisect_left(corners, (x,)), bisect_right(corners, (x, math.inf))
+    if i < j:
+        return corners[i][1], corners[j - 1][1]
+    (before, low), (after, high) = corners[i - 1], corners[i]
+    between = low + (high - low) * (x - before) / (after - before)
+    return between, between
 
 
 def _rates(lines: Sequence[charts.Curve], of: str, alone: bool) -> str:

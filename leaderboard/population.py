@@ -4,7 +4,7 @@ One model is one observation, whatever the number of cells (samplers, evaluation
 clean: with steps each seed is a model of its own, without it is the one released model. Models that were fine-tuned
 from the same weights resemble each other, so the number of initialisations stands beside the number of models: the
 released one, and one for each seed of `none(fresh=True)`. A defense's suspicions are compared within one model
-architecture, with the same clean models beside every family of attacks and beside all.
+architecture and release of its weights, with the same clean models beside every family of attacks and beside all.
 
 Three ways to a verdict:
 
@@ -106,15 +106,17 @@ class Population:
 
 
 def populations(cells: Iterable[PooledCell]) -> list[Population]:
-    """One Population for each defense that judges models, architecture and family of attacks, and where there are
-    several families one for all of them. Defenses without clean and attacked models to compare are left out."""
+    """One Population for each defense that judges models, model of the same weights and family of attacks, and where
+    there are several families one for all of them. Defenses without clean and attacked models to compare are left
+    out."""
     groups: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
     for cell in cells:
         if "detection" in cell.tasks:
-            groups[cell.short.defense, cell.knows, bare(cell.specs.model)] += cell.records
+            model = ", ".join(word for word in (bare(cell.specs.model), cell.weights) if word)
+            groups[cell.short.defense, cell.knows, model] += cell.records
     found: list[Population] = []
     for (defense, knows, model), group in groups.items():
-        subjects, left_out = _subjects(group)
+        subjects, left_out = subjects_of(group)
         keys = tuple(record.key for record in group)
         made = [
             replace(one, defense=defense, knows=knows, model=model, left_out=left_out, keys=keys)
@@ -125,7 +127,7 @@ def populations(cells: Iterable[PooledCell]) -> list[Population]:
     return sorted(found, key=lambda p: (p.model, p.family != ALL, p.family, p.defense, p.knows))
 
 
-def _subjects(records: Sequence[Record]) -> tuple[list[Subject], int]:
+def subjects_of(records: Sequence[Record]) -> tuple[list[Subject], int]:
     """The models among the records of one defense, each once, and how many could not be judged."""
     found: dict[tuple[str, ...], Subject | None] = {}
     for record in records:

@@ -1,6 +1,7 @@
 """Records → rows, for every reader: terminal, Markdown, CSV, JSON and the page.
 
-A cell is pooled over the seeds of the attack's training. A table sets the rows of one model beside each other: those of
+A cell is pooled over the seeds of the attack's training. A parameter that a plugin gained later does not split it, and
+models of different weights are never pooled. A table sets the rows of one model beside each other: those of
 one setting (attack, trigger, target, sampler), or one row per defense over all the settings that it met, with the worst
 case and the mean. A defense that met one attack is never placed beside one that met five.
 
@@ -14,12 +15,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from harness.judges import statistics
 from harness.runs import doubts
@@ -28,7 +29,7 @@ from harness.runs.record import Dropped, Record, Track, bare, control_name
 from harness.types import Cell, Doubt, Score, TriggerGiven
 from leaderboard import paired
 from leaderboard.columns import ASR, REPORT, TASKS, TRACKS, Column, Task, of_view, possible
-from leaderboard.specs import shortener
+from leaderboard.specs import newest, shortener
 
 SETTING = ("model", "attack", "trigger", "target", "sampler")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -45,6 +46,14 @@ class Control(StrEnum):
 
 
 BASELINES = (Control.none, Control.finetune)
+
+
+class Stated(NamedTuple):
+    """What a record says of its model: version of the plugin, sha256 of the weights ("" where it does not say it)."""
+
+    model: str
+    version: int | None
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,8 @@ class State:
 @dataclass(frozen=True)
 class PooledCell:
     """A cell over its seeds. specs: of the first seed; short: the same with only what differs from the defaults.
-    knowledge: what the defense was given, by the names of `harness.types.Knowledge`."""
+    knowledge: what the defense was given, by the names of `harness.types.Knowledge`. weights: those of the model, for
+    people; "" unless models of its name have several among the records that were pooled with it."""
 
     id: str
     track: Track
@@ -93,6 +103,7 @@ class PooledCell:
     records: tuple[Record, ...] = ()
     doubts: tuple[Doubt, ...] = ()
     state: State | None = None
+    weights: str = ""
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -121,6 +132,11 @@ class PooledCell:
     def nfe(self) -> tuple[int, ...]:
         """Network evaluations of one sample, where known."""
         return tuple(sorted({r.provenance.nfe for r in self.records if r.provenance.nfe is not None}))
+
+    @property
+    def model(self) -> str:
+        """The model, for people, with its weights where models of its name have several."""
+        return f"{self.short.model}, {self.weights}" if self.weights else self.short.model
 
     @property
     def place(self) -> str:
@@ -252,22 +268,32 @@ def pool(scores: Sequence[Score | None]) -> Number:
     return Number(math.fsum(values) / len(values), statistics.mean_interval(values))
 
 
-def pooled(records: Sequence[Record], dropped: Sequence[Dropped] = ()) -> list[PooledCell]:
-    """All cells, each once, in the order in which pages list them.
+def pooled(
+    records: Sequence[Record],
+    dropped: Sequence[Dropped] = (),
+    suites: Mapping[str, Collection[str]] | None = None,
+) -> list[PooledCell]:
+    """All cells, each once, in the order in which pages list them, with the specs that the newest records write.
+    suites: record key → the suites that hold it; None: all are of one.
 
     Records that differ in their seed and evaluation seed alone are one cell, and one cell for each evaluation seed if
     a seed was evaluated with several. A failed record stands alone, and so does one whose cell and
-    seed another version of the code has run too: those are no two seeds.
+    seed another version of the code has run too: those are no two seeds. Models of different weights are different
+    models (`weights_of`).
     """
-    shorten, doubted = shortener(records, dropped), doubts.of(records)
+    written = newest(records, dropped)
+    records = [record.model_copy(update={"cell": written(record.cell)}) for record in records]
+    dropped = [replace(entry, cell=written(entry.cell)) for entry in dropped]
+    weights, shorten, doubted = weights_of(records, suites), shortener(records, dropped), doubts.of(records)
     groups: dict[str, list[Record]] = defaultdict(list)
-    several = _evaluated_again(records)
+    several = _evaluated_again(records, weights)
     for record in records:
-        name = _identity(record.cell, record.key if record.error else "", _identity(record.cell, "") in several)
+        of = weights[record.key]
+        name = _identity(record.cell, record.key if record.error else of, _identity(record.cell, of) in several)
         again = any(record.cell.seed == other.cell.seed for other in groups.get(name, ()))
         groups[_identity(record.cell, record.key) if again else name].append(record)
     tracks = _tracks(records)
-    made = [_cell(identity, group, tracks, shorten, doubted) for identity, group in groups.items()]
+    made = [_cell(identity, group, tracks, shorten, doubted, weights) for identity, group in groups.items()]
     left = {_identity(entry.cell, f"n/a: {entry.reason}"): entry for entry in reversed(dropped)}
     for identity, entry in left.items():
         track, state = tracks.get(bare(entry.cell.model), TRACKS[0]), State("n/a", entry.reason)
@@ -275,11 +301,52 @@ def pooled(records: Sequence[Record], dropped: Sequence[Dropped] = ()) -> list[P
     return sorted(made, key=_order)
 
 
-def _evaluated_again(records: Iterable[Record]) -> set[str]:
+def part(cells: Iterable[PooledCell], keys: Collection[str]) -> list[PooledCell]:
+    """Cells as far as their records have these keys."""
+    kept = [(cell, tuple(record for record in cell.records if record.key in keys)) for cell in cells]
+    return [replace(cell, records=records) for cell, records in kept if records]
+
+
+def weights_of(records: Sequence[Record], suites: Mapping[str, Collection[str]] | None = None) -> dict[str, str]:
+    """Record key → the weights of its model, for people; "" for all of a model whose records say the same.
+
+    Records say the version of the model's plugin and the sha256 of the weights, in the ingredients of their jobs; the
+    older ones say nothing. How the sha256 is computed has changed, so that one version has several of them without a
+    change of the weights: those that one suite holds are taken for the same. suites: as in `pooled`.
+    """
+    said = {record.key: _stated(record) for record in records}
+    alike: dict[Stated, set[Stated]] = {each: {each} for each in said.values()}
+    first: dict[tuple[str, str, int | None, bool], Stated] = {}
+    for key, each in said.items():
+        for suite in ("",) if suites is None else suites[key]:
+            both = alike[each] | alike[first.setdefault((suite, each.model, each.version, bool(each.sha256)), each)]
+            alike.update(dict.fromkeys(both, both))
+    words = {each: _in_words(group) for each, group in alike.items()}
+    several = Counter(model for model, _ in {(each.model, text) for each, text in words.items()})
+    return {key: words[each] if several[each.model] > 1 else "" for key, each in said.items()}
+
+
+def _stated(record: Record) -> Stated:
+    models = (job.ingredients.get("model") for job in record.provenance.jobs.values() if job.ingredients)
+    model = next((model for model in models if isinstance(model, Mapping)), {})
+    version, sha256 = model.get("version"), model.get("weights")
+    known = version if isinstance(version, int) else None
+    return Stated(record.cell.model, known, sha256 if isinstance(sha256, str) else "")
+
+
+def _in_words(group: Collection[Stated]) -> str:
+    """ "version 3, weights 1a108d51e9ce", of weights that are taken for the same."""
+    version = next(iter(group)).version
+    digests = "/".join(sorted({each.sha256[:12] for each in group if each.sha256}))
+    said = [f"version {version}" if version is not None else "", f"weights {digests}" if digests else ""]
+    return ", ".join(words for words in said if words) or "weights not recorded"
+
+
+def _evaluated_again(records: Iterable[Record], weights: Mapping[str, str]) -> set[str]:
     """Identities of the cells of which a seed was evaluated with several evaluation seeds."""
     seen: dict[tuple[str, int], set[int]] = defaultdict(set)
     for record in records:
-        seen[_identity(record.cell, ""), record.cell.seed].add(record.cell.evaluation_seed)
+        seen[_identity(record.cell, weights[record.key]), record.cell.seed].add(record.cell.evaluation_seed)
     return {identity for (identity, _), seeds in seen.items() if len(seeds) > 1}
 
 
@@ -305,6 +372,7 @@ def _cell(
     tracks: Mapping[str, Track],
     shorten: Callable[[Cell], Cell],
     doubted: Mapping[str, Sequence[Doubt]],
+    weights: Mapping[str, str],
 ) -> PooledCell:
     group = sorted(group, key=lambda record: record.cell.seed)
     first = group[0]
@@ -319,6 +387,7 @@ def _cell(
         records=tuple(group),
         doubts=tuple(dict.fromkeys(doubt for record in group for doubt in doubted[record.key])),
         state=State("failed", first.error) if first.error else None,
+        weights=weights[first.key],
     )
 
 
@@ -359,7 +428,7 @@ def by_setting(cells: Iterable[PooledCell]) -> list[Table]:
     """One table per (model, attack, trigger, target, sampler), one row per cell, in the order of the cells."""
     groups: dict[tuple[str, ...], list[PooledCell]] = defaultdict(list)
     for cell in cells:
-        groups[tuple(getattr(cell.specs, part) for part in SETTING)].append(cell)
+        groups[(cell.weights, *(getattr(cell.specs, part) for part in SETTING))].append(cell)
     return [
         _table(group[0].track, (group[0].place,), REPORT, [row([cell], REPORT) for cell in group], TASKS[0])
         for group in groups.values()
@@ -373,19 +442,20 @@ def by_task(cells: Iterable[PooledCell], track: Track, task: Task) -> list[Table
     by_defense: dict[tuple[str, ...], list[PooledCell]] = defaultdict(list)
     for cell in cells:
         if cell.track == track and task in cell.tasks and cell.state is None and bare(cell.short.attack) != "none":
-            by_defense[cell.specs.model, cell.specs.defense, cell.specs.trigger_given].append(cell)
+            by_defense[cell.specs.model, cell.weights, cell.specs.defense, cell.specs.trigger_given].append(cell)
     controls = [group for group in by_defense.values() if group[0].control in BASELINES]
-    covered: dict[tuple[str, frozenset[tuple[Any, ...]]], list[list[PooledCell]]] = defaultdict(list)
+    covered: dict[tuple[str, str, frozenset[tuple[Any, ...]]], list[list[PooledCell]]] = defaultdict(list)
     for group in by_defense.values():
         if group[0].control not in BASELINES:
-            covered[group[0].specs.model, frozenset(map(_setting, group))].append(group)
+            covered[group[0].specs.model, group[0].weights, frozenset(map(_setting, group))].append(group)
     made: list[tuple[tuple[Any, ...], Table]] = []
-    for (model, settings), groups in covered.items():
-        beside = [[c for c in g if _setting(c) in settings] for g in controls if g[0].specs.model == model]
+    for (model, weights, settings), groups in covered.items():
+        mine = [group for group in controls if (group[0].specs.model, group[0].weights) == (model, weights)]
+        beside = [[cell for cell in group if _setting(cell) in settings] for group in mine]
         whole = [group for group in beside if len({_setting(cell) for cell in group}) == len(settings)]
         words = tuple(dict.fromkeys(cell.place for cell in groups[0]))
         table = _table(track, words, columns, [row(group, columns) for group in (*whole, *groups)], task)
-        made.append(((-len(settings), model, sorted(settings)), table))
+        made.append(((-len(settings), model, weights, sorted(settings)), table))
     return [table for _, table in sorted(made, key=lambda pair: pair[0])]
 
 
@@ -419,8 +489,7 @@ def _loss(number: Number, column: Column) -> float:
 def _table(
     track: Track, settings: tuple[str, ...], columns: tuple[Column, ...], rows: Sequence[Row], task: Task
 ) -> Table:
-    model = rows[0].first.short.model
-    return Table(track, model, settings, columns, _arranged(rows, columns[0], task))
+    return Table(track, rows[0].first.model, settings, columns, _arranged(rows, columns[0], task))
 
 
 def _arranged(rows: Sequence[Row], by: Column, task: Task) -> tuple[Row, ...]:

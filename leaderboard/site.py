@@ -261,11 +261,11 @@ def _site(every: Sequence[Results], out: Path) -> Site:
         checked = level(record.scores, reproduced=seen is not None and seen.within)
         origins[key] = Origin(files[key], checked, suites[key], seen)
     dropped = [entry for results in every for entry in results.dropped]
-    cells = rows.pooled(list(records.values()), dropped)
+    cells = rows.pooled(list(records.values()), dropped, suites)
     names = {key: f"sheets/{path.name}" for key, path in sheets.items()}
     ranked, claimed = paper_rankings.rankings(cells), paper_claims.verdicts(cells)
     named = benchmark.shipped().suite
-    own = rows.pooled([record for key, record in records.items() if named in suites[key]], dropped)
+    own = rows.part(cells, {key for key in records if named in suites[key]})
     heads: dict[Track, list[Head]] = {track: headline.published(cells, own, track) for track in TRACKS}
     return Site(out, cells, dropped, sheets, names, origins, ranked, claimed, heads, environment())
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from harness.registry import presets
@@ -42,6 +43,44 @@ def _gained(old: str, new: str, short: str | None) -> bool:
     """short: the newer spec without its defaults; None where no record says it (the utility's sampler)."""
     before, after = arguments(old).items(), arguments(new).items()
     return bare(old) == bare(new) and before <= after and arguments(short or "").items() <= before
+
+
+def newest(records: Sequence[Record], dropped: Sequence[Dropped] = ()) -> Callable[[Cell], Cell]:
+    """Cell → the same cell as the newest of these records write it.
+
+    A spec that was written before its plugin gained parameters is the longer one that has them, if these have their
+    defaults in it, as the record of the longer one says (`provenance.short`). Where several longer ones qualify that
+    are not the same, it stays as it is. No plugin is asked, so that records are read alike everywhere.
+    """
+    short: dict[str, dict[str, set[str]]] = {name: defaultdict(set) for name in SPECS}
+    for record in records:
+        for name, text in record.provenance.short.items():
+            if name in AXES:
+                short[name][getattr(record.cell, name)].add(text)
+    short["utility_sampler"] = short["sampler"]
+    cells = [entry.cell for entry in (*records, *dropped)]
+    words = {name: _longest({getattr(cell, name) for cell in cells}, short[name]) for name in SPECS}
+
+    def written(cell: Cell) -> Cell:
+        return replace(cell, **{name: words[name].get(spec := getattr(cell, name), spec) for name in SPECS})
+
+    return written
+
+
+def _longest(specs: Iterable[str], short: Mapping[str, Collection[str]]) -> dict[str, str]:
+    """Each spec → itself as it was written last. short: spec → what records say of it without its defaults."""
+    found: dict[str, str] = {}
+    given = {spec: arguments(spec).items() for spec in specs}
+    without = {spec: [arguments(text).items() for text in short.get(spec, ())] for spec in given}
+    for spec in sorted(given, key=lambda spec: (-len(given[spec]), spec)):
+        mine = given[spec]
+        later = {
+            last
+            for other, last in found.items()
+            if bare(other) == bare(spec) and mine < given[other] and any(known <= mine for known in without[other])
+        }
+        found[spec] = later.pop() if len(later) == 1 else spec
+    return found
 
 
 def inside(spec: str) -> str:

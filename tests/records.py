@@ -130,7 +130,7 @@ def record(
     more: Mapping[str, Score] | None = None,
     sheet: bool = True,
     version: int = 1,
-    **cell: str,
+    **cell: str | int,
 ) -> Record:
     """One cell's record. hits: triggered samples of the defended model that show the target, of n. version: of the
     code that measured."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from harness.methods import inversion
 from harness.registry import kept
 from harness.runs.record import Record
 from harness.types import Cell, Data, Knowledge, Score
-from leaderboard import population, report
+from leaderboard import charts, figures, population, report
 from leaderboard.rows import pooled
 from plugins.defenses import elijah
 from plugins.defenses.elijah import Elijah
@@ -329,6 +330,39 @@ def record(attack: str, seed: int, suspicion: float | None, **more: Any) -> Reco
 
 def populations(records: Sequence[Record]) -> list[population.Population]:
     return population.populations(pooled(records))
+
+
+def area(curve: charts.Curve) -> float:
+    """Below a ROC in %, as a share."""
+    points = list(zip(curve.x, curve.y, strict=True))
+    return sum((x - at) * (y + before) / 2e4 for (at, before), (x, y) in itertools.pairwise(points))
+
+
+def test_the_drawn_roc_is_of_the_models_that_its_auroc_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attack that did not take looks clean, and the second record of a model says otherwise than the first."""
+    drawn: list[charts.Curve] = []
+    monkeypatch.setattr(charts, "curves", lambda lines, *_: drawn.extend(lines) or "<svg/>")
+    made = [
+        *clean(0.1, 0.2, 0.3, 0.4),
+        *attacked("bad", (0.35, 0.9), (0.5, 1.0), (0.0, 0.1)),
+        *attacked("bad", (0.05, 0.9), sampler="ddim(steps=9)"),
+    ]
+    (found,) = populations(made)
+    assert (found.attacked, found.left_out) == (2, 1)
+    (figure,) = figures.of_populations([found], {r.key: r for r in made})
+    assert "over models" in figure.caption
+    assert [area(curve) for curve in drawn] == pytest.approx(2 * [found.auroc.value])
+
+
+def test_models_of_other_weights_are_another_population() -> None:
+    """Those of the clean models that are of the same weights stand beside an attacked one."""
+    old = [*clean(0.1, 0.2, 0.3), *attacked("bad", (0.9, 1.0))]
+    new = [*clean(0.8, 0.9, 1.0, sampler="ddim(steps=9)"), *attacked("bad", (0.1, 1.0), sampler="ddim(steps=9)")]
+    job = {"kind": "measure", "label": "measure", "ingredients": {"model": {"version": 2, "weights": 64 * "a"}}}
+    new = [changed(each, provenance={"jobs": {each.key: job}}) for each in new]
+    assert {p.model: (p.clean, p.attacked, p.auroc.value) for p in populations([*old, *new])} == {
+        "digits-ddpm, weights not recorded": (3, 1, 1.0), f"digits-ddpm, version 2, weights {12 * 'a'}": (3, 1, 0.0),
+    }  # fmt: skip
 
 
 def clean(*suspicions: float, **more: Any) -> list[Record]:

@@ -834,6 +834,22 @@ def test_intervals_stay_within_what_a_score_can_be(
     assert possible(score, interval) == shown
 
 
+def test_the_roc_of_a_screen_is_the_mean_over_its_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its area is the AUROC beside it, which is a mean over seeds too."""
+    drawn: list[charts.Curve] = []
+    monkeypatch.setattr(charts, "curves", lambda lines, *_: drawn.extend(lines) or "<svg/>")
+    made = []
+    for seed, (clean, triggered) in enumerate((([0.1, 0.4, 0.3], [0.8, 0.3, 0.9]), ([0.5, 0.6], [0.1, 0.55]))):
+        found, interval = statistics.auroc(clean, triggered)
+        said = score(found, len(clean) * 2, interval=interval, per_sample=(*clean, *triggered))
+        made.append(record("screen()", seed=seed, delivers=["screen"], more={"screen_auroc": said}))
+    (table,) = rows.by_task(rows.pooled(made), "unconditional", "screening")
+    (figure, *_) = figures.of_table(table, "screening")
+    points = list(zip(drawn[0].x, drawn[0].y, strict=True))
+    area = sum((x - at) * (y + before) / 2e4 for (at, before), (x, y) in itertools.pairwise(points))
+    assert area == pytest.approx(table.rows[0].mean["screen_auroc"]) and "mean over its seeds" in figure.caption
+
+
 def test_every_published_value_lies_within_the_bounds_of_its_score() -> None:
     for each in results.read():
         for kept in each.records:

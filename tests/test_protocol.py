@@ -156,7 +156,7 @@ def test_the_command_freezes_a_model_once_and_says_how_many_cells_it_has(planned
 def rows_of(seeds: tuple[int, ...]) -> list:
     attack = "baddiffusion(poison_rate=0.1, steps=600)"
     return [
-        record(defense, hits, attack=attack, seed=seed, knowledge=["data"])
+        record(defense, hits, attack=attack, seed=seed, knowledge=["data"], utility_n=100)
         for seed in seeds
         for defense, hits in (("none", 97), ("elijah(steps=150)", 0), ("skd(steps=80)", 50))
     ]
