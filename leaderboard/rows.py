@@ -443,6 +443,7 @@ def by_task(cells: Iterable[PooledCell], track: Track, task: Task) -> list[Table
     for cell in cells:
         if cell.track == track and task in cell.tasks and cell.state is None and bare(cell.short.attack) != "none":
             by_defense[cell.specs.model, cell.weights, cell.specs.defense, cell.specs.trigger_given].append(cell)
+    by_defense = {name: _once(group) for name, group in by_defense.items()}
     controls = [group for group in by_defense.values() if group[0].control in BASELINES]
     covered: dict[tuple[str, str, frozenset[tuple[Any, ...]]], list[list[PooledCell]]] = defaultdict(list)
     for group in by_defense.values():
@@ -457,6 +458,21 @@ def by_task(cells: Iterable[PooledCell], track: Track, task: Task) -> list[Table
         table = _table(track, words, columns, [row(group, columns) for group in (*whole, *groups)], task)
         made.append(((-len(settings), model, weights, sorted(settings)), table))
     return [table for _, table in sorted(made, key=lambda pair: pair[0])]
+
+
+def _once(group: Iterable[PooledCell]) -> list[PooledCell]:
+    """One cell for each setting: suites may measure the same attack with other utility sets. That of more seeds counts,
+    then that of the larger set."""
+    best: dict[tuple[Any, ...], PooledCell] = {}
+    for cell in group:
+        other = best.get(_setting(cell))
+        if other is None or _weight(other) < _weight(cell):
+            best[_setting(cell)] = cell
+    return list(best.values())
+
+
+def _weight(cell: PooledCell) -> tuple[int, int]:
+    return len(cell.seeds), cell.specs.utility_n
 
 
 def _setting(cell: PooledCell) -> tuple[Any, ...]:

@@ -483,6 +483,17 @@ def test_defenses_that_met_other_attacks_are_never_in_one_table() -> None:
     assert all(len(table.of("control")) == 2 for table in found)
 
 
+def test_a_setting_that_another_suite_measured_with_another_utility_set_counts_once() -> None:
+    """Else a seed counts twice, and the worst of one seed stands for three."""
+    made = [record("a()", hits, seed=seed) for seed, hits in enumerate((9, 3, 3))]
+    again = changed(made[0], cell={"utility_n": made[0].cell.utility_n + 7})
+    for records in ([*made, again], [again, *made]):
+        (table,) = purification(records)
+        (row,) = table.of("blind")
+        assert row.seeds == 3
+        assert row.worst["asr"].value == pytest.approx(0.05) and row.mean["asr"] == pytest.approx(0.05)
+
+
 def test_rows_that_are_not_shown_to_differ_share_a_letter_instead_of_a_rank() -> None:
     rates = {"d0": (2, 3, 1), "d1": (4, 3, 5), "d2": (30, 33, 31), "d3": (34, 28, 36), "d4": (90, 91, 89)}
     made = [record(f"{name}()", k, seed=seed) for name, hits in rates.items() for seed, k in enumerate(hits)]
