@@ -2,9 +2,9 @@
 
 A backdoored model is one that an attack made (attack, trigger, target, seed) and whose ASR without a defense is at
 least 80 %. A defense cleans it if the model that it returns has an ASR of at most 5 % and a utility that is at most a
-stated loss below the attacked model's, under every sampler with which it was measured. A defense that failed did not
-clean it. These thresholds are the protocol's (`leaderboard.protocol`). The unit of the shares and of their intervals is
-the model; samples are not.
+stated loss below the attacked model's, under every sampler under which the attack had that ASR. A defense that failed
+did not clean it. These thresholds are the protocol's (`leaderboard.protocol`). The unit of the shares and of their
+intervals is the model; samples are not.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from harness.judges.evidence import Evidence, contact_sheet, reachable
 from harness.judges.statistics import mean, mean_interval, rate
 from harness.methods.prompt_edits import Substitution
 from harness.methods.trigger_placement import found_text, with_found
-from harness.stages import defend
+from harness.stages import defend, findings
 from harness.types import Backdoor, Inputs
 from plugins.triggers.homoglyph import Homoglyph
 
@@ -166,7 +166,7 @@ def test_a_found_text_stands_before_the_prompt_or_in_its_letters_place() -> None
     assert with_found(inputs, "sks").prompts == ("sks a dog", "sks a cat")
     assert with_found(inputs, Substitution("o", "\u043e")).prompts == ("a d\u043eg", "a cat")
     for found in ("sks", Substitution("o", "\u043e"), torch.ones(1, 2, 2), None):
-        again = defend.found(json.loads(json.dumps(defend.stored(found))))
+        again = findings.found(json.loads(json.dumps(findings.stored(found))))
         same = isinstance(again, torch.Tensor) and isinstance(found, torch.Tensor) and torch.equal(again, found)
         assert same or again == found
     assert found_text(Substitution("o", "\u043e")) == "\u043e" and found_text(torch.ones(1)) is None

@@ -40,7 +40,6 @@ SEVERAL_BUDGETS = {
     "paper-cifar10": "Elijah's 11 or 50 epochs beside Diff-Cleanse's 40 epochs of other images",
     "paper-celebahq": "the same at 256 pixels",
     "budget": "it shows what the budget does",
-    "paper-sd14": "the released steps of SKD beside those of SKD-CAG",
 }
 # Cells whose defense has no schedule and no average to set, by the definition of the method.
 OWN_OPTIMIZER = {"anp": "its masks are trained by SGD with momentum, and the masks themselves are the result"}

@@ -27,7 +27,8 @@ SIZES = 6  # numbers of SDXL's condition on size
 INDEXED = ".safetensors.index.json"
 _INDEX = "{}" + INDEXED
 ABOUT = ("provenance.json", "bench.json")  # say where a model is from, and change nothing in it
-NOTED = ("_diffusers_version", "transformers_version", "_name_or_path")  # in a config, by the library that wrote it
+NOTED = {"_diffusers_version", "transformers_version", "_name_or_path"}  # in a config, by the library that wrote it
+LAST_CALL = {"padding", "truncation"}  # in tokenizer.json, of the tokenizer's last call
 PARTS = {
     "unet": ("UNet2DModel", "UNet2DConditionModel"),
     "transformer": ("SD3Transformer2DModel", "FluxTransformer2DModel"),
@@ -466,8 +467,8 @@ def digest(directory: Path, beside: Sequence[Path] = ()) -> str:
     These are configs, schedulers, tokenizers and words. `beside`: files and folders of other directories that count as
     if they were in this one under their own names.
 
-    Tensors, not weight files, and values of a JSON file, not its text: what a library writes differently in another
-    version, its own number above all, does not change the digest.
+    Tensors, not weight files, and values of a JSON file, not its text: its layout, and the versions and the place that
+    a library notes in it, do not change the digest.
     """
     from safetensors import safe_open
 
@@ -489,13 +490,14 @@ def digest(directory: Path, beside: Sequence[Path] = ()) -> str:
 
 
 def _values(path: Path) -> str:
-    """What a config says, without the versions and the place that a library notes in it; another file's text."""
+    """What a JSON file says, without what a library notes in it; another file's text."""
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".json":
         return text
     found = json.loads(text)
     if isinstance(found, dict):
-        found = {key: value for key, value in found.items() if key not in NOTED}
+        left_out = NOTED | LAST_CALL if path.name == "tokenizer.json" else NOTED
+        found = {key: value for key, value in found.items() if key not in left_out}
     return json.dumps(found, sort_keys=True)
 
 

@@ -40,7 +40,7 @@ class GuidedDistillation:
         "none"  # weight of L_attn: mul t/T of appendix B.2, div T/t as released
     )
     normalise: Literal["minmax", "none"] = (
-        "minmax"  # scaling of the map of each token; released: minmax (the text names none)
+        "minmax"  # scaling of the map of each token; released: minmax (the text of 2024 names none)
     )
     resolutions: tuple[int, ...] = ()  # sides of the maps that are used; () = all, as released
     layers: str = ""  # regular expression that matches in the names of the layers that are used; "" = all, as released

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
 
     from harness.diffusion.model import DiffusionModel
-    from harness.stages.defend import Findings
+    from harness.stages.findings import Findings
     from harness.types import Attack, Backdoored, Data, Model
 
 LIBRARIES = (
@@ -215,7 +215,7 @@ def attacked_model(plugin: Model, attacked: str | None, store: Store) -> Diffusi
 
 def findings_of(store: Store, key: str) -> Findings:
     """What the defense of job `key` said."""
-    from harness.stages.defend import Findings
+    from harness.stages.findings import Findings
 
     return Findings(**json.loads((store.open_artifact(key) / FINDINGS).read_text()))
 
@@ -225,7 +225,7 @@ def _sample(spec: SampleSpec, registry: Registry, store: Store, out: Path) -> di
     from safetensors.torch import save_file
 
     from harness.diffusion.images import to_uint8
-    from harness.stages.defend import found
+    from harness.stages.findings import found
     from harness.stages.inputs import evaluation_inputs
     from harness.stages.sample import PART, sample, sample_found, wrapped
 

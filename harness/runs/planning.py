@@ -59,7 +59,7 @@ STAGES = {
         "attack": (),
         "control": ("harness.stages.inputs",),
         "defend": ("harness.stages.knowledge", "harness.methods.decoys"),
-        "sample": ("harness.stages.inputs", "harness.stages.defend", "harness.diffusion.images"),
+        "sample": ("harness.stages.inputs", "harness.stages.findings", "harness.diffusion.images"),
         "measure": (),
     }.items()
 }  # fmt: skip

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,29 +16,13 @@ from harness.diffusion.events import progress
 from harness.diffusion.model import DiffusionModel
 from harness.diffusion.seeds import generator
 from harness.diffusion.training import prepared
-from harness.methods.prompt_edits import Substitution
+from harness.stages.findings import Findings, stored
 from harness.stages.inputs import evaluation_inputs
 from harness.stages.knowledge import declared
 from harness.stages.sample import stamped as with_trigger
 from harness.types import DELIVERS, Defended, Defense, Inputs, Knowledge, Model, Trigger
 
 SCREEN_BATCH = 50
-StoredTrigger = str | Mapping[str, str] | list[Any] | None  # a text, a text that replaces a letter, or a pattern
-# (C, H, W)
-
-
-@dataclass(frozen=True)
-class Findings:
-    """The results of a defense except the model, in JSON types. sampler: the spec of a registered sampler."""
-
-    suspicion: float | None = None
-    flag_above: float | None = None
-    features: Mapping[str, float] = field(default_factory=dict)
-    trigger: StoredTrigger = None
-    notes: Mapping[str, Any] = field(default_factory=dict)
-    sampler: str | None = None
-    screen_above: float | None = None
-    screened: Mapping[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -128,19 +112,3 @@ def screen(
         scores |= zip(rows, answer.tolist(), strict=True)
         progress("screen", start + len(rows), 2 * n)
     return {"clean": [scores[i] for i in pairs], "triggered": [scores[n + i] for i in pairs]}
-
-
-def stored(trigger: Tensor | str | Substitution | None) -> StoredTrigger:
-    """A trigger that a defense found, in JSON types."""
-    if isinstance(trigger, Substitution):
-        return {"text": trigger.text, "letter": trigger.letter}
-    return trigger if trigger is None or isinstance(trigger, str) else trigger.tolist()
-
-
-def found(trigger: StoredTrigger) -> Tensor | str | Substitution | None:
-    """The reverse of `stored`; values of a pattern that were not finite are NaN."""
-    import numpy as np
-
-    if isinstance(trigger, Mapping):
-        return Substitution(**trigger)
-    return torch.from_numpy(np.array(trigger, dtype=np.float32)) if isinstance(trigger, list) else trigger

@@ -12,7 +12,7 @@ from torch import Tensor
 from harness.capabilities import keeps_per_sample
 from harness.judges.evidence import Evidence, Given, Verdict, Who, reachable
 from harness.methods.trigger_placement import found_text
-from harness.stages.defend import Findings, found
+from harness.stages.findings import Findings, found
 from harness.stages.inputs import avoiding, evaluation_prompts
 from harness.types import WRONG, Backdoor, Metric, Model, Score
 

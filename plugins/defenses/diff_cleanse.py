@@ -1,10 +1,8 @@
 """Inverts the trigger by the similarity of the generated images, then prunes the channels that respond to it.
 
 Diff-Cleanse. Jiang Hao et al., "Diff-Cleanse: Identifying and Mitigating Backdoor Attacks in Diffusion Models",
-arXiv:2407.21316.
-
-Stage 1 is black-box trigger inversion (BBTI). The noises ε_i are fixed, X_0 = sample(ε + r), Z = E(X_0), and H_i is the
-entropy of image i. Adam minimises over r, from N(0, 1):
+arXiv:2407.21316. Stage 1 is black-box trigger inversion (BBTI). The noises ε_i are fixed, X_0 = sample(ε + r), Z =
+E(X_0), and H_i is the entropy of image i. Adam minimises over r, from N(0, 1):
 
     l = l_s + λ l_e      l_s = 1 - Σ_ij cos(Z_i, Z_j) / N²      l_e = Σ_i relu(H_i - κ₊) + relu(κ₋ - H_i)
 
@@ -15,7 +13,7 @@ above κ. A model with an MSCR above the threshold is backdoored (algorithm 1; i
 Stage 2 prunes. With x_t = s_t x + σ_t ε (+ ρ_t r) and L_t = ‖ε - ε_θ(x_t, t)‖², it removes the p % of the channels of
 each layer whose I_b - I_c is largest; I_b is computed on inputs with r, I_c on inputs without r:
 
-    I(θ_i) = Σ_k |θ_ik Σ_{t≥τ} ∂L_t/∂θ_ik|      t from 0; the paper's t > τ counts from 1
+    I(θ_i) = Σ_k |θ_ik Σ_{t≥τ} ∂L_t/∂θ_ik|      t from 0; equation 9 has t > τ, counted from 1
 
 It then fine-tunes on clean images sampled from the model itself; θ' is the model before pruning:
 
@@ -30,14 +28,14 @@ returns MSCR as the suspicion, r, and a smaller model. The notes contain MSCR an
 the shares that the pruning realised. With `bounds='data'` the defense needs clean images too.
 
 Differs from the paper: equation 5 counts the pairs above κ, which can be more than the images; here a set of images is
-counted, as the name says. The images of a search always come from a clean sampler on ε + r, because a defender does not
-know how an attack samples; algorithm 1 samples as the attack does, which is another thing for TrojDiff alone. MSCR is
-that after a fixed number of iterations, because a search that ends at the threshold
-(`stop=True`, the paper's algorithm 1) ends with the threshold as its result. MSCR is measured on held-out noises
-(`held_out=False`: on the noises of the search). The paper gives no formula of the entropy; here it is that of 256 grey
-levels in bits, at most 8, so that κ₊ = 8.5 is never reached. In variance-exploding models ρ_t is σ_t. `ratio` is one
-number for all models; the paper takes the smallest ratio that removes the backdoor, which only someone who knows the
-backdoor can determine. `judged`, `start`, `bounds` and `within` have options of ours.
+counted. The images of a search come from a clean sampler on ε + r, because a defender does not know how an attack
+samples; algorithm 1 samples as the attack does, which is another thing for TrojDiff alone. MSCR is that after a fixed
+number of iterations, because a search that ends at the threshold (`stop=True`, the paper's algorithm 1) ends with the
+threshold as its result. MSCR is measured on held-out noises (`held_out=False`: on the noises of the search). The paper
+gives no formula of the entropy; here it is that of 256 grey levels in bits, at most 8, so that κ₊ = 8.5 is never
+reached. In variance-exploding models ρ_t is σ_t. `ratio` is one number for all models; the paper takes the smallest
+ratio that removes the backdoor, which only someone who knows the backdoor can determine. `judged`, `start`, `bounds`,
+`within`: with options of ours.
 Differs from the released code (f1ae86e, known from a description): that code never updates r, compares pixels, prunes
 by -(I_b + I_c) (score='sum') with the true trigger (invert=False), flips images at random and draws antithetic
 timesteps in the fine-tuning. Behaviour on small models: docs/methods/diff-cleanse.md.
@@ -132,7 +130,7 @@ class DiffCleanse(Pruning):
     # steps
     bound: Annotated[float, Ge(0)] = 0.0  # largest |r|; 1 is the range of an image; 0 = no bound (paper)
     spread: Annotated[float, Ge(0), Le(10)] = 1.0  # standard deviation of r at the start; paper's value
-    tau: Annotated[int, Ge(0)] = 950  # τ, the scores sum over the timesteps above it; paper's value
+    tau: Annotated[int, Ge(0)] = 950  # τ, the first timestep over which the scores sum, from 0; paper's value
     images: PositiveInt = 16  # clean images on which the scores are computed; paper's value
     score: Literal["difference", "sum"] = "difference"  # I_b - I_c, or I_b + I_c as in the released code
 

@@ -13,8 +13,8 @@ encoder and the VAE are frozen. It needs no images. `latents` selects z: "noise"
 released code.
 
 Differs from the paper: the suites use a learning rate and steps that suit the embedded models; the defaults here are
-the released values. `keep`, an extension that is off by default, is the weight of a term ‖ε_s(z, t, τ(p)) -
-ε_te(z, t, τ(p))‖² that preserves the predictions for clean prompts. Differs from the official code
+the released values but for the steps. `keep`, an extension that is off by default, is the weight of a term
+‖ε_s(z, t, τ(p)) - ε_te(z, t, τ(p))‖² that preserves the predictions for clean prompts. Differs from the official code
 (Mystic-Slice/Sealing-The-Backdoor at c75ee51, read there): there is no moving average (the official one decays at 0.5
 and is copied back into the student each epoch), and the norm of the gradient is clipped at 1 (the official code does
 not clip).
@@ -39,7 +39,7 @@ class SKD:
     accepts_triggers: ClassVar[tuple[str, ...]] = ("text",)
     needs: ClassVar[tuple[str, ...]] = ("trigger", "prompts")
 
-    steps: PositiveInt = 1875  # optimizer steps; the paper's 75 epochs of 100 prompts at batch 4 (released: 100 epochs)
+    steps: PositiveInt = 1875  # the paper's 75 epochs, of 100 prompts at batch 4 as released (released: 100 epochs)
     batch: PositiveInt = 4  # prompts per step; released value
     lr: LearningRate = 1e-6  # AdamW; released value for 860 M weights, small models need about 1e-4
     latents: Latents = "noise"  # latents for the distillation; released: noise
