@@ -99,7 +99,7 @@ def scores(document: Document, *names: str) -> list[Document]:
 
 def test_honest_rows_pass_and_nothing_of_them_is_unverifiable(honest: Path, declared: Declared) -> None:
     outcome = check.check(honest, declared=declared)
-    assert outcome.problems == [] and outcome.records == 15
+    assert outcome.problems == [] and outcome.records == 11
     assert not [note for note in outcome.notes if "unverifiable" in note.words]
 
 
@@ -109,7 +109,7 @@ def test_honest_rows_pass_and_nothing_of_them_is_unverifiable(honest: Path, decl
 def lower_threshold(document: Document) -> None:
     """A threshold under which nothing is a hit, with the rates and intervals that follow from it."""
     document["scores"]["asr_threshold"]["value"] = 0.001
-    no_hits(document, 100)
+    no_hits(document, 128)
 
 
 def no_hits(document: Document, n: int) -> None:
@@ -152,23 +152,23 @@ def first_distance(value: float) -> Callable[[Document], None]:
 
 OF_SCORES: dict[str, tuple[Callable[[Document], Any], str]] = {
     "threshold": (lower_threshold, "asr_threshold is 0.001; target patch has 0."),
-    "hits set to null": (uncount, "per-sample values for n = 100"),
-    "hits set to null, with their n": (uncounted_with_its_n, "its target and trigger count 100, or others"),
+    "hits set to null": (uncount, "per-sample values for n = 128"),
+    "hits set to null, with their n": (uncounted_with_its_n, "its target and trigger count 128, or others"),
     "values of asr dropped": (drop("asr"), "asr lacks its per-sample values, which its metric keeps"),
     "values of a mean dropped": (drop("drift"), "drift lacks its per-sample values"),
     "a rate at a threshold": (lambda d: d["scores"].pop("asr@calibrated"), "lacks asr@calibrated"),
-    "n of a rate": (said("asr@calibrated", n=1000), "asr@calibrated says n = 1000, and it has n = 100"),
-    "n of a distance": (said("fid[shapes-cnn]", n=5000), "says n = 5000, and it has n = 100"),
+    "n of a rate": (said("asr@calibrated", n=1000), "asr@calibrated says n = 1000, and it has n = 128"),
+    "n of a distance": (said("fd[shapes-cnn]", n=5000), "says n = 5000, and it has n = 256"),
     "distance of a hit": (first_distance(-1e300), "asr has the distance -1e+300, and it can be at least 0"),
-    "negative Fréchet distance": (said("fid[shapes-cnn]", value=-1e300), "is -1e+300, and can be at least 0"),
+    "negative Fréchet distance": (said("fd[shapes-cnn]", value=-1e300), "is -1e+300, and can be at least 0"),
     "a share above 1": (said("attribute_accuracy", value=1.5), "attribute_accuracy is 1.5, and can be 0 to 1"),
-    "larger than single precision": (said("kid[shapes-cnn]", value=1e300), "no larger than what single precision"),
+    "larger than single precision": (said("kd[shapes-cnn]", value=1e300), "no larger than what single precision"),
     "null without a reason": (said("spread", value=None), "spread is unmeasured and does not say why"),
     "null with values": (said("drift", value=None, warning="why"), "drift is unmeasured and has values all the same"),
     "interval upside down": (said("drift", interval=[0.9, 0.1]), "drift has the interval (0.9, 0.1), which is none"),
-    "interval elsewhere": (said("fid[shapes-cnn]", interval=[1e6, 2e6]), "outside its interval (1e+06, 2e+06)"),
+    "interval elsewhere": (said("fd[shapes-cnn]", interval=[1e6, 2e6]), "outside its interval (1e+06, 2e+06)"),
     "interval narrower": (said("asr", interval=[0.0, 0.01]), "asr has the interval (0, 0.01), its values give"),
-    "attacked model's rate": (said("fid_before[shapes-cnn]", value=1.0), "which has the same backdoored model"),
+    "attacked model's rate": (said("fd_before[shapes-cnn]", value=1.0), "which has the same backdoored model"),
     "warnings": (lambda d: d["warnings"].clear(), "its warnings are not those of its scores"),
     "scores of a failed row": (lambda d: d.update(error="boom"), "a row that failed and has scores"),
 }  # fmt: skip
@@ -457,9 +457,9 @@ def test_a_contact_sheet_gives_the_drift_that_the_metric_measures(tmp_path: Path
 def test_one_key_with_other_numbers_in_two_suites_is_refused(folder: Path, declared: Declared) -> None:
     shutil.copytree(folder, folder.parent / "sealing-alpha")
     assert not [line for line in found(folder.parent, declared) if "has the key of" in line]
-    path = forge(row(folder, "skd-cag"), said("fid[shapes-cnn]", value=0.5))
+    path = forge(row(folder, "skd-cag"), said("fd[shapes-cnn]", value=0.5))
     lines = [line for line in found(folder.parent, declared) if "has the key of" in line]
-    assert len(lines) == 1 and path.name in lines[0] and "another fid[shapes-cnn]" in lines[0]
+    assert len(lines) == 1 and path.name in lines[0] and "another fd[shapes-cnn]" in lines[0]
 
 
 # ---- rows of the suite ----------------------------------------------------------------------------------------------
@@ -468,7 +468,7 @@ def test_one_key_with_other_numbers_in_two_suites_is_refused(folder: Path, decla
 def test_the_worst_row_that_was_deleted_is_named(folder: Path, declared: Declared) -> None:
     row(folder, "skd-cag").unlink()
     lines = found(folder, declared)
-    assert any("lacks a row of suite quick: skd-cag(" in line and "seed 0, n = 100" in line for line in lines), lines
+    assert any("lacks a row of suite quick: skd-cag(" in line and "seed 0, n = 128" in line for line in lines), lines
 
 
 def test_a_decoy_control_that_was_deleted_is_named(folder: Path, declared: Declared) -> None:

@@ -20,12 +20,12 @@ It then fine-tunes on clean images sampled from the model itself; θ' is the mod
     loss_p = loss_c + loss_b = ‖ε - ε_θ(x_t, t)‖² + ‖ε_θ(x_t, t) - ε_θ'(x_t, t)‖²
 
 The encoder E is CLIP in the paper. `encoder='given'` is the model's scorer if it has one, which is CLIP for the papers'
-models, else the public encoder that a model of pictures names, else the features of its judge: a public encoder tells
-digits apart hardly better than pixels do. That judge also scores the defender; 'public' and 'pixels' do without it.
+models, else the public encoder that a model of pictures names, else the features of its judge. That judge also scores
+the defender; 'public' and 'pixels' do without it.
 
 The defense needs an image encoder and no data; with `invert=False` it needs the trigger instead of the encoder. It
-returns MSCR as the suspicion, r, and a smaller model. The notes contain MSCR and both losses of every iteration, and
-the shares that the pruning realised. With `bounds='data'` the defense needs clean images too.
+returns MSCR as the suspicion, r, and a smaller model. The notes hold the curves of the search and what was pruned.
+With `bounds='data'` the defense needs clean images too.
 
 Differs from the paper: equation 5 counts the pairs above κ, which can be more than the images; here a set of images is
 counted. The images of a search come from a clean sampler on ε + r, because a defender does not know how an attack
@@ -35,10 +35,9 @@ threshold as its result. MSCR is measured on held-out noises (`held_out=False`: 
 gives no formula of the entropy; here it is that of 256 grey levels in bits, at most 8, so that κ₊ = 8.5 is never
 reached. In variance-exploding models ρ_t is σ_t. `ratio` is one number for all models; the paper takes the smallest
 ratio that removes the backdoor, which only someone who knows the backdoor can determine. `judged`, `start`, `bounds`,
-`within`: with options of ours.
-Differs from the released code (f1ae86e, known from a description): that code never updates r, compares pixels, prunes
-by -(I_b + I_c) (score='sum') with the true trigger (invert=False), flips images at random and draws antithetic
-timesteps in the fine-tuning. Behaviour on small models: docs/methods/diff-cleanse.md.
+`within`: with options of ours. Differs from the released code (f1ae86e, known from a description): that code never
+updates r, compares pixels, prunes by -(I_b + I_c) (score='sum') with the true trigger (invert=False), flips images at
+random and draws antithetic timesteps in the fine-tuning. Behaviour on small models: docs/methods/diff-cleanse.md.
 """
 
 from __future__ import annotations
