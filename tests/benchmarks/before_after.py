@@ -9,12 +9,12 @@ medians; a part replaces its earlier values when it is done. Parts:
 
 driver-JOBS: processor and busy milliseconds of the driver per job, and its memory at the end (driver.py, `within`).
 planning: processor milliseconds per cell of a suite, and memory of the process (planning.py). quick: processor seconds
-of `bench plan quick`, when nothing is kept in the cache directory and again. page: processor seconds of `bench
-leaderboard build` with an empty cache directory, on the records that DIR publishes; the code of DIR cannot read records
-with later fields. ddim: processor seconds of 64 images by those of diffusers' pipeline (ddim.py).
+of `bench plan` for the suite quick of DIR, when nothing is kept in the cache directory and again. page: processor
+seconds of `bench leaderboard build` with an empty cache directory, on the records that DIR publishes; the code of DIR
+cannot read records with later fields. ddim: processor seconds of 64 images by those of diffusers' pipeline (ddim.py).
 
-load: of the machine at the end of each part; other programs slow both sides, so the ratios count. Busy milliseconds are
-wall time. --table: put the table into docs/scale.md and print it.
+load: of the machine at the end of each part; other programs slow both sides. Busy milliseconds are wall time. --table:
+put the table into docs/scale.md and print it.
 """
 
 from __future__ import annotations
@@ -81,10 +81,10 @@ PARTS: dict[str, Part] = {
         lambda row: {**row["many"], "ms": row["many"]["expand_ms"] + row["many"]["plan_ms"]}, 1,
     ),
     "quick": Part(
-        "planning", ("--only", "quick"),
+        "planning", ("--only", "quick", "--suite", "{suite}"),
         (
-            Figure("first_s", "`bench plan quick`, empty cache: processor seconds", 1),
-            Figure("again_s", "`bench plan quick`, again: processor seconds", 1),
+            Figure("first_s", "`bench plan` of the earlier `quick`, empty cache: processor seconds", 1),
+            Figure("again_s", "`bench plan` of the earlier `quick`, again: processor seconds", 1),
         ),
         lambda row: row["quick"],
     ),
@@ -110,7 +110,8 @@ def measured(part: Part, checkout: Path, values: Mapping[str, object]) -> Row:
 
 def compared(part: Part, before: Path, times: int, cells: int) -> dict[str, Any]:
     """The medians of both sides, measured in turn, and of what they are."""
-    values = {"cells": cells, "records": before / "leaderboard" / "results"}
+    published = before / "leaderboard"
+    values = {"cells": cells, "records": published / "results", "suite": published / "suites" / "quick.toml"}
     rows: dict[str, list[Row]] = {side: [] for side in SIDES}
     for _ in range(min(times, part.times)):
         for side, checkout in zip(SIDES, (before, ROOT), strict=True):
@@ -142,7 +143,7 @@ def table(known: Mapping[str, Any]) -> str:
             values = [f"{value:.{figure.digits}f}" for value in (old, new)]
             rows.append([f"{figure.words}{size}", *values, f"{old / new:.1f}", str(found["times"])])
     loads = [found["load"] for found in known["parts"].values()]
-    head = ("figure", f"commit `{known['before']}`", "now", "ratio", "runs")
+    head = ("figure", *(f"commit `{known[side]}`" for side in SIDES), "ratio", "runs")
     machine = f"The load of the machine, which has {known['cores']} cores, was {min(loads)} to {max(loads)}."
     return f"{markdown(head, rows)}\n\n{machine}"
 
@@ -152,7 +153,7 @@ def main() -> None:
     words.add_argument("--table", action="store_true")
     words.add_argument("--before", type=Path, metavar="DIR")
     words.add_argument("--commit", default="22dbe8b", help="of DIR, for the table")
-    words.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
+    words.add_argument("--only", action="extend", nargs="+", choices=PARTS, metavar="PART")
     words.add_argument("--times", type=int, default=3)
     words.add_argument("--cells", type=int, default=10080)
     words.add_argument("-o", "--out", type=Path, default=Path(__file__).with_suffix(".json"))
@@ -165,8 +166,11 @@ def main() -> None:
     if told.before is None:
         words.error("give --before DIR, a checkout of the earlier commit, or --table")
     known: dict[str, Any] = json.loads(told.out.read_text()) if told.out.is_file() else {"parts": {}}
-    known |= {"before": told.commit, "cores": os.cpu_count()}
-    for name in told.only:
+    now = subprocess.run(
+        ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True
+    )
+    known |= {"before": told.commit, "after": now.stdout.strip(), "cores": os.cpu_count()}
+    for name in told.only or PARTS:
         known["parts"][name] = compared(PARTS[name], told.before.resolve(), told.times, told.cells)
         print(name, json.dumps(known["parts"][name]), flush=True)
         told.out.write_text(json.dumps(known, indent=1) + "\n")
