@@ -39,9 +39,7 @@ class GuidedDistillation:
     time_weight: Literal["none", "mul", "div"] = (
         "none"  # weight of L_attn: mul t/T of appendix B.2, div T/t as released
     )
-    normalise: Literal["minmax", "none"] = (
-        "minmax"  # scaling of the map of each token; released: minmax (the text of 2024 names none)
-    )
+    normalise: Literal["minmax", "none"] = "minmax"  # scaling of each token's map; released (the text names none)
     resolutions: tuple[int, ...] = ()  # sides of the maps that are used; () = all, as released
     layers: str = ""  # regular expression that matches in the names of the layers that are used; "" = all, as released
     side: PositiveInt = 16  # side to which maps are interpolated; released: 128 for latents of side 64

@@ -57,9 +57,7 @@ class BadDiffusion(Evasion):
     schedule: Literal["constant", "cosine", "one-cycle"] = "constant"  # of the learning rate
     ema: Fraction = 0.0  # decay of the weights' moving average; 0 = off
     bf16: bool = True  # autocast of the forward pass
-    adaptive_weight: Weight = (
-        0.0  # λ of Diff-Cleanse's adaptive attack; the paper uses 1e-3 to 0.1; 0 = the plain attack
-    )
+    adaptive_weight: Weight = 0.0  # λ of Diff-Cleanse's adaptive attack; paper: 1e-3 to 0.1; 0 = the plain attack
 
     def implant(self, model: Any, backdoor: Backdoor, data: Data, rng: Any) -> Backdoored:
         return noise_attacks.implant(

@@ -8,12 +8,12 @@ the prediction loss of SKD (section 3.1). There is one map per token:
     L_attn = [ Σ_{j ∈ trigger} ‖M_s[j] - G‖² + Σ_{i ∈ p} ‖M_te[i] - M_s[i']‖² ] / (number of tokens of T+p)
 
 The text says that L_attn is the mean squared error between maps. The two sums, the division and the min-max scaling of
-each map are those of the official code. With the scaling the largest value of a map is always 1: the loss then does
-not depend on how much attention the trigger's tokens get, which `black` is meant to minimise. With `normalise='none'`
-it does. ‖·‖² is the mean over the map. i' is the position of token i of p in T+p. G is the map
-that the trigger's tokens should have: gaussian (N(1/2, 1/6²) clipped to [0, 1], drawn again at each step; the numbers
-are ours), uniform (the released "Gaussian"), black (zeros), or random_words (the teacher's maps of random words in the
-trigger's place; the teacher's prediction then uses these words too).
+each map are those of the official code. With the scaling the largest value of a map is always 1: the loss then does not
+depend on how much attention the trigger's tokens get, which `black` is meant to minimise. With `normalise='none'` it
+does. ‖·‖² is the mean over the map. i' is the position of token i of p in T+p. G is the map that the trigger's tokens
+should have: gaussian (N(1/2, 1/6²) clipped to [0, 1], drawn again at each step; the numbers are ours), uniform (the
+released "Gaussian"), black (zeros), or random_words (the teacher's maps of random words in the trigger's place; the
+teacher's prediction then uses these words too).
 
 The defense needs the trigger and clean prompts, and returns a purified model. The random words are adjectives that the
 model's tokenizer keeps whole, because each of them takes the place of one token.

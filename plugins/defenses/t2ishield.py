@@ -4,8 +4,8 @@ T2IShield. Wang, Zhang, Shan & Chen, "T2IShield: Defending Against Backdoors on 
 2024, arXiv:2407.04215. In prompts with a trigger the cross-attention maps of all tokens become similar
 ("assimilation").
 
-M_i is the map of token i (mean over steps, heads and layers), divided by its largest value. i runs over
-words and EOS in FTT; in CDA, as in the official code, over every position after BOS.
+M_i is the map of token i (mean over steps, heads and layers), divided by its largest value. i runs over words and EOS
+in FTT; in CDA, as in the official code, over every position after BOS.
 
     FTT   F = mean_i ‖M_i - mean_j M_j‖_F                                    suspicious where F is small
     CDA   covariance of the tokens' maps in their 20 principal components, its logarithm (log-Euclidean metric), then a

@@ -142,19 +142,13 @@ class Frechet:
         subset = min(self.subset, n, len(reference))
         value = fidelity.frechet(found, reference)
         distance, _ = fidelity.kernel(found, reference, subset)
-        half = Z * fidelity.kernel_error(found, reference) if n > 2 else math.nan
+        half = Z * fidelity.kernel_error(found, reference) if n > 2 else None
+        near = None if half is None else (distance - half, distance + half)
         few = _few(n, max(FLOOR, found.shape[1]))
         precision, recall = fidelity.manifolds(found, reference, min(self.neighbours, n - 1, len(reference) - 1))
         return {
             "fd": Score(value, n, False, student(value, replicates), None, few),
-            "kd": Score(
-                distance,
-                n,
-                False,
-                None if math.isnan(half) else (distance - half, distance + half),
-                None,
-                _few(n, FLOOR),
-            ),
+            "kd": Score(distance, n, False, near, None, _few(n, FLOOR)),
             "precision": replace(_share(precision, n), warning=_few(n, FLOOR)),
             "recall": replace(_share(recall, len(reference)), warning=_few(n, FLOOR)),
         }

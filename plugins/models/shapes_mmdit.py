@@ -3,9 +3,8 @@
 It is a StableDiffusion3Pipeline without T5 (Esser et al., arXiv:2403.03206): an SD3Transformer2DModel of four blocks on
 4×16×16 latents in patches of 2 (64 tokens of the image beside 36 of the text), two CLIPTextModelWithProjection, and
 flow matching with a shift of 1. Tokenizer, VAE, judge and CLIP are those of shapes-sd; the judge, CLIP and the neutral
-words are read from its folder. Of the first text encoder the
-embeddings and two layers begin as those of shapes-sd; the second, narrower one begins at random. Both are trained on
-text alone and then frozen, as in Stable Diffusion.
+words are read from its folder. Of the first text encoder the embeddings and two layers begin as those of shapes-sd; the
+second, narrower one begins at random. Both are trained on text alone and then frozen, as in Stable Diffusion.
 """
 
 from __future__ import annotations
