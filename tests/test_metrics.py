@@ -273,17 +273,19 @@ def test_the_distances_carry_the_judges_name_and_agree_with_torch_fidelitys_own_
     assert "fid" not in scores and scores["fd[tone-judge]"].warning is None
 
 
+@pytest.mark.parametrize("drawn", ["each once", "some often"])
 @pytest.mark.parametrize(
     ("n", "features", "m", "close"), [(300, 5, 300, 1e-9), (50, 80, 300, 1e-6), (50, 80, 40, 1e-6), (90, 80, 40, 1e-6)]
 )
-def test_the_resampled_distance_of_all_images_once_is_the_frechet_distance(
-    monkeypatch, n: int, features: int, m: int, close: float
+def test_the_resampled_distance_is_the_frechet_distance_of_the_images_that_were_drawn(
+    monkeypatch, n: int, features: int, m: int, close: float, drawn: str
 ):
     """Also where images or references are fewer than features, so that the covariances have no full rank."""
     rng = torch.Generator().manual_seed(0)
     x, y = (torch.randn(rows, features, generator=rng, dtype=torch.float64) for rows in (n, m))
-    monkeypatch.setattr(torch, "randint", lambda high, size, generator: torch.arange(high))
-    assert frechet.bootstrap(x + 0.1, y, 1).item() == pytest.approx(fidelity.frechet(x + 0.1, y), rel=close)
+    picked = torch.arange(n) if drawn == "each once" else torch.arange(n).square() % (n - 7)
+    monkeypatch.setattr(torch, "randint", lambda high, size, generator: picked)
+    assert frechet.bootstrap(x + 0.1, y, 1).item() == pytest.approx(fidelity.frechet(x[picked] + 0.1, y), rel=close)
 
 
 def test_the_interval_of_a_distance_has_the_width_of_its_spread_over_noises():

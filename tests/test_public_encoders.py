@@ -394,6 +394,31 @@ def test_public_features_of_a_reference_are_computed_once_on_a_machine(
     assert computed[3:] == [judge.name] * 2, "a judge's features take no time"
 
 
+def test_what_all_defenses_share_of_an_attacked_model_is_computed_once_on_a_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: PublicEncoder
+) -> None:
+    """Features and perceptual distances of the clean and of the attacked model; those of the defended one are new."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    counted: list[int] = []
+
+    class Counting(PublicEncoder):
+        def features(self, images: Tensor) -> Tensor:
+            counted.append(len(images))
+            return super().features(images)
+
+        def perceptual(self, images: Tensor, others: Tensor) -> Tensor:
+            counted.append(len(images))
+            return super().perceptual(images, others)
+
+    monkeypatch.setattr(public_encoders, "load", lambda name: Counting(LITE0, encoder.network, encoder.side))
+    plugins = (Frechet(resamples=2), Perceptual())
+    first = [plugin.measure(evidence()) for plugin in plugins]
+    assert counted.count(len(evidence().reference)) == 1 and len(counted) > 4
+    counted.clear()
+    assert repr([plugin.measure(evidence()) for plugin in plugins]) == repr(first)
+    assert counted == [12] * 3, "of the defended model one set of features, and the distances of two sets"
+
+
 @pytest.mark.slow
 def test_a_distance_in_the_public_features_follows_from_them(encoder: PublicEncoder) -> None:
     seen = evidence()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +118,21 @@ def test_what_cannot_be_kept_is_computed_each_time(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     made = [kept_tensors.kept(("x",), lambda: torch.ones(2), lambda _: True) for _ in range(2)]
     assert all(torch.equal(each, torch.ones(2)) for each in made)
+
+
+def test_the_tensors_that_nobody_reads_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked: list[str] = []
+
+    def kept(name: str) -> None:
+        kept_tensors.kept((name,), lambda: asked.append(name) or torch.ones(1000), lambda _: True)
+        time.sleep(0.02)  # the order is that of the files' times
+
+    kept("first")
+    monkeypatch.setattr(kept_tensors, "MOST", 3 * next(tmp_path.rglob("*.safetensors")).stat().st_size)
+    for name in ("second", "third", "first", "fourth"):
+        kept(name)
+    assert asked == ["first", "second", "third", "fourth"] and len(list(tmp_path.rglob("*.safetensors"))) == 3
+    for name in ("first", "third", "fourth", "second"):
+        kept(name)
+    assert asked[4:] == ["second"], "the one that was read the longest time ago was removed"

@@ -1,7 +1,8 @@
 """Tensors that take time to compute and follow from what is known beforehand, kept in the cache directory.
 
 A tensor stands under a digest of all that it depends on, so that no file can be out of date. The files can be removed
-at any time: the next process computes its tensors again.
+at any time: the next process computes its tensors again. Those that nobody has read for the longest time are removed
+when all of them take more than MOST bytes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 OWN = "diffusion-defense-bench"  # the folder in the cache directory, as in harness.registry.entry_points
 TENSOR = "tensor"
+MOST = 2 * 2**30
 
 
 def kept(of: Sequence[object], compute: Callable[[], Tensor], sound: Callable[[Tensor], bool]) -> Tensor:
@@ -50,9 +52,12 @@ def _read(place: Path) -> Tensor | None:
     from safetensors.torch import load_file
 
     try:
-        return load_file(place).get(TENSOR)
+        found = load_file(place).get(TENSOR)
     except (OSError, SafetensorError):
         return None
+    with suppress(OSError):
+        os.utime(place)
+    return found
 
 
 def _write(place: Path, tensor: Tensor) -> None:
@@ -63,3 +68,15 @@ def _write(place: Path, tensor: Tensor) -> None:
         with tempfile.NamedTemporaryFile("wb", dir=place.parent, delete=False) as file:
             file.write(save({TENSOR: tensor}))
         os.replace(file.name, place)
+        _trim(place.parent)
+
+
+def _trim(folder: Path) -> None:
+    """Removes the files that were read the longest time ago until the others take at most MOST bytes."""
+    known = sorted(((at := file.stat()).st_mtime, at.st_size, file) for file in folder.iterdir())
+    excess = sum(size for _, size, _ in known) - MOST
+    for _, size, file in known:
+        if excess <= 0:
+            return
+        file.unlink(missing_ok=True)
+        excess -= size

@@ -19,7 +19,7 @@ from harness.diffusion import images as images_module, kept_tensors
 from harness.diffusion.events import progress
 from harness.diffusion.images import from_uint8, to_uint8
 from harness.judges import public_encoders
-from harness.types import ImageEncoder
+from harness.types import ImageEncoder, PerceptualEncoder
 
 LAYER = "features"
 
@@ -41,14 +41,33 @@ def extract(encoder: ImageEncoder, images: Tensor) -> Tensor:
 
 
 def extract_kept(encoder: ImageEncoder, images: Tensor) -> Tensor:
-    """`extract`, or what an earlier process kept of it: the reference of a model is the same in each of its cells. Only
-    the features of public encoders take long enough to be kept."""
+    """`extract`, or what an earlier process kept of it: the reference of a model is the same in each of its cells, and
+    the images of an attacked model are the same for each defense. Only the features of public encoders take long enough
+    to be kept."""
     if not isinstance(encoder, public_encoders.PublicEncoder):
         return extract(encoder, images)
-    release = public_encoders.RELEASES[public_encoders.parsed(encoder.name)[0]]
-    pixels = hashlib.sha256(to_uint8(images).contiguous().numpy().tobytes()).hexdigest()
-    of = ("features", encoder.name, encoder.side, release.sha256, tuple(images.shape), pixels, *_versions())
+    of = ("features", *_identity(encoder), tuple(images.shape), _digest(to_uint8(images)))
     return kept_tensors.kept(of, lambda: extract(encoder, images), lambda found: len(found) == len(images))
+
+
+def perceptual_kept(encoder: PerceptualEncoder, images: Tensor, others: Tensor) -> Tensor:
+    """`encoder.perceptual`, or what an earlier process kept of it, for the images of an attacked model."""
+    if not isinstance(encoder, public_encoders.PublicEncoder):
+        return encoder.perceptual(images, others)
+    sets = (images, others)
+    of = ("perceptual", *_identity(encoder), *(part for each in sets for part in (tuple(each.shape), _digest(each))))
+    return kept_tensors.kept(
+        of, lambda: encoder.perceptual(images, others), lambda found: found.shape == images.shape[:1]
+    )
+
+
+def _identity(encoder: public_encoders.PublicEncoder) -> tuple[object, ...]:
+    release = public_encoders.RELEASES[public_encoders.parsed(encoder.name)[0]]
+    return (encoder.name, encoder.side, release.sha256, *_versions())
+
+
+def _digest(images: Tensor) -> str:
+    return hashlib.sha256(images.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 @cache

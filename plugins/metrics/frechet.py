@@ -126,7 +126,8 @@ class Frechet:
             return None, ABSENT[who]
         if min(len(images), len(evidence.reference)) < 2:
             return None, "a distance needs at least two images on each side"
-        return evidence.once(("fidelity", encoder.name, who), lambda: fidelity.extract(encoder, images)), ""
+        extract = fidelity.extract if who == "defended" else fidelity.extract_kept  # the others are those of many cells
+        return evidence.once(("fidelity", encoder.name, who), lambda: extract(encoder, images)), ""
 
     def replicates(self, found: Tensor, reference: Tensor) -> Tensor:
         """(B,) Fréchet distances of resampled images. Sets of equal size are resampled equally."""
@@ -174,29 +175,48 @@ def bootstrap(found: Tensor, reference: Tensor, rounds: int) -> Tensor:
     """(rounds,) Fréchet distances of resamples of `found` (N, D), with replacement, to the reference (M, D).
 
     The indices depend on N and the round alone. With Σ₁ = AᵀA and Σ₂ = F Fᵀ, tr (Σ₁Σ₂)^½ is the sum of the singular
-    values of A F, which are the roots of the eigenvalues of the smaller one of its two Gram matrices.
+    values of A F, which are the roots of the eigenvalues of the smaller one of its two Gram matrices. An image that was
+    drawn c times is one row of A with the weight √c.
     """
     x, real = found.double(), reference.double()
-    center, factor = real.mean(0), _factor(real)
+    n, center, factor = len(x), real.mean(0), _factor(real)
     ahead, total = x @ factor, factor.square().sum()
-    rng = generator("frechet", "bootstrap", len(x))
+    products = ahead @ ahead.T if n <= factor.shape[1] else None
+    norms = (x - x.mean(0)).square().sum(1)
+    rng = generator("frechet", "bootstrap", n)
     distances = []
     for _ in loop("bootstrap", range(rounds)):
-        picked = torch.randint(len(x), (len(x),), generator=rng)
-        cross = torch.linalg.eigvalsh(_gram(_centred(ahead[picked]))).clamp(min=0).sqrt().sum()
-        mean = (x[picked].mean(0) - center).square().sum()
-        distances.append(mean + _centred(x[picked]).square().sum() + total - 2 * cross)
+        drawn = torch.randint(n, (n,), generator=rng)
+        times = torch.bincount(drawn, minlength=n).double()
+        mean = times @ x / n
+        spread = (times @ norms - n * (mean - x.mean(0)).square().sum()) / (n - 1)
+        gram = _weighted_gram(ahead, times) if products is None else _drawn_gram(products, times)
+        cross = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum()
+        distances.append((mean - center).square().sum() + spread + total - 2 * cross)
     return torch.stack(distances).clamp(min=0)
+
+
+def _drawn_gram(products: Tensor, times: Tensor) -> Tensor:
+    """a aᵀ (K, K) for the rows of A that were drawn, centred and with their weights; products: all rows' (N, N)."""
+    n = times.sum()
+    rows = times.nonzero().flatten()
+    across = products @ times / n  # of each row with the mean
+    own = times @ across / n
+    weights = (times[rows] / (n - 1)).sqrt()
+    centred = products[rows][:, rows] - across[rows, None] - across[rows] + own
+    return weights[:, None] * centred * weights
+
+
+def _weighted_gram(rows: Tensor, times: Tensor) -> Tensor:
+    """aᵀ a (K, K) for rows (N, K) of which each was drawn so many times."""
+    n = times.sum()
+    centred = rows - times @ rows / n
+    return (centred.T * (times / (n - 1))) @ centred
 
 
 def _centred(x: Tensor) -> Tensor:
     """(N, D) → A (N, D) with AᵀA the covariance of the rows."""
     return (x - x.mean(0)) / math.sqrt(len(x) - 1)
-
-
-def _gram(a: Tensor) -> Tensor:
-    """a aᵀ or aᵀ a, the smaller one; their eigenvalues above 0 are the same."""
-    return a @ a.T if len(a) <= a.shape[1] else a.T @ a
 
 
 def _factor(x: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from harness import (
     Score,
     Who,
     encoders_of,
+    fidelity,
     hookimpl,
     mean,
     public_encoders,
@@ -70,7 +71,9 @@ def compared(evidence: Evidence, encoder: PerceptualEncoder, which: tuple[Who, G
     images, clean = evidence.images(*which), evidence.images(*beside)
     if images is None or clean is None:
         return unmeasured(ABSENT["clean" if clean is None else which[0]], False)
-    return mean(encoder.perceptual(images, clean), False)
+    if which[0] == "defended":
+        return mean(encoder.perceptual(images, clean), False)
+    return mean(fidelity.perceptual_kept(encoder, images, clean), False)  # the same for every defense
 
 
 @hookimpl
