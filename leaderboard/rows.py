@@ -15,11 +15,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
-from functools import cached_property
+from functools import cache, cached_property
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from harness.judges import statistics
@@ -45,6 +47,7 @@ class Control(StrEnum):
     decoy = "decoy"
 
 
+DIGESTS = Path(__file__).parent / "digests.toml"
 BASELINES = (Control.none, Control.finetune)
 
 
@@ -312,18 +315,28 @@ def weights_of(records: Sequence[Record], suites: Mapping[str, Collection[str]] 
 
     Records say the version of the model's plugin and the sha256 of the weights, in the ingredients of their jobs; the
     older ones say nothing. How the sha256 is computed has changed, so that one version has several of them without a
-    change of the weights: those that one suite holds are taken for the same. suites: as in `pooled`.
+    change of the weights: those that `digests.toml` lists, and those that one suite holds, are taken for the same.
+    suites: as in `pooled`.
     """
     said = {record.key: _stated(record) for record in records}
     alike: dict[Stated, set[Stated]] = {each: {each} for each in said.values()}
     first: dict[tuple[str, str, int | None, bool], Stated] = {}
     for key, each in said.items():
-        for suite in ("",) if suites is None else suites[key]:
-            both = alike[each] | alike[first.setdefault((suite, each.model, each.version, bool(each.sha256)), each)]
+        beside = [f"the digest {_equal_digests().get(each.sha256, each.sha256)}"]
+        beside += ["of any suite"] if suites is None else [f"of the suite {suite}" for suite in suites[key]]
+        for place in beside:
+            both = alike[each] | alike[first.setdefault((place, each.model, each.version, bool(each.sha256)), each)]
             alike.update(dict.fromkeys(both, both))
     words = {each: _in_words(group) for each, group in alike.items()}
     several = Counter(model for model, _ in {(each.model, text) for each, text in words.items()})
     return {key: words[each] if several[each.model] > 1 else "" for key, each in said.items()}
+
+
+@cache
+def _equal_digests() -> Mapping[str, str]:
+    """Digest of weights → today's digest of the same weights, for those of `digests.toml`."""
+    lists = tomllib.loads(DIGESTS.read_text(encoding="utf-8")).values()
+    return {digest: same[0] for same in lists for digest in same}
 
 
 def _stated(record: Record) -> Stated:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file
 
+from harness import registry
+from harness.diffusion import checkpoint
 from harness.judges.statistics import wilson
 from harness.runs.record import Record
 from leaderboard import headline, results, rows, site
@@ -210,6 +215,39 @@ def test_weights_that_one_suite_holds_are_one_and_those_of_two_suites_are_not() 
     assert {each.seeds for each in found} == {(10,), (11, 12)} and len({each.of for each in found}) == 2
     both = {**apart, two[0].key: ("v1", "study")}
     assert [each.seeds for each in headline.heads(rows.pooled(two, (), both), "unconditional")] == [(10, 11, 12)]
+
+
+def test_weights_that_have_two_digests_by_the_rules_of_the_time_are_one_in_all_suites() -> None:
+    now, before, oldest = tomllib.loads(rows.DIGESTS.read_text(encoding="utf-8"))["shapes-sd"]
+    said = [of_weights(r, (now, before, oldest)[r.cell.seed - 10]) for r in table()]
+    apart = {r.key: (f"suite {r.cell.seed}",) for r in said}
+    assert [cell.seeds for cell in rows.pooled(said, (), apart)] == [cell.seeds for cell in rows.pooled(table())]
+    other = [of_weights(r, 64 * "c") if r.cell.seed == 12 else r for r in said]
+    assert {cell.seeds for cell in rows.pooled(other, (), apart)} == {(10,), (10, 11), (12,)}
+
+
+def test_the_digests_of_the_list_are_those_of_the_weights_in_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By today's rule, by the one before, and by the oldest: tensors, vocabularies and schedulers."""
+
+    def oldest(folder: Path) -> str:
+        total = hashlib.sha256()
+        for path in sorted(folder.rglob("*")):
+            name = path.relative_to(folder).as_posix()
+            if path.suffix == ".safetensors":
+                for key, tensor in sorted(load_file(path).items()):
+                    total.update(f"{name}|{key}|{tensor.dtype}|{tensor.shape}".encode() + tensor.tobytes())
+            elif path.name in ("vocab.json", "merges.txt", "scheduler_config.json"):
+                total.update(name.encode() + path.read_bytes())
+        return total.hexdigest()
+
+    listed = tomllib.loads(rows.DIGESTS.read_text(encoding="utf-8"))
+    for name, digests in listed.items():
+        model = registry.load([]).build("models", name)
+        found = [model.digest()]
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "LAST_CALL", set())
+            found.append(model.digest())
+        assert [*dict.fromkeys(found), oldest(model.folder)] == digests, name
 
 
 def test_no_table_of_cells_sets_models_of_other_weights_beside_each_other() -> None:
