@@ -15,6 +15,7 @@ from harness.cli.completion import Named
 if TYPE_CHECKING:
     from harness.diffusion.embedding_files import Embedding
     from harness.diffusion.model import DiffusionModel
+    from harness.judges.hub import Source
     from harness.registry import Registry
     from harness.scan.verdict import Population
     from harness.types import Data, Knowledge, Trigger
@@ -109,7 +110,7 @@ def opened(
     word = None if adapter is not None else hub.embedding_in(where)
     if (adapter or word) is None:
         source = hub.Source(where, revision, config=config)
-        directory = source.fetch()
+        directory = _fetched(source)
         model = hub.load(hub.Source(str(directory)) if source.directory is None else source)
         laid_out = single_file.origin(directory)
         file = None if laid_out is None else laid_out.file
@@ -118,7 +119,7 @@ def opened(
             what = "a low-rank adapter" if word is None else "a textual-inversion embedding"
             raise CheckpointError(f"{where}: {what}, which is a model only with its base; --base DIR names that")
         source = hub.Source(base)
-        directory = source.fetch()
+        directory = _fetched(source)
         file = adapter or word
         if adapter is not None:
             model = hub.with_adapter(hub.Source(str(directory)), adapter)
@@ -138,6 +139,18 @@ def opened(
     return Subject(where, directory, model, plugin, matching[0] if matching else None, file, embedding)
 
 
+def _fetched(source: Source) -> Path:
+    """The directory of a model. Raises CheckpointError; a name that is no directory may be a mistyped path."""
+    from harness.diffusion.model_files import CheckpointError
+
+    try:
+        return source.fetch()
+    except CheckpointError as error:
+        if source.directory is not None:
+            raise
+        raise CheckpointError(f"{source.where}: no such directory, and as a hub id: {error}") from error
+
+
 def opened_base(where: str, name: str, model: DiffusionModel) -> DiffusionModel:
     """The base `name` at `where`, on the device of `model`. Raises CheckpointError, in one line that names the way out,
     for one that cannot be loaded or has other text encoders than the model."""
@@ -146,7 +159,9 @@ def opened_base(where: str, name: str, model: DiffusionModel) -> DiffusionModel:
     from harness.scan.comparison import check_base
 
     try:
-        base = hub.load(hub.Source(where))
+        source = hub.Source(where)
+        directory = _fetched(source)
+        base = hub.load(hub.Source(str(directory)) if source.directory is None else source)
     except CheckpointError as error:
         says = str(error)
         raise CheckpointError(f"--base {says if says.startswith(name) else f'{name}: {says}'}") from None

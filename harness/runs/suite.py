@@ -135,7 +135,7 @@ def find_suite(name_or_path: str | Path) -> Path:
         return path
     known = suites()
     if text not in known:
-        raise SuiteError(f"no suite '{text}'{did_you_mean(text, known)} known: {', '.join(known) or 'none'}, or a path")
+        raise SuiteError(f"no suite '{text}'{did_you_mean(text, known)} bench list suites lists them; or give a path")
     return known[text]
 
 
