@@ -123,6 +123,16 @@ def test_a_defense_that_does_not_meet_an_attack_is_a_hole(planned: Suite) -> Non
     assert not any("holes" in words for words in protocol.problems(said, same))
 
 
+def test_frozen_cells_of_a_package_that_is_not_installed_are_not_missed(planned: Suite, empty: Path) -> None:
+    protocol.freeze(planned, "digits-ddpm")
+    kept = tuple(c for c in planned.cells if not c.defense.startswith("elijah("))
+    without = replace(planned, cells=kept, absent={"elijah": "bench-elijah"})
+    assert protocol.problems(without, same) == []
+    assert any("elijah" in words for words in protocol.problems(replace(without, absent={}), same))
+    further = replace(without, cells=(*kept, replace(kept[0], n=7)))
+    assert protocol.freeze(further, "digits-ddpm").is_file()
+
+
 def test_other_seeds_than_the_protocols_are_refused(planned: Suite) -> None:
     tuned = replace(planned, cells=(*planned.cells, replace(planned.cells[0], seed=100, evaluation_seed=100)))
     assert any("has cells of seed 100" in words for words in protocol.problems(tuned, same))
