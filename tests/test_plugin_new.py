@@ -140,7 +140,10 @@ def test_check_tells_law_by_law_and_writes_a_report(bench, quick_load: None) -> 
     assert found.code == 0, found.out
     first, *laws = found.out.strip().splitlines()
     assert first.startswith("trigger 'shift' (") and "broken" not in first
-    assert [line.split("  ")[1] for line in laws] == ["kept"] * len(checks.LAWS["triggers"])
+    known = list(checks.LAWS["triggers"])
+    assert [line.split("  ")[1] for line in laws] == ["kept"] * len(known)
+    told = [f"checking trigger shift, law {i} of {len(known)}: {law} ..." for i, law in enumerate(known, 1)]
+    assert found.err.splitlines()[-len(known) :] == told
     report = Path("report.md").read_text()
     assert "## trigger shift, version 3" in report and "`shift(by=1.0)`" in report
     assert "| batch invariance" in report and "written for plugin API 1" in report

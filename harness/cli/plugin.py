@@ -207,8 +207,8 @@ def _examined(
 
     cls = registry.find(kind, name)
     case = checks.case_of(kind, cls, parameters, registry, seconds or checks.SECONDS)
-    note(f"checking {kind[:-1]} {name} ...")
-    found = checks.examine_all(case)
+    what = f"checking {kind[:-1]} {name}"
+    found = checks.examine_all(case, lambda place, laws, law: note(f"{what}, law {place} of {laws}: {law} ..."))
     return {
         "kind": kind[:-1],
         "name": name,
