@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import tomllib
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -287,6 +287,11 @@ def honest(record: Record) -> list[str]:
     if unsaid and not wellformed.unverifiable(record):
         return [f"does not say where its {unsaid[0]}'s plugin comes from; run it again"]
     return [words for part, source in record.provenance.sources.items() for words in _foreign(part, source)]
+
+
+def refused(records: Iterable[Record]) -> list[tuple[str, str]]:
+    """The key of each record that the check refuses whatever stands beside it, and why, in words."""
+    return [(record.key, words) for record in records for words in honest(record)[:1]]
 
 
 def _foreign(part: str, source: Source) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from harness.runs.record import bare
 from leaderboard import add_results
-from leaderboard.check import honest
+from leaderboard.check import refused
 from leaderboard.results import Results, ResultsError, read_suite, state
 from leaderboard.specs import as_written
 
@@ -72,8 +72,7 @@ def _refuse(rows: Results, checkout: Path, name: str) -> None:
             f"{rows.folder}: {len(failed)} of {len(rows.records)} cells failed, such as {failed[0].key[:12]}; "
             "bench retry computes them again"
         )
-    lacking = [(record.key, words) for record in rows.records for words in honest(record)[:1]]
-    if lacking:
+    if lacking := refused(rows.records):
         key, words = lacking[0]
         raise ResultsError(
             f"{rows.folder}: the check refuses {len(lacking)} of {len(rows.records)} rows, such as {key[:12]}: {words}"

@@ -105,6 +105,16 @@ def test_nothing_is_changed_where_something_is_wrong(checkout: Path, run: Path, 
         submission.prepare(run, suite, checkout, "mine", "b")
 
 
+def test_adding_rows_without_a_commit_warns_of_the_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    installed = changed(record("elijah"), provenance={"commit": None, "dirty": None})
+    for rows, warned in (([record("none")], False), ([record("none"), installed], True)):
+        folder = write_suite(tmp_path / f"run{len(rows)}", rows)
+        assert call(["leaderboard", "add", str(folder), "--to", str(tmp_path / "to")]) == 0
+        said = capsys.readouterr().err
+        assert ("warning: the check refuses 1 of these rows, such as " in said) == warned
+        assert ("install the bench from a checkout" in said) == warned
+
+
 SUITE = """
 title = "A suite of somebody"
 [[grid]]

@@ -148,10 +148,13 @@ def add(run: Path, to: Path, as_json: bool) -> None:
     """Put the records and pictures that `bench run -o RUN` wrote into a folder of results, a file for each. A row of
     the same cell under another key gives way to the new one; files of all other rows stay as they are."""
     from harness.runs.declared import Declared
-    from leaderboard import add_results
+    from leaderboard import add_results, check as checks
 
     writable(to, "--to")
     done = add_results.add(run, to, Declared(loaded((), strict=False)).current)
+    if lacking := checks.refused(done.records):
+        key, words = lacking[0]
+        note(f"warning: the check refuses {len(lacking)} of these rows, such as {key[:12]}: {words}")
     if as_json:
         print_json({"folder": done.folder, "records": len(done.records)})
     else:
