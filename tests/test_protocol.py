@@ -16,7 +16,7 @@ from harness.runs import suite as suites
 from harness.runs.declared import Declared
 from harness.runs.record import Dropped
 from harness.runs.suite import Suite
-from leaderboard import headline, protocol, results, rows, site
+from leaderboard import claims, headline, protocol, results, rows, site
 from leaderboard.results import ResultsError
 from tests.records import changed, record, write_suite
 
@@ -131,6 +131,18 @@ def test_frozen_cells_of_a_package_that_is_not_installed_are_not_missed(planned:
     assert any("elijah" in words for words in protocol.problems(replace(without, absent={}), same))
     further = replace(without, cells=(*kept, replace(kept[0], n=7)))
     assert protocol.freeze(further, "digits-ddpm").is_file()
+
+
+def test_rows_of_a_package_that_is_not_installed_are_not_called_unplanned(plugins: Registry, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        "packages = {hush = 'bench-hush'}\n[[grid]]\nmodel = 'digits-ddpm'\nattack = 'none'\ntrigger = 'box'\n"
+        "target = 'hat'\ndefense = ['none', 'hush']\n"
+    )
+    declared = Declared(plugins, {"mine": path})
+    for defense, notes in (("hush(size=1.0)", []), ("clp()", ["has 1 rows that suite mine does not plan"])):
+        folder = write_suite(tmp_path / defense[:3] / "mine", [record(defense)])
+        assert claims.rows(results.read_suite(folder), declared)[1] == notes
 
 
 def test_other_seeds_than_the_protocols_are_refused(planned: Suite) -> None:
