@@ -9,7 +9,7 @@ import re
 import subprocess
 import tempfile
 import tomllib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,6 +19,7 @@ from typing import TypeVar
 from harness.runs import doubts
 from harness.runs.declared import Declared
 from harness.runs.doubts import CONTROLS, DoubtCode
+from harness.runs.printable import printable
 from harness.runs.record import Record, Source, bare
 from harness.types import Doubt
 from leaderboard import (
@@ -40,9 +41,10 @@ from leaderboard.specs import PARTS
 OWN = "diffusion-defense-bench"
 OLDER = Path(__file__).parent / "older.toml"
 SEAL_DIGITS = 16
+COMMIT_DIGITS = 12
 MOST_LINES = 4  # about what one record says against itself
 LIMIT = 25_000_000  # bytes of all results
-PER_RECORD = 30_000  # bytes of a packed record and its contact sheet, on average
+PER_RECORD = 50_000  # bytes of a packed record and its contact sheet, on average; those of v1 take 46,000
 CHECKOUT = (  # the way out for rows without a commit
     "install the bench from a checkout (git clone, pip install -e DIR) and run the same command again: the same code "
     "computes nothing again that the store holds"
@@ -141,11 +143,11 @@ def _ages(sealed: Mapping[Path, tuple[Record, str]], outcome: Outcome, whole: bo
     """A record whose key nobody can compute again is believed only as it was published. That it is another one is said
     where nothing else says what does not fit. whole: all published rows are there, so that each seal has its row."""
     known, named = _older(), {problem.file for problem in outcome.problems}
-    older: dict[Path, int] = defaultdict(int)
+    older: dict[Path, Counter[str]] = defaultdict(Counter)
     for path, (record, seal) in sealed.items():
         if not wellformed.unverifiable(record):
             continue
-        older[path.parents[1]] += 1
+        older[path.parents[1]][record.provenance.commit or ""] += 1
         if seal[:SEAL_DIGITS] not in known and str(path) not in named:
             words = "holds no ingredients from which its key is computed again, and is no row as it was published "
             outcome.problems.append(Problem(str(path), f"{words}before they were kept; run it again"))
@@ -153,9 +155,11 @@ def _ages(sealed: Mapping[Path, tuple[Record, str]], outcome: Outcome, whole: bo
     if gone:
         words = f"names the seals of {len(gone)} rows that are not among the results, such as {min(gone)}"
         outcome.problems.append(Problem(str(OLDER), f"{words}; restore the rows, or take out seals of replaced rows"))
-    for folder, rows in older.items():
-        words = f"unverifiable: {rows} rows were made before records held the ingredients of their keys"
-        outcome.notes.append(Problem(str(folder), words))
+    for folder, commits in older.items():
+        words = f"unverifiable: {commits.total()} rows were made before records held the ingredients of their keys"
+        made = ", ".join(f"{printable(commit[:COMMIT_DIGITS])} ({rows})" for commit, rows in sorted(commits.items()))
+        way = f"a row's own commit plans it: git checkout the commit, then bench run {printable(folder.name)}"
+        outcome.notes.append(Problem(str(folder), f"{words}; {way}; commits (rows): {made}"))
 
 
 @cache
@@ -210,7 +214,7 @@ def _commits(every: Sequence[Results], root: Path, outcome: Outcome) -> set[str]
         for line in done.stdout.splitlines():
             commit, _, kind = line.partition(" ")
             if not kind.startswith("commit"):
-                words = f"unverifiable: the commit {commit[:12]} is not in this checkout"
+                words = f"unverifiable: the commit {commit[:COMMIT_DIGITS]} is not in this checkout"
                 outcome.notes.append(Problem(str(root), words))
                 gone.add(commit)
     rows = [(suite, record) for suite in every for record in suite.records]

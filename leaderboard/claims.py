@@ -250,19 +250,21 @@ def rows(suite: Results, declared: Declared) -> tuple[list[str], list[str]]:
     missing = [cell for cell in planned.cells if cell not in have]
     left_out = {cell for cell in (_canonical(entry.cell, declared) for entry in suite.dropped) if cell in planned.cells}
     wrong = [f"says that a row is left out, and suite {suite.suite} plans it: {_cell(cell)}" for cell in left_out]
-    older = all(map(unverifiable, suite.records))  # sealed: none can be left out, and the suite has grown since
+    older = all(map(unverifiable, suite.records))  # sealed: none can be left out, and the suite has changed since
     partial = suite.suite == protocol.shipped().suite  # its table says how many of its cells are there
     wrong += [
         f"lacks a row of suite {suite.suite}: {_cell(cell)}; run the suite again"
         for cell in missing
         if not older and not partial
     ]
-    notes = [f"lacks {len(missing)} rows that suite {suite.suite} has had since"] if missing and older else []
+    extra = len(have - set(planned.cells))
+    notes = [f"has {extra} rows that suite {suite.suite} does not plan"] if extra else []
     if partial:
         wrong += protocol.problems(planned, declared.current)
-        notes = [f"{len(missing)} of {len(planned.cells)} cells are not computed yet"] if missing else []
-    extra = len(have - set(planned.cells))
-    notes += [f"has {extra} rows that suite {suite.suite} does not plan"] if extra else []
+        notes += [f"{len(missing)} of {len(planned.cells)} cells are not computed yet"] if missing else []
+    elif older and missing:
+        here = f"{extra} of the rows here are not in suite {suite.suite} of today"
+        notes = [f"{here}, which plans {len(missing)} others"]
     return wrong, notes
 
 

@@ -27,8 +27,16 @@ from harness.registry import presets
 from harness.runs import suite as suites
 from harness.runs.record import Dropped, bare
 from harness.types import KNOWLEDGE, Knowledge
-from leaderboard import results
-from tests import controls_table, few_steps_table, readme_table, real_small_table, strangers_table, v1_tables
+from leaderboard import recompute, results, wellformed
+from tests import (
+    controls_table,
+    few_steps_table,
+    older_tables,
+    readme_table,
+    real_small_table,
+    strangers_table,
+    v1_tables,
+)
 from tests.benchmarks import adapters, before_after, detectors
 from tests.oracles import tiny_unet
 
@@ -84,6 +92,43 @@ def test_the_table_of_models_of_few_steps_is_that_of_the_published_records() -> 
     written = few_steps_table.PLACE.written()
     assert "| `perflow` |" in written
     assert written == few_steps_table.table(results.read())
+
+
+@pytest.mark.parametrize("name", sorted(older_tables.TABLES))
+def test_the_tables_of_older_studies_are_those_of_the_published_records(name: str) -> None:
+    """If this fails after a change of the records: python -m tests.older_tables"""
+    written = older_tables.place(name).written()
+    assert written.startswith("| ") and written == older_tables.TABLES[name](results.read())
+
+
+def test_what_the_readme_says_can_be_checked_is_what_the_records_give() -> None:
+    records = [record for suite in results.read() for record in suite.records]
+    older = sum(map(wellformed.unverifiable, records))
+    assert all(recompute.level(record.scores, reproduced=False) == "recomputed" for record in records)
+    said = " ".join(README.split())
+    assert f"The keys of {len(records) - older} of the {len(records)} rows are verified; the other {older} rows" in said
+
+
+def test_the_page_of_suites_says_of_which_rows_are_published() -> None:
+    said = " ".join(DOCS["suites"].split())
+    new, older = re.findall(r"Rows of the suites (.+?) are published, and older rows of (.+?) \(", said)[0]
+    every = results.read()
+    made = {suite.suite for suite in every if not any(map(wellformed.unverifiable, suite.records))}
+    assert set(re.findall(r"`([\w-]+)`", new)) == made
+    assert set(re.findall(r"`([\w-]+)`", older)) == {suite.suite for suite in every} - made
+
+
+def test_the_results_name_a_commit_and_a_command_for_each_older_study() -> None:
+    said = " ".join(DOCS["results"].split())
+    named = {suite: commit for commit, suite in re.findall(r"`git checkout (\w+)` and `bench run ([\w-]+)`", said)}
+    made = {
+        suite.suite: {record.provenance.commit for record in suite.records if wellformed.unverifiable(record)}
+        for suite in results.read()
+    }
+    older = {suite: commits for suite, commits in made.items() if commits}
+    assert set(named) == set(older)
+    for suite, commits in older.items():
+        assert any(commit is not None and commit.startswith(named[suite]) for commit in commits), suite
 
 
 def test_the_table_of_strangers_models_is_that_of_the_committed_outcomes() -> None:

@@ -389,11 +389,14 @@ def test_results_over_a_size_limit_fail(
 def test_bench_leaderboard_check_ends_with_5_and_names_the_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = published("baddiffusion", tmp_path)
+    root = published("ablation", tmp_path)
     assert call(["leaderboard", "check", "--results", str(root)]) == 0
     printed = capsys.readouterr()
-    assert "all well: 13 records" in printed.out
-    assert "unverifiable: 13 rows were made before records held the ingredients of their keys" in printed.err
+    assert "all well: 24 records" in printed.out
+    assert "unverifiable: 24 rows were made before records held the ingredients of their keys" in printed.err
+    assert "24 of the rows here are not in suite ablation of today, which plans 31 others" in printed.err
+    way = "git checkout the commit, then bench run ablation; commits (rows): aeb1e11b313f (5), b6d8f5642b3e (2), fc29"
+    assert way in printed.err
     path = min((root / "records").glob("*.json"))
     change(path, '"attempt": 1', '"attempt": 2')
     assert call(["leaderboard", "check", "--results", str(root)]) == 5

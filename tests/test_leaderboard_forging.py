@@ -321,7 +321,7 @@ def test_a_key_that_the_record_does_not_give_is_refused(folder: Path, declared: 
 def test_a_published_row_of_before_is_taken_only_as_it_was_published(
     tmp_path: Path, declared: Declared, rewrite: str
 ) -> None:
-    folder = published("baddiffusion", tmp_path)
+    folder = published("uncond", tmp_path)
     assert found(folder, declared) == []
     suite = results.read_suite(folder)
     path = suite.record_file(next(row for row in suite.records if row.cell.defense == "none").key)

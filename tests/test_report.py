@@ -66,13 +66,6 @@ def comma_separated(records: Sequence[Record]) -> str:
     return report.comma_separated(records, tables(*records))
 
 
-@pytest.fixture(scope="module")
-def committed() -> Mapping[str, Sequence[Table]]:
-    """The tables of two published suites."""
-    wanted = {suite.suite: suite for suite in results.read() if suite.suite in ("sealing-pixel", "baddiffusion")}
-    return {name: tables(*suite.records, dropped=suite.dropped) for name, suite in wanted.items()}
-
-
 def lettered(*records: Record) -> dict[str, str]:
     """Defense → its letters in the one table of the records."""
     (table,) = tables(*records)
@@ -213,13 +206,12 @@ def test_rows_are_never_rounded_before_they_are_put_in_order() -> None:
     assert [row.first.specs.defense.partition("(")[0] for row in table.of("given")] == ["finetune-reversal", "skd-cag"]
 
 
-def test_in_sealing_pixel_three_percent_of_hits_stand_below_none(committed: Mapping[str, Sequence[Table]]) -> None:
-    found = [row for table in committed["sealing-pixel"] for row in table.of("given") if row.control is None]
-    rates = {row.first.short.defense: row.worst["asr"].value for row in found}
-    order = list(rates)
-    worse = next(name for name in order if name.startswith("skd-cag") and "random_words" in name)
-    better = next(name for name in order if name.startswith("finetune-reversal") and "distil" in name)
-    assert rates[better] == 0 and 0.02 < rates[worse] < 0.04 and order.index(better) < order.index(worse)
+def test_the_rows_of_a_published_suite_are_in_the_order_of_their_rates() -> None:
+    """In sealing-style several defenses leave 2 to 6 %, which are not the same."""
+    suite = results.read_suite(results.SHIPPED / "sealing-style")
+    found = [row for table in tables(*suite.records) for row in table.of("given") if row.control is None]
+    rates = [row.worst["asr"].value for row in found]
+    assert rates == sorted(rates) and len({rate for rate in rates if 0.02 < rate < 0.06}) > 2
 
 
 def test_only_what_the_defense_itself_broke_takes_its_letters_away() -> None:
@@ -238,13 +230,12 @@ def test_only_what_the_defense_itself_broke_takes_its_letters_away() -> None:
     assert found == {"none": "", "elijah": "A", "other": "A", "eraser": "", "flattener": ""}
 
 
-def test_elijahs_rows_are_compared_where_the_attack_had_broken_the_model(
-    committed: Mapping[str, Sequence[Table]],
-) -> None:
-    every = [row for table in committed["baddiffusion"] for row in table.rows]
-    mine = [row for row in every if row.defense.startswith("elijah") and row.control is None]
-    broken = [row for row in mine if DoubtCode.utility_broken_by_attack in {doubt.code for doubt in row.doubts}]
-    assert broken and all(row.uncompared and not row.letters for row in broken), "for want of seeds alone"
+def test_a_single_seed_is_compared_also_where_the_attack_had_broken_the_model() -> None:
+    before = {"fd_ratio_before[digits-cnn]": score(1.9, interval=(1.7, 2.1))}
+    (table,) = tables(*(record(name, defense=f"{name}()", scores=before) for name in ("none", "elijah")))
+    (mine,) = (row for row in table.rows if row.defense == "elijah")
+    assert DoubtCode.utility_broken_by_attack in {doubt.code for doubt in mine.doubts}
+    assert mine.uncompared and not mine.letters, "for want of seeds alone"
 
 
 def test_what_does_not_purify_or_meets_no_attack_has_no_letters() -> None:

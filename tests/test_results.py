@@ -184,12 +184,12 @@ def test_the_committed_results_are_small() -> None:
     packed = [path for folder in folders for path in results.record_files(folder)]
     sheets = [path for folder in folders for path in (folder / "sheets").iterdir()]
     assert {path.suffix for path in packed} == {".gz"} and {path.suffix for path in sheets} == {".webp"}
-    assert max(path.stat().st_size for path in sheets) <= 30_000
-    assert sum(path.stat().st_size for path in (*packed, *sheets)) / len(packed) <= 30_000
+    assert max(path.stat().st_size for path in sheets) <= results.SHEET_LIMIT
+    assert sum(path.stat().st_size for path in (*packed, *sheets)) / len(packed) <= check.PER_RECORD
 
 
 def test_the_tracked_tree_is_small_and_holds_nothing_derived(tracked: list[str]) -> None:
-    assert sum((ROOT / name).stat().st_size for name in tracked) <= 62_000_000  # weights 36 MB, records 17 MB
+    assert sum((ROOT / name).stat().st_size for name in tracked) <= 62_000_000  # weights 36 MB, records 10 MB
     derived = ("leaderboard/page/", "leaderboard/LEADERBOARD.md")
     assert not [name for name in tracked if name.startswith(derived)]
     ours = [name.split("/", 3)[3] for name in tracked if name.startswith("leaderboard/results/")]

@@ -50,7 +50,6 @@ FEW_CONTROLS = {
     "mmdit": "a decoy; the suite controls has more on shapes-sd",
     "v1": "a decoy; the suite controls has three, −r and zero",
     "quick": "it has to stay short",
-    "baddiffusion": "an image takes 1000 network evaluations",
 }
 
 
