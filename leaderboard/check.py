@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import tomllib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -45,6 +45,10 @@ COMMIT_DIGITS = 12
 MOST_LINES = 4  # about what one record says against itself
 LIMIT = 25_000_000  # bytes of all results
 PER_RECORD = 50_000  # bytes of a packed record and its contact sheet, on average; those of v1 take 46,000
+CHECKOUT = (  # the way out for rows without a commit
+    "install the bench from a checkout (git clone, pip install -e DIR) and run the same command again: the same code "
+    "computes nothing again that the store holds"
+)
 T = TypeVar("T")
 
 
@@ -61,7 +65,8 @@ class Problem:
 
 @dataclass
 class Outcome:
-    """problems fail the check; notes do not. recomputed of measured: scores, over all records."""
+    """problems fail the check; notes do not. recomputed of measured: scores, over all records. unverifiable: files
+    of the rows of which something cannot be verified here, and notes say what."""
 
     problems: list[Problem] = field(default_factory=list)
     notes: list[Problem] = field(default_factory=list)
@@ -70,33 +75,43 @@ class Outcome:
     measured: int = 0
     reproduced: int = 0
     bytes: int = 0
+    unverifiable: list[str] = field(default_factory=list)
 
 
 # ---- the checks -----------------------------------------------------------------------------------------------------
 
 
-def check(root: Path, page: Path | None = None, declared: Declared | None = None) -> Outcome:
+def check(
+    root: Path, page: Path | None = None, declared: Declared | None = None, tell: Callable[[str], None] = lambda _: None
+) -> Outcome:
     """Check the results below `root`, and the built page if one is given. declared: what the plugins and the suites
-    say; without it, records are held against each other alone. Raises ResultsError only where `root` holds no results
-    at all."""
+    say; without it, records are held against each other alone. tell: called with what is checked next. Raises
+    ResultsError only where `root` holds no results at all."""
     outcome = Outcome()
+    unknown: set[str] = set()
     every: list[Results] = []
     sealed: dict[Path, tuple[Record, str]] = {}
     for path in results.irregular(root):
         outcome.problems.append(Problem(str(path), results.IRREGULAR))
-    for folder in results.folders(root):
+    folders = results.folders(root)
+    for number, folder in enumerate(folders, 1):
+        tell(f"checking {folder.name}, {number} of {len(folders)} ...")
         suite = _read(folder, outcome, sealed)
         if suite is not None:
             every.append(suite)
             published = frozenset(record.key for record, seal in sealed.values() if seal[:SEAL_DIGITS] in _older())
-            _suite(suite, outcome, declared, published)
+            unknown |= _suite(suite, outcome, declared, published)
+    tell(f"comparing {outcome.records} records ...")
     _copies(every, outcome)
     _ages(sealed, outcome, root.resolve() == results.SHIPPED.resolve())
-    _commits(every, root, outcome)
+    unknown |= {str(path) for path, (record, _) in sealed.items() if wellformed.unverifiable(record)}
+    unknown |= _commits(every, root, outcome)
     _reported(outcome)
     _size(root, outcome)
     if page is not None and not outcome.problems:
+        tell(f"building the page anew, to compare it with {page} ...")
         _page(every, page, outcome)
+    outcome.unverifiable = sorted(unknown)
     return outcome
 
 
@@ -153,9 +168,11 @@ def _older() -> frozenset[str]:
     return frozenset(tomllib.loads(OLDER.read_text(encoding="utf-8"))["seals"])
 
 
-def _claims(suite: Results, declared: Declared, outcome: Outcome, published: frozenset[str]) -> None:
-    """What the plugins and the suite say otherwise. Rows that were published before records named the versions of their
-    plugins are not asked: today's plugins may be others."""
+def _claims(suite: Results, declared: Declared, outcome: Outcome, published: frozenset[str]) -> set[str]:
+    """What the plugins and the suite say otherwise; returns the files of the rows of which they cannot say all. Rows
+    that were published before records named the versions of their plugins are not asked: today's plugins may be
+    others."""
+    open_: set[str] = set()
     for record in suite.records:
         if record.key in published:
             continue
@@ -163,9 +180,11 @@ def _claims(suite: Results, declared: Declared, outcome: Outcome, published: fro
         wrong, unknown = claims.problems(record, declared)
         outcome.problems += [Problem(file, words) for words in wrong]
         outcome.notes += [Problem(file, words) for words in unknown]
+        open_ |= {file} if unknown else set()
     wrong, unknown = claims.rows(suite, declared)
     outcome.problems += [Problem(str(suite.folder), words) for words in wrong]
     outcome.notes += [Problem(str(suite.folder), words) for words in unknown]
+    return open_
 
 
 def _copies(every: Sequence[Results], outcome: Outcome) -> None:
@@ -180,42 +199,49 @@ def _copies(every: Sequence[Results], outcome: Outcome) -> None:
     outcome.problems += [Problem(file, words) for file, words in copies.twins(by_file)]
 
 
-def _commits(every: Sequence[Results], root: Path, outcome: Outcome) -> None:
-    """Commits that the checkout of this package does not have: nobody can say here what they hold."""
+def _commits(every: Sequence[Results], root: Path, outcome: Outcome) -> set[str]:
+    """Commits that the checkout of this package does not have: nobody can say here what they hold. Returns the files
+    of their rows."""
+    gone: set[str] = set()
     named = sorted({r.provenance.commit for suite in every for r in suite.records if r.provenance.commit} - {""})
     unknown = [commit for commit in named if re.fullmatch(r"[0-9a-f]{40}", commit)]
     asked = ["git", "-C", str(Path(__file__).parent), "cat-file", "--batch-check"]
     try:
         done = subprocess.run(asked, input="\n".join(unknown), capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
-        return
+        return set()
     if done.returncode == 0:
         for line in done.stdout.splitlines():
             commit, _, kind = line.partition(" ")
             if not kind.startswith("commit"):
                 words = f"unverifiable: the commit {commit[:COMMIT_DIGITS]} is not in this checkout"
                 outcome.notes.append(Problem(str(root), words))
+                gone.add(commit)
+    rows = [(suite, record) for suite in every for record in suite.records]
+    return {str(suite.record_file(record.key)) for suite, record in rows if record.provenance.commit in gone}
 
 
-def _suite(suite: Results, outcome: Outcome, declared: Declared | None, published: frozenset[str]) -> None:
-    """published: keys of the rows that are as they were published before records held ingredients."""
+def _suite(suite: Results, outcome: Outcome, declared: Declared | None, published: frozenset[str]) -> set[str]:
+    """Returns the files of the rows of which the plugins cannot say all. published: keys of the rows that are as they
+    were published before records held ingredients."""
     doubted = doubts.of(suite.records)
     for record in suite.records:
         file = str(suite.record_file(record.key))
-        found = _first(wellformed.problems(record)) + _whole(suite, record) + _honest(record)
-        found += _controls(record, suite.records)
+        found = _first(wellformed.problems(record)) + _whole(suite, record) + honest(record)
+        controls = _controls(record, suite.records)
+        found += controls
         again = recompute.recompute(record.scores)
         outcome.problems += [Problem(file, words) for words in (*found, *again.problems)]
-        outcome.notes += [Problem(file, words) for words in _remarks(record, doubted[record.key])]
+        outcome.notes += [Problem(file, words) for words in _remarks(record, () if controls else doubted[record.key])]
         outcome.records += 1
         outcome.recomputed += len(again.recomputed)
         outcome.measured += len(again.recomputed) + len(again.unsupported)
     outcome.problems += [Problem(str(file), words) for file, words in results.twins([suite])]
-    if declared is not None:
-        _claims(suite, declared, outcome, published)
+    unknown = set() if declared is None else _claims(suite, declared, outcome, published)
     _together(suite, outcome)
     _attestations(suite, outcome)
     _sheets(suite, outcome)
+    return unknown
 
 
 def _first(words: list[str]) -> list[str]:
@@ -253,17 +279,23 @@ def _whole(suite: Results, record: Record) -> list[str]:
     return found
 
 
-def _honest(record: Record) -> list[str]:
-    """Made from a commit that others can check out."""
+def honest(record: Record) -> list[str]:
+    """What a row lacks from which others would make it again: a commit that can be checked out, without changes, and
+    the packages of its plugins."""
     commit, dirty = record.provenance.commit, record.provenance.dirty
     if dirty:
         return ["made from a working tree with uncommitted changes; commit, and run it again"]
     if commit is None or not re.fullmatch(r"[0-9a-f]{40}", commit) or dirty is None:
-        return ["names no commit that it was made from; run it from a checkout of the repository"]
+        return [f"names no commit that it was made from, as an installed copy of the bench knows none; {CHECKOUT}"]
     unsaid = sorted(set(PARTS) - set(record.provenance.sources))
     if unsaid and not wellformed.unverifiable(record):
         return [f"does not say where its {unsaid[0]}'s plugin comes from; run it again"]
     return [words for part, source in record.provenance.sources.items() for words in _foreign(part, source)]
+
+
+def refused(records: Iterable[Record]) -> list[tuple[str, str]]:
+    """The key of each record that the check refuses whatever stands beside it, and why, in words."""
+    return [(record.key, words) for record in records for words in honest(record)[:1]]
 
 
 def _foreign(part: str, source: Source) -> list[str]:

@@ -16,7 +16,7 @@ import hashlib
 import json
 import tomllib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -114,7 +114,7 @@ def freeze(suite: Suite, model: str, current: Callable[[str], str] = as_written,
     mine = [cell for cell in suite.cells if bare(cell.model) == bare(model)]
     old = () if before is None else before.cells
     known = {today(cell, current) for cell in old}
-    gone = known - set(mine)
+    gone = {cell for cell in known - set(mine) if not suite.lacks(cell)}
     if gone or (before is not None and before.thresholds != protocol.thresholds):
         raise ResultsError(f"{path}: frozen cells or thresholds have changed; bench leaderboard protocol says which")
     if attack is not None:
@@ -163,7 +163,7 @@ def problems(suite: Suite, current: Callable[[str], str]) -> list[str]:
     protocol = shipped()
     found = [*_seeds(suite, protocol), *_holes(suite)]
     for model in sorted({bare(cell.model) for cell in suite.cells}):
-        found += _moved(model, [cell for cell in suite.cells if bare(cell.model) == model], protocol, current)
+        found += _moved(model, suite, protocol, current)
     return found
 
 
@@ -210,14 +210,14 @@ def _setting(cell: Cell) -> tuple[str, ...]:
     return cell.model, cell.attack, cell.trigger, cell.target, cell.sampler, str(cell.seed)
 
 
-def _moved(model: str, cells: Sequence[Cell], protocol: Protocol, current: Callable[[str], str]) -> Iterator[str]:
+def _moved(model: str, suite: Suite, protocol: Protocol, current: Callable[[str], str]) -> Iterator[str]:
     kept = frozen(model)
     if kept is None:
         return
     if kept.thresholds != protocol.thresholds:
         yield f"{model}: its cells were frozen under other thresholds than those of {protocol.name}.toml"
-    gone = sorted({today(cell, current) for cell in kept.cells} - set(cells), key=str)
-    for cell in gone[:LISTED]:
+    gone = {today(cell, current) for cell in kept.cells} - set(suite.cells)
+    for cell in [cell for cell in sorted(gone, key=str) if not suite.lacks(cell)][:LISTED]:
         words = f"{bare(cell.defense)} on {bare(cell.attack)}, seed {cell.seed}"
         yield f"{model}: the suite no longer has a frozen cell, {words}"
 

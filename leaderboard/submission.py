@@ -9,10 +9,11 @@ from pathlib import Path
 
 from harness.runs.record import bare
 from leaderboard import add_results
+from leaderboard.check import refused
 from leaderboard.results import Results, ResultsError, read_suite, state
 from leaderboard.specs import as_written
 
-HOME = Path("leaderboard", "results")
+HOME, SUITES = Path("leaderboard", "results"), Path("leaderboard", "suites")
 MARKS = ("pyproject.toml", "leaderboard/results")  # of a checkout of this project
 
 
@@ -33,18 +34,20 @@ def prepare(
     """Put the rows of a run, and the suite's file if it is one of the submitter's own, on a new branch of the checkout,
     as one commit. The checkout is on that branch afterwards. current: see `add_results.add`.
 
-    Raises ResultsError where the run has no rows or a failed one, where the folder is no clean checkout, and for what
-    git refuses; nothing is changed then.
+    Raises ResultsError where the run has no rows, a failed one, or one that others could not make again; where the
+    folder is no clean checkout; where the suite is not that of the rows' folder; and for what git refuses. Nothing is
+    changed then.
     """
     rows = read_suite(run)
     _refuse(rows, checkout, name)
+    _refuse_suite(suite, checkout, name)
     before = _git(checkout, "rev-parse", "--abbrev-ref", "HEAD")
     made = branch or f"results/{name}-{state(rows.records)[:8]}"
     _git(checkout, "switch", "-c", made)
     try:
         add_results.add(run, checkout / HOME / name, current)
-        if suite is not None and not (checkout / "leaderboard" / "suites" / suite.name).exists():
-            (checkout / "leaderboard" / "suites" / suite.name).write_bytes(suite.read_bytes())
+        if suite is not None:
+            (checkout / SUITES / suite.name).write_bytes(suite.read_bytes())
         _git(checkout, "add", "--", "leaderboard")
         files = tuple(_git(checkout, "diff", "--cached", "--name-only").splitlines())
         if not files:
@@ -69,11 +72,10 @@ def _refuse(rows: Results, checkout: Path, name: str) -> None:
             f"{rows.folder}: {len(failed)} of {len(rows.records)} cells failed, such as {failed[0].key[:12]}; "
             "bench retry computes them again"
         )
-    dirty = [record for record in rows.records if record.provenance.dirty]
-    if dirty:
+    if lacking := refused(rows.records):
+        key, words = lacking[0]
         raise ResultsError(
-            f"{rows.folder}: {len(dirty)} rows were computed from code with changes that are not committed, such as "
-            f"{dirty[0].key[:12]}; commit them and run the suite again"
+            f"{rows.folder}: the check refuses {len(lacking)} of {len(rows.records)} rows, such as {key[:12]}: {words}"
         )
     if not name or name != Path(name).name or name.startswith("."):
         raise ResultsError(f"{name!r} is no name of a folder below {HOME.as_posix()}")
@@ -81,6 +83,26 @@ def _refuse(rows: Results, checkout: Path, name: str) -> None:
         raise ResultsError(f"{checkout}: no checkout of this project; clone it, and give --checkout DIR")
     if _git(checkout, "status", "--porcelain"):
         raise ResultsError(f"{checkout}: has changes that are not committed; commit or stash them first")
+
+
+def _refuse_suite(suite: Path | None, checkout: Path, name: str) -> None:
+    """The check holds a folder of rows against the suite of its name."""
+    there = checkout / SUITES / f"{name}.toml"
+    if suite is None:
+        if not there.is_file():
+            raise ResultsError(f"{checkout}: has no suite {name}; give the file of yours with --suite")
+        return
+    if suite.name != there.name:
+        raise ResultsError(f"{suite}: rows of {name} need the suite {there.name}; rename the file, or leave --name out")
+    if there.is_file() and there.read_bytes() != suite.read_bytes():
+        raise ResultsError(
+            f"{suite}: the checkout has another suite of that name ({there}); rename yours, and run it under that name"
+        )
+
+
+def suites(checkout: Path) -> dict[str, Path]:
+    """The suites of a checkout: name → file."""
+    return {path.stem: path for path in sorted((checkout / SUITES).glob("*.toml"))}
 
 
 def words(rows: Results, name: str, files: int) -> tuple[str, str]:

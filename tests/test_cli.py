@@ -93,6 +93,15 @@ def test_plugins_says_where_they_come_from(bench, indexed: None) -> None:
     assert len(json.loads(bench("plugins", "--json").out)["warnings"]) == 1
 
 
+def test_plugins_names_those_of_others_before_the_built_in_ones(bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    built_in = replace(NONE, distribution=registry.OWN, module="plugins.defenses.none")
+    entries = (built_in, replace(ELIJAH, module="second"), replace(NONE, distribution="a-dist", module="first"))
+    monkeypatch.setattr(registry, "index", lambda **_: Index(entries, ()))
+    assert [line.split()[1] for line in bench("plugins").out.splitlines()[:3]] == [
+        "first", "second", "plugins.defenses.none",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -25,7 +26,7 @@ from harness.diffusion.seeds import generator
 from harness.registry import presets
 from harness.runs import suite as suites
 from harness.runs.record import Dropped, bare
-from harness.types import Knowledge
+from harness.types import KNOWLEDGE, Knowledge
 from leaderboard import recompute, results, wellformed
 from tests import (
     controls_table,
@@ -385,27 +386,74 @@ def test_the_changes_of_quick_in_the_pages_are_accepted(plugins: registry.Regist
         assert suites.expand(draft, plugins, only).cells
 
 
+def names_of(command: click.Command, name: str) -> Iterator[tuple[str, click.Command]]:
+    """Every command below a group, with its whole name."""
+    if not isinstance(command, click.Group):
+        yield name, command
+        return
+    for each in command.list_commands(click.Context(command)):
+        inner = command.get_command(click.Context(command), each)
+        assert inner is not None
+        yield from names_of(inner, f"{name} {each}")
+
+
+def test_the_commands_without_json_are_those_that_the_page_names() -> None:
+    mute = {name for name, each in names_of(bench, "bench") if not any("--json" in param.opts for param in each.params)}
+    (named,) = re.findall(r"Every command accepts `--json`, except (.*?)\.\s", DOCS["run"], re.DOTALL)
+    assert set(re.findall(r"`(.*?)`", named)) == mute
+
+
+@pytest.mark.parametrize("page", ["run", "defense"])
+def test_the_pages_list_all_that_a_defense_may_need(page: str) -> None:
+    for name in KNOWLEDGE:
+        assert re.search(rf"^\| `{name}` \|", DOCS[page], re.MULTILINE), name
+
+
 # ---- the tutorial ---------------------------------------------------------------------------------------------------
 
 
 class Workplace:
     """A folder and an environment as a stranger has them, in which the tutorial's blocks are done.
 
-    `pip install` goes to a folder on the path, without dependencies and without a network.
+    `git clone` makes a repository of the files that are here, with one commit. `pip install` of it puts it on the path,
+    and that of a package goes to a folder on the path, without dependencies and without a network.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.site = folder / "work", folder / "site"
         self.folder.mkdir()
         self.site.mkdir()
+        self.checkout = self.folder / "diffusion-defense-bench"
+        somebody = {f"GIT_{who}_{what}": "x" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
         self.environment = os.environ | {
-            "PYTHONPATH": str(self.site), "XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1",
-            "BENCH_STORE": str(folder / "store"), "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONPATH": os.pathsep.join([str(self.site), str(self.checkout)]), "OMP_NUM_THREADS": "1",
+            "XDG_CACHE_HOME": str(folder / "cache"), "BENCH_STORE": str(folder / "store"),
+            "PYTHONDONTWRITEBYTECODE": "1", **somebody,
         }  # fmt: skip
         self.output: dict[str, str] = {}
 
+    def clone(self) -> None:
+        def git(folder: Path, *words: str) -> str:
+            done = subprocess.run(["git", *words], cwd=folder, env=self.environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        for name in git(ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0"):
+            if name and (ROOT / name).is_file():  # neither a file that was removed nor a linked environment
+                (self.checkout / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(ROOT / name, self.checkout / name)
+        git(self.checkout, "init", "-q", "-b", "main")
+        git(self.checkout, "add", "-A")
+        git(self.checkout, "-c", "commit.gpgsign=false", "commit", "-q", "-m", "Begin")
+
     def do(self, line: str) -> None:
         words = shlex.split(line)
+        if words[:2] == ["git", "clone"]:
+            assert words[2].endswith(f"/{self.checkout.name}")
+            self.clone()
+            return
+        if words == ["pip", "install", "-e", f"./{self.checkout.name}", "pytest"]:
+            return
         python = [sys.executable, "-P", "-m"]
         own = {
             "bench": [sys.executable, "-P", "-c", "from harness.cli import main; main()"],
@@ -428,6 +476,18 @@ def steps(page: str) -> Iterator[tuple[str, str]]:
             yield f"file:{title}", code
         elif language == "bash":
             yield from (("do", line) for line in code.splitlines() if line)
+
+
+def smaller(suite: str) -> str:
+    """The tutorial's suite with a shorter attack, fewer samples and one seed."""
+    for old, new in (
+        ("steps=1000", "steps=20"), ("batch=48", "batch=16"), ("seed = [0, 1, 2]", "seed = [0]"),
+        ("n = 256", "n = 16"), ('"hush"', '"hush(steps=4)"'), ("steps=100, batch=16", "steps=4, batch=16"),
+        ("ddim(steps=20)", "ddim(steps=5)"),
+    ):  # fmt: skip
+        assert suite.count(old) == 1
+        suite = suite.replace(old, new)
+    return suite
 
 
 TWIN = """
@@ -471,7 +531,8 @@ def stranger(site: Path) -> None:
 @pytest.mark.timeout(3600)
 def test_the_tutorial_goes_from_nothing_to_a_row_also_beside_packages_of_our_names(tmp_path: Path) -> None:
     """Every block of the tutorial, done in a folder that holds folders `plugins` and `harness`, with another
-    distribution installed whose package is called `plugins`; its defense gets a row too."""
+    distribution installed whose package is called `plugins`; its defense gets a row too. The suites are made smaller,
+    and their rows are rows that the check accepts."""
     place = Workplace(tmp_path)
     for name in ("plugins", "harness"):
         (place.folder / name).mkdir()
@@ -481,9 +542,10 @@ def test_the_tutorial_goes_from_nothing_to_a_row_also_beside_packages_of_our_nam
         if what == "do":
             place.do(text)
         else:
-            (place.folder / what.removeprefix("file:")).write_text(text)
+            (place.folder / what.removeprefix("file:")).write_text(smaller(text) if what.endswith(".toml") else text)
         if text.startswith("bench plugin new"):
             suite = place.folder / "bench-hush" / "try.toml"
+            assert suites.read(suite).grids[0].axes["defense"] == ("none", "finetune(steps=4, batch=8)", "hush")
             suite.write_text(suite.read_text().replace('"hush"]', '"hush(steps=4)", "twin"]'))
     listed = place.output["bench list defenses"]
     assert {"hush", "twin", "elijah"} <= {line.split()[0] for line in listed.splitlines()}
@@ -494,6 +556,11 @@ def test_the_tutorial_goes_from_nothing_to_a_row_also_beside_packages_of_our_nam
     rows = {
         (r["cell"]["attack"].partition("(")[0], r["cell"]["defense"].partition("(")[0]) for r in document["records"]
     }
-    assert rows == {(a, d) for a in ("none", "villandiffusion") for d in ("none", "hush", "twin")}
+    assert rows == {(a, d) for a in ("none", "villandiffusion") for d in ("none", "finetune", "hush", "twin")}
     assert all(record["error"] is None and record["scores"]["asr"]["n"] == 16 for record in document["records"])
     assert "hush" in place.output["bench report report"]
+    (asked,) = (text for line, text in place.output.items() if line.startswith("bench leaderboard submit "))
+    assert asked.startswith("# Add 3 rows of hush: hush\n")
+    place.do(f"bench leaderboard check --results {place.checkout}/leaderboard/results/hush --json")
+    (told,) = (json.loads(text) for line, text in place.output.items() if line.startswith("bench leaderboard check "))
+    assert (told["records"], told["problems"], told["notes"], told["unverifiable"]) == (3, [], [], [])

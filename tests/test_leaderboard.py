@@ -400,7 +400,28 @@ def test_bench_leaderboard_check_ends_with_5_and_names_the_file(
     path = min((root / "records").glob("*.json"))
     change(path, '"attempt": 1', '"attempt": 2')
     assert call(["leaderboard", "check", "--results", str(root)]) == 5
-    assert str(path) in capsys.readouterr().out
+    assert f"records/{path.name[:12]}.json: " in capsys.readouterr().out
+
+
+def test_the_lines_of_the_check_are_short_and_say_a_thing_once(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Progress and notes are on stderr; what several rows have in common is one line, and so is a missing control."""
+    for path in results.record_files(root / "small"):
+        if results.read_record(path).cell.defense.startswith("finetune"):
+            path.unlink()
+    monkeypatch.chdir(tmp_path)
+    assert call(["leaderboard", "check", "--results", str(root)]) == 5
+    out, err = capsys.readouterr()
+    assert "checking small, 1 of 1 ...\n" in err and "comparing 11 records ...\n" in err
+    assert "its control is missing: finetune" in out and "control missing: finetune" not in err
+    assert not re.search(r"[0-9a-f]{64}", out + err) and str(tmp_path) not in out + err
+    notes = [line for line in err.splitlines() if line.startswith("note: ") and " rows, such as " in line]
+    assert notes and len(set(notes)) == len(notes)
+    assert re.search(r"problems: 11 records, 11 of them unverifiable in part, ", out.splitlines()[-1])
+    assert call(["leaderboard", "check", "--results", str(root), "--json"]) == 5
+    told, silent = capsys.readouterr()
+    assert silent == "" and len(json.loads(told)["unverifiable"]) == 11
     assert call(["leaderboard", "check", "--results", "/no/where"]) == 2
 
 

@@ -18,6 +18,7 @@ from harness.registry import Registry, code_digest, entry_points
 from harness.registry.hookspecs import API_VERSION
 from harness.runs.suite import load_suite
 from harness.testing import checks, kind_by_methods
+from harness.types import KNOWLEDGE
 
 KINDS = ("defense", "attack", "metric", "trigger", "target", "sampler", "model")
 SHAPES = {"detector": "defense", "screen": "defense", "prompt-filter": "defense", "text-attack": "attack"}
@@ -56,6 +57,9 @@ def test_a_new_plugin_keeps_the_contract_and_runs_in_its_suite(kind: str, bench,
         "pyproject.toml", "README.md", "bench_my_thing.py", "tests/test_contract.py", "try.toml",
     }  # fmt: skip
     assert len(Path(folder, "tests/test_contract.py").read_text().strip().replace("\n\n", "\n").splitlines()) == 3
+    code, suite = (Path(folder, name).read_text() for name in ("bench_my_thing.py", "try.toml"))
+    assert ("    needs: " in code) == (f"    # out of: {', '.join(KNOWLEDGE)}\n" in code)
+    assert 'defense = ["none", "finetune(' in suite, "the controls that bench leaderboard check requires"
     project = tomllib.loads((folder / "pyproject.toml").read_text())
     assert project["project"]["entry-points"]["bench.plugins"] == {"bench_my_thing": "bench_my_thing"}
     both = Registry()
@@ -65,8 +69,8 @@ def test_a_new_plugin_keeps_the_contract_and_runs_in_its_suite(kind: str, bench,
     cls = both.find(kinds, "my-thing")
     assert cls.__name__ == "MyThing" and kind_by_methods(cls) == kinds
     assert registry.describe(kinds, cls, "mine", alone=True).facts["api"] == API_VERSION
-    suite = load_suite(folder / "try.toml", both)
-    assert len(suite.cells) >= 2 and not suite.dropped
+    planned = load_suite(folder / "try.toml", both)
+    assert len(planned.cells) >= 2 and not planned.dropped
     broken = [
         law for law in checks.examine_all(checks.case_of(kinds, cls, {}, both)) if law.state in ("broken", "open")
     ]
@@ -140,7 +144,10 @@ def test_check_tells_law_by_law_and_writes_a_report(bench, quick_load: None) -> 
     assert found.code == 0, found.out
     first, *laws = found.out.strip().splitlines()
     assert first.startswith("trigger 'shift' (") and "broken" not in first
-    assert [line.split("  ")[1] for line in laws] == ["kept"] * len(checks.LAWS["triggers"])
+    known = list(checks.LAWS["triggers"])
+    assert [line.split("  ")[1] for line in laws] == ["kept"] * len(known)
+    told = [f"checking trigger shift, law {i} of {len(known)}: {law} ..." for i, law in enumerate(known, 1)]
+    assert found.err.splitlines()[-len(known) :] == told
     report = Path("report.md").read_text()
     assert "## trigger shift, version 3" in report and "`shift(by=1.0)`" in report
     assert "| batch invariance" in report and "written for plugin API 1" in report

@@ -16,7 +16,7 @@ from harness.runs import suite as suites
 from harness.runs.declared import Declared
 from harness.runs.record import Dropped
 from harness.runs.suite import Suite
-from leaderboard import headline, protocol, results, rows, site
+from leaderboard import claims, headline, protocol, results, rows, site
 from leaderboard.results import ResultsError
 from tests.records import changed, record, write_suite
 
@@ -121,6 +121,28 @@ def test_a_defense_that_does_not_meet_an_attack_is_a_hole(planned: Suite) -> Non
     assert words.startswith("has 1 holes: elijah does not meet")
     said = replace(left, dropped=(*planned.dropped, Dropped(gone, "does not apply")))
     assert not any("holes" in words for words in protocol.problems(said, same))
+
+
+def test_frozen_cells_of_a_package_that_is_not_installed_are_not_missed(planned: Suite, empty: Path) -> None:
+    protocol.freeze(planned, "digits-ddpm")
+    kept = tuple(c for c in planned.cells if not c.defense.startswith("elijah("))
+    without = replace(planned, cells=kept, absent={"elijah": "bench-elijah"})
+    assert protocol.problems(without, same) == []
+    assert any("elijah" in words for words in protocol.problems(replace(without, absent={}), same))
+    further = replace(without, cells=(*kept, replace(kept[0], n=7)))
+    assert protocol.freeze(further, "digits-ddpm").is_file()
+
+
+def test_rows_of_a_package_that_is_not_installed_are_not_called_unplanned(plugins: Registry, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        "packages = {hush = 'bench-hush'}\n[[grid]]\nmodel = 'digits-ddpm'\nattack = 'none'\ntrigger = 'box'\n"
+        "target = 'hat'\ndefense = ['none', 'hush']\n"
+    )
+    declared = Declared(plugins, {"mine": path})
+    for defense, notes in (("hush(size=1.0)", []), ("clp()", ["has 1 rows that suite mine does not plan"])):
+        folder = write_suite(tmp_path / defense[:3] / "mine", [record(defense)])
+        assert claims.rows(results.read_suite(folder), declared)[1] == notes
 
 
 def test_other_seeds_than_the_protocols_are_refused(planned: Suite) -> None:

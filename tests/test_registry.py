@@ -188,14 +188,18 @@ def test_what_the_plugin_itself_refuses_is_the_callers_error() -> None:
         make(Plugin, {"steps": 13})
 
 
-def test_an_unknown_name_gets_a_suggestion_and_the_known_names(tmp_path: Path) -> None:
+def test_an_unknown_name_gets_a_suggestion_and_the_command_that_lists_the_names(tmp_path: Path) -> None:
     (tmp_path / "x.py").write_text(defense("rinse"))
     found = Registry()
     found.load_file(tmp_path / "x.py")
-    with pytest.raises(
-        UnknownName, match="no defense named 'rince'; did you mean 'rinse'\\? for a plugin of your own: "
-    ):
-        found.build("defenses", "rince")
+    with pytest.raises(UnknownName) as near:
+        found.build("defenses", "Rince")
+    assert str(near.value) == (
+        "no defense named 'Rince'; did you mean 'rinse'? bench list defenses and bench list presets show what there "
+        "is; for a plugin of your own: pip install -e DIR, or --plugin-file FILE"
+    )
+    with pytest.raises(UnknownName, match=r"^no trigger named 'xyz'; bench list triggers shows what there is; for a "):
+        found.build("triggers", "xyz")
     with pytest.raises(UnknownName, match="no kind 'defences'; did you mean 'defenses'"):
         found.build("defences", "rinse")
     assert found.canonical("defense", "rinse(asks=True)") == "rinse(batch=8, share=0.1, asks=True)"

@@ -270,6 +270,22 @@ def test_what_cannot_be_loaded_or_asked_is_one_line_and_its_exit_code(bench: Run
     fails(4, "a JSON list, not an object", str(tmp_path / "m"))
 
 
+@pytest.mark.parametrize("words", [("nodir/x",), ("m", "--base", "nodir/x")])
+def test_a_mistyped_path_is_named_before_the_hub(
+    bench: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    import huggingface_hub
+
+    def gone(*args: Any, **kwargs: Any) -> str:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", gone)
+    monkeypatch.chdir(saved(tmp_path / "m").parent)
+    found = bench("scan", *words, "--detector", "bias")
+    says = "nodir/x: no such directory, and as a hub id: model nodir/x at main cannot be had from the hub (no network)"
+    assert found.code == 4 and says in found.err and "Traceback" not in found.err
+
+
 @pytest.mark.parametrize("device", ["foo", "meta", "cuda:99"])
 def test_a_device_that_is_not_there_is_one_line(bench: Run, tmp_path: Path, device: str) -> None:
     for command, *words in (

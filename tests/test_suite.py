@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -246,8 +247,9 @@ def test_set_changes_every_grid_or_one(plugins: Registry, suite, sets: list[str]
     [
         ("title", "titel", "mine.toml: no key 'titel'; did you mean 'title'?"),
         ("attack =", "atack =", "grid 0: no key 'atack'; did you mean 'attack'?"),
-        ("[[grid]]", "[grid]", "needs at least one [[grid]]"),
-        ('model = ["pixels"]', "", "grid 0: says no model"),
+        ("[[grid]]", "[grid]", "mine.toml: a suite needs at least one table [[grid]], with model, attack, "),
+        ('model = ["pixels"]', "", "mine.toml: grid 0: lacks model; a grid needs model, attack, trigger, "),
+        ("[[grid]]", "packages = ['hush']\n[[grid]]", "mine.toml: packages should be a table such as"),
         ('model = ["pixels"]', "model = []", "grid 0: model should be a list of specs, got []"),
         ('["hat"]', "[1]", "grid 0: target should be a list of specs, got [1]"),
         ("n = 16", "n = '16'", "grid 0: n should be a whole number, got '16'"),
@@ -262,6 +264,21 @@ def test_a_mistake_in_a_suite_is_one_line_that_names_the_place(suite, old: str, 
         read(suite(SUITE.replace(old, new, 1)))
     assert says in str(caught.value) and "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+def test_a_defense_whose_package_is_not_installed_leaves_the_other_cells(plugins: Registry, suite) -> None:
+    """A name that the suite's `packages` do not have is a mistake as before."""
+    text = SUITE.replace('"seal"]', '"seal", "hush", "hush(size=2)"]')
+    with pytest.raises(UnknownName, match="no defense named 'hush'"):
+        load_suite(suite(text), plugins)
+    packages = "packages = {hush = 'bench-hush', seal = 'bench-seal'}\n"
+    found, whole = load_suite(suite(packages + text), plugins), load_suite(suite(), plugins)
+    assert (found.cells, found.dropped) == (whole.cells, ()) and found.absent == {"hush": "bench-hush"}
+    assert not any(map(found.lacks, whole.cells)) and found.lacks(replace(whole.cells[0], defense="hush(size=2)"))
+    with pytest.raises(SuiteError, match=r"keeps no cell of .*; hush is not installed: pip install bench-hush$"):
+        load_suite(suite(packages + text), plugins, only=["defense=hush"])
+    with pytest.raises(SuiteError, match=r"no cell is left; hush is not installed: pip install bench-hush$"):
+        load_suite(suite(packages + SUITE.replace('["none", "seal"]', '"hush"')), plugins)
 
 
 def test_a_mistake_in_a_spec_names_file_grid_and_axis(plugins: Registry, suite) -> None:

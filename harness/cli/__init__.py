@@ -91,7 +91,7 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args[0] not in COMMANDS and not args[0].startswith("-"):
             raise click.UsageError(
-                f"no command '{args[0]}'{did_you_mean(args[0], COMMANDS)} known: {', '.join(COMMANDS)}"
+                f"no command '{args[0]}'{did_you_mean(args[0], COMMANDS)} bench --help lists what there is"
             )
         return super().resolve_command(ctx, args)
 

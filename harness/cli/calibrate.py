@@ -41,7 +41,7 @@ def calibrate(
     model: str, models: int, clean: str, directories: tuple[Path, ...], detectors: tuple[str, ...], seed: int,
     out: Path | None, files: tuple[Path, ...], strict: bool, as_json: bool,
 ) -> int:  # fmt: skip
-    """Fine-tune clean models of MODEL on clean data, or take those of --of, and store each detector's suspicion."""
+    """Compute the detection scores of clean models: of MODEL fine-tuned on clean data, or of the models of --of."""
     import torch
 
     from harness.diffusion import checkpoint

@@ -35,6 +35,10 @@ def read_results(root: Path | None) -> list[Results]:
     return results.read(results_root(root))
 
 
+def quiet(_: str) -> None:
+    """Shows no progress."""
+
+
 def built_page(page: Path | None) -> None:
     """Raise click.UsageError unless `page` is a built page; None is no page."""
     if page is not None and not (page / "index.html").is_file():
@@ -79,11 +83,11 @@ def check(root: Path | None, page: Path | None, keys: bool, as_json: bool) -> in
     dirty or partial. Ends with 5 where anything is wrong, each problem with its file. A row has another key
     today where code, weights or plugins that it depends on have changed since: nothing wrong, but worth knowing."""
     from harness.runs.declared import Declared
-    from leaderboard import check as checks
+    from leaderboard import check as checks, check_lines
 
     built_page(page)
-    registry = loaded((), strict=False)
-    found = checks.check(results_root(root), page, Declared(registry))
+    registry, place = loaded((), strict=False), results_root(root)
+    found = checks.check(place, page, Declared(registry), quiet if as_json else note)
     if keys:
         for suite in read_results(root):
             changed = len(renewed(suite.records, registry))
@@ -92,15 +96,11 @@ def check(root: Path | None, page: Path | None, keys: bool, as_json: bool) -> in
     if as_json:
         print_json(found)
     else:
-        for remark in found.notes:
+        for remark in check_lines.summed(found.notes, place):
             note(f"note: {remark}")
         for problem in found.problems:
-            echo(str(problem))
-        verdict = f"{len(found.problems)} problems" if found.problems else "all well"
-        echo(
-            f"{verdict}: {found.records} records, {found.recomputed} of {found.measured} scores recomputed from "
-            f"per-sample values, {found.reproduced} rows reproduced, {found.bytes / 1e6:.1f} MB"
-        )
+            echo(check_lines.brief(problem, place))
+        echo(check_lines.last(found))
     return Exit.mismatch if found.problems else Exit.ok
 
 
@@ -148,10 +148,13 @@ def add(run: Path, to: Path, as_json: bool) -> None:
     """Put the records and pictures that `bench run -o RUN` wrote into a folder of results, a file for each. A row of
     the same cell under another key gives way to the new one; files of all other rows stay as they are."""
     from harness.runs.declared import Declared
-    from leaderboard import add_results
+    from leaderboard import add_results, check as checks
 
     writable(to, "--to")
     done = add_results.add(run, to, Declared(loaded((), strict=False)).current)
+    if lacking := checks.refused(done.records):
+        key, words = lacking[0]
+        note(f"warning: the check refuses {len(lacking)} of these rows, such as {key[:12]}: {words}")
     if as_json:
         print_json({"folder": done.folder, "records": len(done.records)})
     else:
@@ -160,7 +163,7 @@ def add(run: Path, to: Path, as_json: bool) -> None:
 
 @leaderboard.command(short_help="Prepare a pull request with the rows of a run.")
 @click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--name", required=True, help="The folder of results: usually the suite's name.")
+@click.option("--name", help="The folder of results, which is the suite's name; default: that of --suite.")
 @click.option("--suite", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A suite of your own.")
 @click.option("--branch", default=None, help="The branch to make; default: results/NAME and a digest of the rows.")
 @click.option(
@@ -168,26 +171,35 @@ def add(run: Path, to: Path, as_json: bool) -> None:
     help="A clean checkout of this project.",
 )  # fmt: skip
 @as_json
-def submit(run: Path, name: str, suite: Path | None, branch: str | None, checkout: Path, as_json: bool) -> int:
-    """Put the rows that `bench run -o RUN` wrote on a branch of a checkout, check them, and print the text of a pull
-    request. Nothing is sent anywhere: you push the branch. Ends with 5 if the check finds something; the branch stays,
-    so that it can be mended."""
+def submit(run: Path, name: str | None, suite: Path | None, branch: str | None, checkout: Path, as_json: bool) -> int:
+    """Put the rows that `bench run -o RUN` wrote on a branch of a checkout, check them beside all others, as the pull
+    request's check does, and print the text of a pull request. Nothing is sent anywhere: you push the branch. Ends with
+    5 if the check finds something; the branch stays, so that it can be mended."""
     from harness.runs.declared import Declared
-    from leaderboard import check as checks, submission
+    from leaderboard import check as checks, check_lines, submission
 
+    if name is None:
+        if suite is None:
+            raise click.UsageError("give --suite FILE, or --name NAME for a suite that the checkout has")
+        name = suite.stem
     registry = loaded((), strict=False)
-    declared = Declared(registry)
-    made = submission.prepare(run, suite, checkout, name, branch, declared.current)
-    found = checks.check(checkout / submission.HOME / name, None, declared)
-    problems = [str(problem) for problem in found.problems]
+    made = submission.prepare(run, suite, checkout, name, branch, Declared(registry).current)
+    home, declared = checkout / submission.HOME, Declared(registry, submission.suites(checkout))
+    found = checks.check(home, None, declared, quiet if as_json else note)
+    notes = [each for each in found.notes if Path(each.file).is_relative_to(home / name)]
     if as_json:
-        print_json({**asdict(made), "problems": problems})
+        problems, said = ([str(each) for each in every] for every in (found.problems, notes))
+        print_json({**asdict(made), "problems": problems, "notes": said})
     else:
         echo(f"# {made.title}\n\n{made.body}")
-        note(f"on branch {made.branch}, {len(made.files)} files; push it: git push -u origin {made.branch}")
-        for problem in problems:
-            note(problem)
-    return Exit.mismatch if problems else Exit.ok
+        for line in check_lines.summed(notes, home):
+            note(f"note: {line}")
+        for problem in found.problems:
+            note(check_lines.brief(problem, home))
+        note(check_lines.last(found))
+        mended = "mend it and commit, then " if found.problems else ""
+        note(f"on branch {made.branch}, {len(made.files)} files; {mended}push it: git push -u origin {made.branch}")
+    return Exit.mismatch if found.problems else Exit.ok
 
 
 @leaderboard.command(short_help="Fetch the published results onto this machine.")

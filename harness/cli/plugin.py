@@ -20,6 +20,7 @@ from harness.cli.completion import Named
 from harness.registry import KINDS, OWN, RegistryError, UnknownName, did_you_mean, kind_of, parse_spec, unknown_name
 from harness.registry.hookspecs import API_VERSION
 from harness.runs.jsonable import to_jsonable
+from harness.types import KNOWLEDGE
 
 if TYPE_CHECKING:
     from harness.registry import Registry
@@ -98,6 +99,7 @@ def _words(name: str, kind: str, parts_of_suite: Mapping[str, str]) -> dict[str,
         )
     parts = re.split(r"[-_]", name)
     own = {kind: name + SHORT.get(kind, "")}
+    defenses = ("none", parts_of_suite["defense"], {**parts_of_suite, **own}["defense"])
     return {
         "name": name,
         "kind": kind,
@@ -107,6 +109,8 @@ def _words(name: str, kind: str, parts_of_suite: Mapping[str, str]) -> dict[str,
         "slug": "_".join(parts).lower(),
         "title": " ".join(parts).capitalize(),
         "api": str(API_VERSION),
+        "knowledge": ", ".join(KNOWLEDGE),
+        "defenses": ", ".join(f'"{spec}"' for spec in dict.fromkeys(defenses)),
         **{**parts_of_suite, **own},
     }
 
@@ -207,8 +211,8 @@ def _examined(
 
     cls = registry.find(kind, name)
     case = checks.case_of(kind, cls, parameters, registry, seconds or checks.SECONDS)
-    note(f"checking {kind[:-1]} {name} ...")
-    found = checks.examine_all(case)
+    what = f"checking {kind[:-1]} {name}"
+    found = checks.examine_all(case, lambda place, laws, law: note(f"{what}, law {place} of {laws}: {law} ..."))
     return {
         "kind": kind[:-1],
         "name": name,

@@ -21,7 +21,7 @@ from harness.cli.common import (
     words_of,
 )
 from harness.cli.completion import Kind, Named
-from harness.registry import KINDS, Entry, kind_of, presets, unknown_name
+from harness.registry import KINDS, OWN, Entry, kind_of, presets, unknown_name
 
 
 @click.command("list", short_help="Models, attacks, defenses ..., suites, adaptive attacks.")
@@ -151,7 +151,8 @@ def _described(entry: Entry) -> str:
 @strict_option
 @as_json
 def plugins(files: tuple[Path, ...], strict: bool, as_json: bool) -> None:
-    """Show where plugins come from, and which could not be loaded (on stderr)."""
+    """Show where plugins come from, those of other distributions and files first, and which could not be loaded (on
+    stderr)."""
     index = index_of(files, strict)
     if as_json:
         print_json(index)
@@ -159,7 +160,8 @@ def plugins(files: tuple[Path, ...], strict: bool, as_json: bool) -> None:
     counts: dict[tuple[str, str], Counter[str]] = {}
     for entry in index.entries:
         counts.setdefault((entry.distribution, entry.module), Counter())[entry.kind] += 1
-    rows = [(*place, _counted(kinds)) for place, kinds in counts.items()]
+    places = sorted(counts, key=lambda place: (place[0] == OWN, place))
+    rows = [(*place, _counted(counts[place])) for place in places]
     echo(columns(rows) or "none; is the distribution installed?")
     echo(f"{len(index.entries)} plugins, {len(index.warnings)} modules left out")
 

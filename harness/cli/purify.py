@@ -43,15 +43,16 @@ class Rank(click.ParamType):
 @model_options
 @click.option("--defense", required=True, metavar="DEFENSE", help="The defense, as in bench list defenses.")
 @click.option("--trigger", metavar="TRIGGER", help="The trigger, for a defense that needs it.")
-@click.option("--base", metavar="DIR", help="Of an adapter (LoRA): the model that it is for, a directory or a hub id.")
+@click.option("--base", metavar="DIR", help="For an adapter (LoRA): its base, a directory or a hub id.")
 @config_option
 @click.option(
     "--rank",
     type=Rank(),
     metavar="N|full",
-    help="Of an adapter: the rank of each layer that is written; default: the adapter's, or enough of its doubles.",
+    help="For an adapter: the rank of each layer that is written; default: the adapter's, or the first of 2, 4, 8 ... "
+    "times its largest rank that keeps 90 %.",
 )
-@click.option("--whole", is_flag=True, help="Of an adapter: write the whole pipeline instead of an adapter.")
+@click.option("--whole", is_flag=True, help="For an adapter: write the whole pipeline instead of an adapter.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Directory to write.")
 def purify(
     model: str, revision: str, like: str | None, population: Path | None, data: Path | None, prompts: Path | None,

@@ -89,6 +89,8 @@ def prepare(
     draft = suites.read(suites.find_suite(suite), sets)
     registry = loaded(files, strict)
     expanded = suites.expand(draft, registry, only)
+    for name, package in expanded.absent.items():
+        note(f"left out: the cells of {name}, whose package is not installed (pip install {package})")
     if not expanded.cells:
         reasons = "; ".join(dict.fromkeys(dropped.reason for dropped in expanded.dropped))
         raise suites.SuiteError(f"{draft.path}: no cell can be run: {reasons}")

@@ -56,7 +56,8 @@ EXITS = {"nothing found": Exit.ok, "suspicious": Exit.failed, "undecided": Exit.
     "detectors",
     multiple=True,
     metavar="DEFENSE",
-    help="Detectors; a bare name uses the default scan's settings; default: all that apply.",
+    help="A detector to run; repeatable. A name without parameters has the settings of the default scan. Default: all "
+    "that apply.",
 )
 @click.option(
     "--base",
@@ -70,13 +71,13 @@ EXITS = {"nothing found": Exit.ok, "suspicious": Exit.failed, "undecided": Exit.
     type=click.Choice(["suspicious", "undecided"]),
     default="undecided",
     show_default=True,
-    help="The mildest verdict with an exit code other than 0.",
+    help="The mildest verdict whose exit code is not 0.",
 )
 @click.option(
     "--format",
     "form",
     type=click.Choice(FORMATS),
-    help="What is printed; default: text. --json is json, and a single report for a single MODEL.",
+    help="The format of what is printed; default: text. --json prints JSON too, for a single MODEL its report alone.",
 )
 @click.option(
     "-o",
@@ -84,7 +85,8 @@ EXITS = {"nothing found": Exit.ok, "suspicious": Exit.failed, "undecided": Exit.
     "outs",
     type=click.Path(path_type=Path),
     multiple=True,
-    help="File to write, by its ending .html, .json, .sarif or .txt; else by --format, else HTML; repeatable.",
+    help="A file to write; repeatable. Its ending .html, .json, .sarif or .txt decides its format; for another ending "
+    "--format decides, and without it the file is HTML.",
 )
 @click.option("-q", "--quiet", is_flag=True, help="Print no text and no progress; errors and the exit code remain.")
 def scan(
@@ -93,12 +95,12 @@ def scan(
     listed: str | None, known: bool, only: str | None, detectors: tuple[str, ...], base: str | None,
     config: Path | None, fail_on: str, form: str | None, outs: tuple[Path, ...], quiet: bool,
 ) -> int:  # fmt: skip
-    """Ask detectors about each MODEL, and give a verdict with its evidence. MODEL is a diffusers directory, a
-    .safetensors file, a hub id, or an adapter or an embedding with --base.
+    """Run the detectors that apply to each MODEL, and report a verdict with its evidence. MODEL is a diffusers
+    directory, a .safetensors file, a hub id, or an adapter or an embedding with --base. Pickles are refused.
 
-    A model that cannot be loaded does not stop the scan of the others. Exit code: 0 nothing found, 1 suspicious, 4
-    cannot be loaded, 6 nothing to judge it by; a crash is 70, never 1. For several models it is the worst: 1, then 70,
-    4, 6, 0. Pickles are refused.
+    A model that cannot be loaded does not stop the scan of the others. Exit code: 0 nothing found, 1 suspicious, 4 the
+    model cannot be loaded or is refused, 6 undecided; a crash is 70, never 1. For several models, the exit code is the
+    first of 1, 70, 4, 6, 0 that one of them has.
     """
     from harness.cli import scan_output as output
 

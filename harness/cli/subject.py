@@ -15,6 +15,7 @@ from harness.cli.completion import Named
 if TYPE_CHECKING:
     from harness.diffusion.embedding_files import Embedding
     from harness.diffusion.model import DiffusionModel
+    from harness.judges.hub import Source
     from harness.registry import Registry
     from harness.scan.verdict import Population
     from harness.types import Data, Knowledge, Trigger
@@ -43,15 +44,21 @@ def options_of_kind(command: Any) -> Any:
             "--like",
             metavar="MODEL",
             type=Named("models"),
-            help="The plugin whose data, prompts and population fit this model.",
+            help="The model plugin whose data, prompts and clean models fit MODEL.",
         ),
         click.option(
-            "--population", type=click.Path(path_type=Path), help="Clean models, written by bench calibrate -o."
+            "--population",
+            type=click.Path(path_type=Path),
+            help="Detection scores of clean models: a file that bench calibrate -o wrote.",
         ),
-        click.option("--data", type=click.Path(path_type=Path), help="Clean data: parquet or image files."),
-        click.option("--prompts", type=click.Path(path_type=Path), help="Clean prompts, one per line."),
-        click.option("--seed", type=int, default=0, show_default=True, help="Seed of detectors and purifications."),
-        click.option("--device", default=None, metavar="NAME", help="Such as cuda; default: cuda if available."),
+        click.option(
+            "--data",
+            type=click.Path(path_type=Path),
+            help="Clean training data: parquet or image files.",
+        ),
+        click.option("--prompts", type=click.Path(path_type=Path), help="A file of clean prompts, one per line."),
+        click.option("--seed", type=int, default=0, show_default=True, help="Seed of the detectors or of the defense."),
+        click.option("--device", default=None, metavar="NAME", help="Device such as cuda; default: cuda if available."),
         plugin_files,
         strict_option,
         as_json,
@@ -109,7 +116,7 @@ def opened(
     word = None if adapter is not None else hub.embedding_in(where)
     if (adapter or word) is None:
         source = hub.Source(where, revision, config=config)
-        directory = source.fetch()
+        directory = _fetched(source)
         model = hub.load(hub.Source(str(directory)) if source.directory is None else source)
         laid_out = single_file.origin(directory)
         file = None if laid_out is None else laid_out.file
@@ -118,7 +125,7 @@ def opened(
             what = "a low-rank adapter" if word is None else "a textual-inversion embedding"
             raise CheckpointError(f"{where}: {what}, which is a model only with its base; --base DIR names that")
         source = hub.Source(base)
-        directory = source.fetch()
+        directory = _fetched(source)
         file = adapter or word
         if adapter is not None:
             model = hub.with_adapter(hub.Source(str(directory)), adapter)
@@ -138,6 +145,18 @@ def opened(
     return Subject(where, directory, model, plugin, matching[0] if matching else None, file, embedding)
 
 
+def _fetched(source: Source) -> Path:
+    """The directory of a model. Raises CheckpointError; a name that is no directory may be a mistyped path."""
+    from harness.diffusion.model_files import CheckpointError
+
+    try:
+        return source.fetch()
+    except CheckpointError as error:
+        if source.directory is not None:
+            raise
+        raise CheckpointError(f"{source.where}: no such directory, and as a hub id: {error}") from error
+
+
 def opened_base(where: str, name: str, model: DiffusionModel) -> DiffusionModel:
     """The base `name` at `where`, on the device of `model`. Raises CheckpointError, in one line that names the way out,
     for one that cannot be loaded or has other text encoders than the model."""
@@ -146,7 +165,9 @@ def opened_base(where: str, name: str, model: DiffusionModel) -> DiffusionModel:
     from harness.scan.comparison import check_base
 
     try:
-        base = hub.load(hub.Source(where))
+        source = hub.Source(where)
+        directory = _fetched(source)
+        base = hub.load(hub.Source(str(directory)) if source.directory is None else source)
     except CheckpointError as error:
         says = str(error)
         raise CheckpointError(f"--base {says if says.startswith(name) else f'{name}: {says}'}") from None

@@ -30,9 +30,10 @@ class PluginError(RegistryError):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """What goes between an unknown word and the list of known ones: the nearest of them, if one is near."""
-    names = list(known)
-    near = difflib.get_close_matches(word, names, n=1) or [name for name in names if word and name.startswith(word)]
-    return f"; did you mean '{near[0]}'?" if near else ";"
+    names = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), names, n=1)
+    near = near or [name for name in names if word and name.startswith(word.lower())]
+    return f"; did you mean '{names[near[0]]}'?" if near else ";"
 
 
 def kind_of(word: str) -> str:

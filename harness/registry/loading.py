@@ -61,7 +61,7 @@ class Registry:
         return {name: cls for name, (cls, _) in sorted(self._classes[kind].items())}
 
     def find(self, kind: str, name: str) -> Any:
-        """The class of that name. Raises UnknownName with the nearest and all known names."""
+        """The class of that name. Raises UnknownName with the nearest known name and the command that lists all."""
         known = self.classes(kind)
         if name not in known:
             named = [preset for of, preset in presets.shipped() if of == kind_of(kind)]
@@ -268,11 +268,13 @@ def _checked_class(kind: str, cls: Any) -> Any:
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], left_out: int = 0) -> UnknownName:
-    names = sorted(known)
-    near = did_you_mean(name, names)
-    listed = "" if near != ";" else f" known: {', '.join(names) or 'none'};"
+    """The error for a name that no plugin has. kind: "plugins" for any of them. left_out: modules that could not be
+    loaded."""
+    lists = ["bench list" if kind == "plugins" else f"bench list {kind}"]
+    lists += ["bench list presets"] if any(kind in (of, "plugins") for of, _ in presets.shipped()) else []
+    listed = f"{' and '.join(lists)} {'show' if len(lists) > 1 else 'shows'} what there is"
     more = f" ({left_out} plugin modules could not be loaded: bench plugins)" if left_out else ""
-    return UnknownName(f"no {kind[:-1]} named '{name}'{near}{listed} {YOURS}{more}")
+    return UnknownName(f"no {kind[:-1]} named '{name}'{did_you_mean(name, known)} {listed}; {YOURS}{more}")
 
 
 def load(files: Iterable[Path] = (), strict: bool = False, begun: Path | None = None) -> Registry:

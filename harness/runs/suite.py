@@ -2,6 +2,8 @@
 
     title = "..."
     metrics = ["*", "found-trigger"]     # default: "*", every registered metric that needs no images of its own
+    packages = {hush = "bench-hush"}     # plugins of other distributions, and what pip installs for them: without it,
+                                         # their cells are left out, and the others remain
     [[grid]]
     model = ["digits-ddpm"]
     attack = ["none", "villandiffusion(solver='ode')"]
@@ -27,7 +29,7 @@ import itertools
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ from harness.capabilities import (
 from harness.methods.learned_triggers import unlearnable
 from harness.registry import Registry, RegistryError, did_you_mean, parse_spec, presets, spec_of
 from harness.runs.evaluations import nfe_of
-from harness.runs.record import Dropped
+from harness.runs.record import Dropped, bare
 from harness.types import Cell
 
 AXES = {
@@ -63,7 +65,8 @@ GRID_KEYS = (
     "model", "attack", "trigger", "target", "defense", "sampler", "seed", "n", "evaluation_seed", "utility_n",
     "utility_sampler", "controls",
 )  # fmt: skip
-SUITE_KEYS = ("title", "metrics", "grid")
+NEEDED = tuple(axis for axis in AXES if axis not in DEFAULTS)  # keys that have no default
+SUITE_KEYS = ("title", "metrics", "packages", "grid")
 CONTROLS = ("decoy", "decoy-2", "decoy-3", "opposite", "zero")
 FAMILIES = {"vp": "variance-preserving", "ve": "variance-exploding", "flow": "flow-matching"}
 FILTERS = tuple(f.name for f in fields(Cell))
@@ -75,7 +78,8 @@ class SuiteError(RegistryError):
 
 @dataclass(frozen=True)
 class Suite:
-    """What a run computes. Cells are distinct, their specs canonical, in the order of the file."""
+    """What a run computes. Cells are distinct, their specs canonical, in the order of the file. absent: plugins whose
+    cells are left out because their packages are not installed, and what pip installs for them."""
 
     name: str
     title: str
@@ -83,6 +87,11 @@ class Suite:
     dropped: tuple[Dropped, ...]
     metrics: tuple[str, ...]
     path: Path
+    absent: Mapping[str, str] = field(default_factory=dict)
+
+    def lacks(self, cell: Cell) -> bool:
+        """Whether a part of the cell is of a package that is not installed."""
+        return any(bare(getattr(cell, axis)) in self.absent for axis in AXES)
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,7 @@ class Draft:
     metrics: tuple[str, ...] | None
     grids: tuple[Grid, ...]
     path: Path
+    packages: Mapping[str, str] = field(default_factory=dict)
 
 
 def load_suite(suite: str | Path, registry: Registry, only: Sequence[str] = (), sets: Sequence[str] = ()) -> Suite:
@@ -135,7 +145,7 @@ def find_suite(name_or_path: str | Path) -> Path:
         return path
     known = suites()
     if text not in known:
-        raise SuiteError(f"no suite '{text}'{did_you_mean(text, known)} known: {', '.join(known) or 'none'}, or a path")
+        raise SuiteError(f"no suite '{text}'{did_you_mean(text, known)} bench list suites lists them; or give a path")
     return known[text]
 
 
@@ -154,13 +164,16 @@ def read(path: Path, sets: Sequence[str] = ()) -> Draft:
     _known_keys(document, SUITE_KEYS, str(path))
     grids = document.get("grid")
     if not isinstance(grids, list) or not grids or not all(isinstance(grid, dict) for grid in grids):
-        raise SuiteError(f"{path}: a suite needs at least one [[grid]]")
+        raise SuiteError(f"{path}: a suite needs at least one table [[grid]], with {', '.join(NEEDED)}")
     title = _typed(document.get("title", path.stem), str, "a text", f"{path}: title")
     metrics = None
     if "metrics" in document:
         metrics = _list(document["metrics"], str, "texts", f"{path}: metrics")
     checked = tuple(_grid(grid, f"{path}: grid {i}") for i, grid in enumerate(grids))
-    return Draft(path.stem, title, metrics, checked, path)
+    packages = document.get("packages", {})
+    if not isinstance(packages, dict) or not all(isinstance(package, str) for package in packages.values()):
+        raise SuiteError(f'{path}: packages should be a table such as {{hush = "bench-hush"}}, got {packages!r}')
+    return Draft(path.stem, title, metrics, checked, path, packages)
 
 
 def _grid(table: Mapping[str, Any], place: str) -> Grid:
@@ -168,7 +181,7 @@ def _grid(table: Mapping[str, Any], place: str) -> Grid:
     values = {**DEFAULTS, **table}
     missing = [axis for axis in AXES if axis not in values]
     if missing:
-        raise SuiteError(f"{place}: says no {', no '.join(missing)}")
+        raise SuiteError(f"{place}: lacks {', '.join(missing)}; a grid needs {', '.join(NEEDED)}")
     axes = {axis: _list(values[axis], str, "specs", f"{place}: {axis}") for axis in AXES}
     seeds = _list(values["seed"], int, "whole numbers", f"{place}: seed")
     n = _typed(values["n"], int, "a whole number", f"{place}: n")
@@ -261,8 +274,11 @@ def expand(draft: Draft, registry: Registry, only: Sequence[str] = ()) -> Suite:
     """
     cells: dict[Cell, None] = {}
     dropped: dict[Cell, str] = {}
+    absent: dict[str, str] = {}
     for grid in draft.grids:
-        for cell, reason in _cells(grid, registry):
+        here, gone = _installed(grid, draft.packages, registry)
+        absent |= gone
+        for cell, reason in _cells(here, registry):
             if reason is None:
                 cells[cell] = None
             else:
@@ -271,11 +287,35 @@ def expand(draft: Draft, registry: Registry, only: Sequence[str] = ()) -> Suite:
     kept = tuple(cell for cell in cells if wanted(cell))
     out = tuple(Dropped(cell, reason) for cell, reason in dropped.items() if wanted(cell))
     if not kept and not out:
-        raise SuiteError(f"{' '.join(f'--only {text}' for text in only)}: keeps no cell of {draft.path}")
+        lacking = "".join(f"; {name} is not installed: pip install {package}" for name, package in absent.items())
+        filters = " ".join(f"--only {text}" for text in only)
+        nothing = f"{filters}: keeps no cell of {draft.path}" if only else f"{draft.path}: no cell is left"
+        raise SuiteError(nothing + lacking)
     asked = ("*",) if draft.metrics is None else draft.metrics
     metrics = [name for spec in asked for name in (standard(registry) if spec == "*" else (spec,))]
     canonical = tuple(dict.fromkeys(_canonical(registry, "metrics", spec, str(draft.path)) for spec in metrics))
-    return Suite(draft.name, draft.title, kept, out, canonical, draft.path)
+    return Suite(draft.name, draft.title, kept, out, canonical, draft.path, absent)
+
+
+def _installed(grid: Grid, packages: Mapping[str, str], registry: Registry) -> tuple[Grid, dict[str, str]]:
+    """The grid without the specs whose plugins are of packages that are not installed, and these: plugin → what pip
+    installs for it."""
+    axes: dict[str, tuple[str, ...]] = {}
+    absent: dict[str, str] = {}
+    for axis, specs in grid.axes.items():
+        names = {spec: _plugin(AXES[axis], spec) for spec in specs} if packages else {}
+        gone = {name for name in names.values() if name in packages and name not in registry.classes(AXES[axis])}
+        axes[axis] = tuple(spec for spec in specs if names.get(spec) not in gone)
+        absent |= {name: packages[name] for name in sorted(gone)}
+    return replace(grid, axes=axes), absent
+
+
+def _plugin(kind: str, spec: str) -> str:
+    """The name of the plugin that a spec means; the spec where it is none."""
+    try:
+        return presets.expanded(kind, *parse_spec(spec))[0]
+    except RegistryError:
+        return spec
 
 
 def standard(registry: Registry) -> tuple[str, ...]:

@@ -498,5 +498,10 @@ def _first_line(law: Law) -> str:
     return (law.__doc__ or "").strip().splitlines()[0]
 
 
-def examine_all(case: Case) -> list[Finding]:
-    return [examine(case, law) for law in LAWS[case.kind]]
+def examine_all(case: Case, tell: Callable[[int, int, str], None] = lambda *_: None) -> list[Finding]:
+    """Try every law. tell: called before each with its place, how many there are, and its name."""
+    found, laws = [], LAWS[case.kind]
+    for place, law in enumerate(laws, 1):
+        tell(place, len(laws), law)
+        found.append(examine(case, law))
+    return found
