@@ -40,6 +40,7 @@ from leaderboard.figures import Figure
 from leaderboard.headline import Head
 from leaderboard.paper_claims import Verdict
 from leaderboard.paper_rankings import Ranking
+from leaderboard.population import Population
 from leaderboard.recompute import LEVELS, Level, level
 from leaderboard.rendering import asset, environment, picture_size, policy, script_json, shown
 from leaderboard.results import Results, ResultsError, protocol, state, write_text
@@ -177,6 +178,15 @@ class Site:
         return [record for cell in self.cells for record in cell.records]
 
     @cached_property
+    def sizes(self) -> Mapping[Path, tuple[int, int]]:
+        """Contact sheet → width and height."""
+        return {path: picture_size(path) for path in set(self.sheets.values())}
+
+    @cached_property
+    def populations(self) -> list[Population]:
+        return population.populations(self.cells)
+
+    @cached_property
     def by_setting(self) -> list[Table]:
         return rows.by_setting(self.cells)
 
@@ -198,7 +208,7 @@ class Site:
     def sheet(self, key: str, root: str = "") -> Picture | None:
         if key not in self.sheets:
             return None
-        return Picture(root + self.names[key], *picture_size(self.sheets[key]))
+        return Picture(root + self.names[key], *self.sizes[self.sheets[key]])
 
     def page(self, name: str, template: str, root: str, scripts: Sequence[Markup] = (), **values: Any) -> None:
         """Render a page with the policy that admits its styles and scripts only. The page with scripts is one file;
@@ -353,7 +363,8 @@ def _attacks(site: Site, track: Track, columns: Sequence[Column]) -> list[Attack
 
 def _population(site: Site, track: Track) -> PopulationTable | None:
     cells = [cell for cell in site.cells if cell.track == track]
-    found = population.populations(cells)
+    keys = {key for cell in cells for key in cell.keys}
+    found = [each for each in site.populations if keys.issuperset(each.keys)]
     if not found:
         return None
     drawn = figures.of_populations(found, {record.key: record for cell in cells for record in cell.records})
@@ -480,7 +491,7 @@ def markdown(site: Site) -> str:
                 ]
     parts += _rankings(site.rankings)
     parts += paper_claims.markdown(site.claims)
-    found = population.rendered(site.cells, report.escape)
+    found = population.rendered(site.populations, report.escape)
     parts += ["## Detection of backdoored models", population.LEGEND, found] if found else []
     return "\n\n".join([*parts, "## Every cell", report.every_cell(site.by_setting, site.names)]) + "\n"
 
