@@ -41,7 +41,7 @@ from leaderboard.headline import Head
 from leaderboard.paper_claims import Verdict
 from leaderboard.paper_rankings import Ranking
 from leaderboard.population import Population
-from leaderboard.recompute import LEVELS, Level, level
+from leaderboard.recompute import LEVELS, Level, followed, level
 from leaderboard.rendering import asset, environment, picture_size, policy, script_json, shown
 from leaderboard.results import Results, ResultsError, protocol, state, write_text
 from leaderboard.rows import BASELINES, Control, Number, PooledCell, Row, Section, Table, judge_of
@@ -256,11 +256,14 @@ def _site(every: Sequence[Results], out: Path) -> Site:
     files: dict[str, str] = {}
     suites: dict[str, tuple[str, ...]] = {}
     attested: dict[str, Attestation] = {}
+    seals: dict[str, str] = {}
     for results in every:
         attested |= results.reproduced
         for record in results.records:
             key, sheet = record.key, results.sheet_file(record)
             suites[key] = (*suites.get(key, ()), results.suite)
+            if key not in records and key in results.seals:
+                seals[key] = results.seals[key]
             records.setdefault(key, record)
             files.setdefault(key, f"leaderboard/results/{results.suite}/records/{results.record_file(key).name}")
             if sheet is not None:
@@ -268,8 +271,9 @@ def _site(every: Sequence[Results], out: Path) -> Site:
     origins: dict[str, Origin] = {}
     for key, record in records.items():
         seen = attested.get(key)
-        checked = level(record.scores, reproduced=seen is not None and seen.within)
+        checked = level(record.scores, seen is not None and seen.within, seals.get(key))
         origins[key] = Origin(files[key], checked, suites[key], seen)
+    followed.save()
     dropped = [entry for results in every for entry in results.dropped]
     cells = rows.pooled(list(records.values()), dropped, suites)
     names = {key: f"sheets/{path.name}" for key, path in sheets.items()}

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from leaderboard import population, rendering, results, site, specs
-from tests.records import changed, record, score, small, write_suite
+from harness.registry import kept
+from leaderboard import population, recompute, rendering, results, site, specs
+from tests.records import changed, record, score, share, small, write_suite
 
 
 @pytest.fixture
@@ -61,3 +62,43 @@ def test_the_parameters_of_a_spec_that_is_asked_for_again_cannot_be_changed() ->
     with pytest.raises(TypeError):
         found["a"] = "2"
     assert specs.arguments("f(a=1, b='x')") == {"a": "1", "b": "'x'"} and specs.arguments("f(") == {}
+
+
+def test_the_next_process_recomputes_no_score_of_a_record_that_is_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    done, whole = list[Any](), recompute.recompute
+    monkeypatch.setattr(recompute, "recompute", lambda scores: done.append(scores) or whole(scores))
+    wrong = changed(record("skd(steps=80)", 3), scores={"asr": score(0.5, 100, per_sample=share(3, 100).per_sample)})
+
+    def next_process(name: str, *records: Any) -> tuple[int, int]:
+        """Records whose scores were recomputed, and those whose scores follow."""
+        done.clear()
+        fresh = kept.Kept("recomputed")
+        for module in (recompute, site):
+            monkeypatch.setattr(module, "followed", fresh)
+        folder = write_suite(tmp_path / name, records)
+        counts = site.build(results.read(folder), tmp_path / f"{name}-page")
+        return len(done), counts["recomputed"]
+
+    right = record("elijah(steps=1)", 30)
+    assert next_process("one", right, wrong) == (2, 1) and next_process("two", right, wrong) == (0, 1)
+    assert (tmp_path / "one-page" / "index.html").read_text() == (tmp_path / "two-page" / "index.html").read_text()
+    mended = changed(wrong, scores={"asr": share(3, 100)})
+    assert mended.key == wrong.key and next_process("three", right, mended) == (1, 2)
+    (file,) = (tmp_path / "cache").rglob("recomputed-*.json")
+    file.write_text(file.read_text().replace("true", "1"))
+    assert next_process("four", right, mended)[0] == 2
+    monkeypatch.setattr(recompute, "_version", lambda: "other libraries")
+    assert next_process("five", right, mended) == (2, 2)
+
+
+def test_records_that_were_not_read_from_files_are_recomputed_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(recompute, "followed", kept.Kept("recomputed"))
+    assert recompute.level(small()[0].scores, False) == "recomputed" == recompute.level(small()[0].scores, False)
+    recompute.followed.save()
+    assert not list(tmp_path.rglob("recomputed-*"))
