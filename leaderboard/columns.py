@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 from harness.runs.record import Track
@@ -40,6 +41,7 @@ _RANGES: dict[tuple[float, float], tuple[str, ...]] = {  # possible values of sc
 _BY_STEM = {stem: ends for ends, stems in _RANGES.items() for stem in stems}
 
 
+@cache  # asked for every interval on the page, of a few hundred names
 def bounds(score: str) -> tuple[float, float]:
     """The least and the greatest value that a score of this name can have: 0 and 1 of a share, 0 and infinity of a
     distance, of seconds and of bytes. Both are infinite for a name that is not known here."""

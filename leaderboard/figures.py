@@ -80,7 +80,7 @@ def _budgets(rows: Sequence[Row], y: charts.Axis, score: str, percent: int) -> l
     more."""
     groups: dict[str, dict[float, Row]] = defaultdict(dict)
     for row in rows:
-        given = arguments(row.first.specs.defense)
+        given = dict(arguments(row.first.specs.defense))
         steps = next((given.pop(name) for name in STEPS if name in given), "")
         if steps.isdecimal() and int(steps):
             rest = ", ".join(f"{name}={value}" for name, value in given.items())

@@ -321,7 +321,7 @@ def _placed(cell: PooledCell, where: Cells) -> bool:
         names = getattr(where, part)
         if names and not any(_is(cell, part, name) for name in names):
             return False
-    named = {parameter for name in where.attack for parameter in _parameters(name)}
+    named = {parameter for name in where.attack for parameter in arguments(name)}
     changed = _changed(cell, "attack") if bare(cell.specs.attack) in NOISE_ATTACKS else {}
     return {name for name in ADAPTIVE if _value(changed.get(name, "0"))} <= named
 
@@ -337,8 +337,8 @@ def _is(cell: PooledCell, part: str, wanted: str, free: Sequence[str] | None = N
     spec = getattr(cell.specs, part)
     if bare(spec) != bare(wanted):
         return False
-    changed, named = _changed(cell, part), _parameters(wanted)
-    have = {**_parameters(spec), **changed}
+    changed, named = _changed(cell, part), arguments(wanted)
+    have = {**arguments(spec), **changed}
     for name, value in named.items():
         if _value(value) == ANY and _value(changed.get(name, "0")):
             continue
@@ -350,12 +350,7 @@ def _is(cell: PooledCell, part: str, wanted: str, free: Sequence[str] | None = N
 def _changed(cell: PooledCell, part: str) -> Mapping[str, str]:
     """The parameters that are not the defaults, as far as the records tell."""
     told = cell.records[0].provenance.short.get(part) if cell.records else None
-    return _parameters(told or getattr(cell.specs, part))
-
-
-@cache
-def _parameters(spec: str) -> Mapping[str, str]:
-    return arguments(spec)
+    return arguments(told or getattr(cell.specs, part))
 
 
 @cache
@@ -472,7 +467,7 @@ def _compared(
     """The cells of the first defenses beside those of the second ones on the same backdoored models, with the same
     budget, and alike but for what the test names."""
     first, second = (_selected(cells, where, names, test) for names in (test.defense, test.below))
-    named = {parameter for name in (*test.defense, *test.below) for parameter in _parameters(name)}
+    named = {parameter for name in (*test.defense, *test.below) for parameter in arguments(name)}
     for a, b in itertools.product(first, second):
         if a.id != b.id and (_comparable(a, b, named) or test.score in OF_SEARCHES):
             made = paired.difference(test.score or "", paired.placed(a.records), paired.placed(b.records), 1)
@@ -481,7 +476,7 @@ def _compared(
 
 
 def _comparable(a: PooledCell, b: PooledCell, named: set[str]) -> bool:
-    ours, theirs = _parameters(a.specs.defense), _parameters(b.specs.defense)
+    ours, theirs = arguments(a.specs.defense), arguments(b.specs.defense)
     shared = set(ours) & set(theirs) - named
     if bare(a.specs.defense) != bare(b.specs.defense):
         return all(ours[name] == theirs[name] for name in shared & set(SHARED))

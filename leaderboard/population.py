@@ -370,20 +370,20 @@ HEAD = (
 )  # fmt: skip
 
 
-def rendered(pooled: Iterable[PooledCell], text: Callable[[object], str] = str, style: str = "pipe") -> str | None:
-    """The populations as a table of tabulate's `style`; None where the cells hold none. text: escapes what comes
-    from records."""
+def rendered(found: Iterable[Population], text: Callable[[object], str] = str, style: str = "pipe") -> str | None:
+    """The populations as a table of tabulate's `style`; None where there are none. text: escapes what comes from
+    records."""
     from tabulate import tabulate
 
-    rows = [cells(population, text) for population in populations(pooled)]
+    rows = [cells(population, text) for population in found]
     head = [text(word) for word in HEAD]
     return tabulate(rows, head, tablefmt=style, disable_numparse=True) if rows else None
 
 
-def sentences(pooled: Iterable[PooledCell], text: Callable[[object], str] = str) -> list[str]:
+def sentences(found: Iterable[Population], text: Callable[[object], str] = str) -> list[str]:
     """The populations in one line each, for a narrow screen: without intervals."""
     lines = []
-    for p in populations(pooled):
+    for p in found:
         numbers = {
             **{f"accuracy ({rule})": p.accuracy[rule] for rule in RULES},
             "TPR at 5 % FPR": p.tpr,

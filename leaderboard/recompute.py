@@ -7,14 +7,20 @@ nothing to be recomputed from, and only the record's digest speaks for it.
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
+from pathlib import Path
 from typing import Any, Literal
 
+from harness import types
 from harness.judges import statistics
+from harness.registry.kept import Kept, digest_of
+from harness.runs import record
 from harness.types import Score
 
 Scores = Mapping[str, Score]
@@ -55,13 +61,39 @@ def recompute(scores: Scores) -> Outcome:
     return Outcome(tuple(done), tuple(left), tuple(wrong))
 
 
-def level(scores: Scores, reproduced: bool) -> Level:
+def level(scores: Scores, reproduced: bool, seal: str | None = None) -> Level:
     """How far a record's numbers were checked: "claimed" (as handed in), "recomputed" (every score that has per-sample
-    values follows from them) or "reproduced" (also run again, and within the interval)."""
-    outcome = recompute(scores)
-    if outcome.problems or not outcome.recomputed:
+    values follows from them) or "reproduced" (also run again, and within the interval).
+
+    seal: the digest of all that the record holds, where it has been verified. That the scores follow is then kept for
+    the next process, once `followed.save()` was called."""
+    if not _follow(scores, seal):
         return "claimed"
     return "reproduced" if reproduced else "recomputed"
+
+
+followed = Kept("recomputed")
+
+
+def _follow(scores: Scores, seal: str | None) -> bool:
+    name = None if seal is None else digest_of(_version(), seal)
+    known = None if name is None else followed.find(name)
+    if isinstance(known, bool):
+        return known
+    outcome = recompute(scores)
+    found = bool(outcome.recomputed) and not outcome.problems
+    if name is not None:
+        followed.keep(name, found)
+    return found
+
+
+@cache
+def _version() -> str:
+    """What recomputing depends on beside a record's file: the code that reads and computes, and the libraries."""
+    libraries = [importlib.metadata.version(name) for name in ("numpy", "scipy", "scikit-learn")]
+    files = (__file__, statistics.__file__, types.__file__, record.__file__)
+    sources = [Path(str(file)).read_bytes() for file in files]
+    return digest_of(sys.version, *libraries, *sources)
 
 
 def again(name: str, scores: Scores) -> list[Found] | None:

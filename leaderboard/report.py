@@ -49,6 +49,7 @@ CELL = (
 MARKS = "abcdefghijklmnopqrstuvwxyz"
 Text = Callable[[object], str]
 WIDTH = 120  # characters of a line where stdout is no terminal
+UNMEASURED = ("",) * 5  # cells of report.csv
 
 
 def terminal(records: Iterable[Record], dropped: Iterable[Dropped] = (), width: int = WIDTH) -> str:
@@ -68,7 +69,7 @@ def terminal(records: Iterable[Record], dropped: Iterable[Dropped] = (), width: 
         under = [textwrap.fill(line, width, subsequent_indent="    ") for line in (*states, *footnotes, *remark)]
         title = textwrap.fill(_title(table, one_line), width, subsequent_indent="  ", break_on_hyphens=False)
         parts.append("\n".join([title, "", body, *under]))
-    detection = population.sentences(cells, one_line)
+    detection = population.sentences(population.populations(cells), one_line)
     parts += ["\n".join(["detection over populations of models", "", *detection])] if detection else []
     return "\n\n\n".join([*parts, textwrap.fill(LEGEND, width)]) if parts else "no records"
 
@@ -147,7 +148,7 @@ def markdown(
 ) -> str:
     """report.md. sheets: key → path of its contact sheet, relative to the report."""
     cells = pooled(records, dropped)
-    detection = population.rendered(cells, escape)
+    detection = population.rendered(population.populations(cells), escape)
     parts = ["# Leaderboard", every_cell(by_setting(cells), sheets if sheets is not None else {})]
     parts += ["## Detection over populations of models", population.LEGEND, detection] if detection else []
     return "\n\n".join(parts) + "\n"
@@ -264,15 +265,15 @@ def comma_separated(records: Sequence[Record], tables: Iterable[Table], dropped:
     doubted = doubts.of(records)
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    about = ("nfe", "knowledge", "control", "letters", "state", "doubts")
-    fields = ["key", *CELL, *about, *(name + part for name in names for part in parts)]
+    beside = ("nfe", "knowledge", "control", "letters", "state", "doubts")
+    fields = ["key", *CELL, *beside, *(name + part for name in names for part in parts)]
     writer.writerow([safe(name) for name in fields])
     for record in records:
         state = f"failed: {record.error}" if record.error else "done"
         codes = " ".join(doubt.code for doubt in doubted[record.key])
         told = [record.provenance.nfe, " ".join(record.knowledge), control_of(record.cell), letters[record.key]]
-        numbers = [value for name in names for value in _csv_score(name, record.scores.get(name))]
-        writer.writerow([safe(x) for x in (record.key, *_specs(record.cell), *told, state, codes, *numbers)])
+        about = [safe(x) for x in (record.key, *_specs(record.cell), *told, state, codes)]
+        writer.writerow([*about, *(x for name in names for x in _csv_score(name, record.scores.get(name)))])
     for left in dropped:
         told = ["", "", control_of(left.cell), "", f"n/a: {left.reason}", ""]
         writer.writerow([safe(x) for x in ("", *_specs(left.cell), *told, *("" for _ in names for _ in parts))])
@@ -283,10 +284,12 @@ def _specs(cell: Cell) -> list[str | int]:
     return [getattr(cell, name) for name in CELL]
 
 
-def _csv_score(name: str, score: Score | None) -> tuple[object, ...]:
+def _csv_score(name: str, score: Score | None) -> Sequence[str]:
+    """Value, interval, n and warning as cells; most records lack most of the scores of all."""
     if score is None:
-        return ("",) * 5
-    return (score.value, *(possible(name, score.interval) or ("", "")), score.n, score.warning)
+        return UNMEASURED
+    found = (score.value, *(possible(name, score.interval) or ("", "")), score.n, score.warning)
+    return [safe(value) for value in found]
 
 
 def safe(value: object) -> str:

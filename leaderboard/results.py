@@ -13,6 +13,7 @@ Whatever else lies in the folder is somebody's own: it is not removed.
 
 from __future__ import annotations
 
+import gc
 import gzip
 import hashlib
 import io
@@ -22,6 +23,7 @@ import os
 import re
 import zlib
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -59,13 +61,15 @@ class NoResultsError(ResultsError):
 
 @dataclass(frozen=True)
 class Results:
-    """One suite's results. reproduced: record key → the attestation. dropped: cells that the grid left out."""
+    """One suite's results. reproduced: record key → the attestation. dropped: cells that the grid left out. seals:
+    record key → the seal of its file, for those that were read from files here."""
 
     suite: str
     folder: Path
     records: tuple[Record, ...]
     dropped: tuple[Dropped, ...] = ()
     reproduced: Mapping[str, Attestation] = field(default_factory=dict)
+    seals: Mapping[str, str] = field(default_factory=dict)
 
     def record_file(self, key: str) -> Path:
         """Where a record is, or would be."""
@@ -139,7 +143,20 @@ def irregular(root: Path) -> list[Path]:
 
 def read(root: Path | None = None) -> list[Results]:
     """The results below `root` (by default the published ones), by suite name. Raises ResultsError, naming the file."""
-    return [read_suite(folder) for folder in folders(published_root() if root is None else root)]
+    with _uncollected():
+        return [read_suite(folder) for folder in folders(published_root() if root is None else root)]
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Records are many objects without cycles, each of which every collection of garbage would look at again."""
+    wanted = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if wanted:
+            gc.enable()
 
 
 def read_suite(folder: Path, records: Iterable[Record] | None = None) -> Results:
@@ -147,12 +164,15 @@ def read_suite(folder: Path, records: Iterable[Record] | None = None) -> Results
     ResultsError."""
     for path in irregular(folder):
         raise ResultsError(f"{path}: {IRREGULAR}")
+    seals: dict[str, str] = {}
     if records is None:
-        records = map(read_record, record_files(folder))
+        sealed = [read_sealed(path) for path in record_files(folder)]
+        seals = {record.key: seal for record, seal in sealed}
+        records = [record for record, _ in sealed]
     found = tuple(sorted(records, key=in_order))
     dropped = tuple(sorted((_dropped(path) for path in _files(folder, "dropped")), key=in_order))
     reproduced = {path.stem: parsed(Attestation, load(path), path) for path in _files(folder, "reproduced")}
-    return Results(folder.resolve().name, folder, found, dropped, reproduced)
+    return Results(folder.resolve().name, folder, found, dropped, reproduced, seals)
 
 
 def in_order(entry: Record | Dropped) -> tuple[Any, ...]:

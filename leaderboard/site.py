@@ -40,7 +40,8 @@ from leaderboard.figures import Figure
 from leaderboard.headline import Head
 from leaderboard.paper_claims import Verdict
 from leaderboard.paper_rankings import Ranking
-from leaderboard.recompute import LEVELS, Level, level
+from leaderboard.population import Population
+from leaderboard.recompute import LEVELS, Level, followed, level
 from leaderboard.rendering import asset, environment, picture_size, policy, script_json, shown
 from leaderboard.results import Results, ResultsError, protocol, state, write_text
 from leaderboard.rows import BASELINES, Control, Number, PooledCell, Row, Section, Table, judge_of
@@ -177,6 +178,15 @@ class Site:
         return [record for cell in self.cells for record in cell.records]
 
     @cached_property
+    def sizes(self) -> Mapping[Path, tuple[int, int]]:
+        """Contact sheet → width and height."""
+        return {path: picture_size(path) for path in set(self.sheets.values())}
+
+    @cached_property
+    def populations(self) -> list[Population]:
+        return population.populations(self.cells)
+
+    @cached_property
     def by_setting(self) -> list[Table]:
         return rows.by_setting(self.cells)
 
@@ -198,7 +208,7 @@ class Site:
     def sheet(self, key: str, root: str = "") -> Picture | None:
         if key not in self.sheets:
             return None
-        return Picture(root + self.names[key], *picture_size(self.sheets[key]))
+        return Picture(root + self.names[key], *self.sizes[self.sheets[key]])
 
     def page(self, name: str, template: str, root: str, scripts: Sequence[Markup] = (), **values: Any) -> None:
         """Render a page with the policy that admits its styles and scripts only. The page with scripts is one file;
@@ -246,11 +256,14 @@ def _site(every: Sequence[Results], out: Path) -> Site:
     files: dict[str, str] = {}
     suites: dict[str, tuple[str, ...]] = {}
     attested: dict[str, Attestation] = {}
+    seals: dict[str, str] = {}
     for results in every:
         attested |= results.reproduced
         for record in results.records:
             key, sheet = record.key, results.sheet_file(record)
             suites[key] = (*suites.get(key, ()), results.suite)
+            if key not in records and key in results.seals:
+                seals[key] = results.seals[key]
             records.setdefault(key, record)
             files.setdefault(key, f"leaderboard/results/{results.suite}/records/{results.record_file(key).name}")
             if sheet is not None:
@@ -258,8 +271,9 @@ def _site(every: Sequence[Results], out: Path) -> Site:
     origins: dict[str, Origin] = {}
     for key, record in records.items():
         seen = attested.get(key)
-        checked = level(record.scores, reproduced=seen is not None and seen.within)
+        checked = level(record.scores, seen is not None and seen.within, seals.get(key))
         origins[key] = Origin(files[key], checked, suites[key], seen)
+    followed.save()
     dropped = [entry for results in every for entry in results.dropped]
     cells = rows.pooled(list(records.values()), dropped, suites)
     names = {key: f"sheets/{path.name}" for key, path in sheets.items()}
@@ -353,7 +367,8 @@ def _attacks(site: Site, track: Track, columns: Sequence[Column]) -> list[Attack
 
 def _population(site: Site, track: Track) -> PopulationTable | None:
     cells = [cell for cell in site.cells if cell.track == track]
-    found = population.populations(cells)
+    keys = {key for cell in cells for key in cell.keys}
+    found = [each for each in site.populations if keys.issuperset(each.keys)]
     if not found:
         return None
     drawn = figures.of_populations(found, {record.key: record for cell in cells for record in cell.records})
@@ -480,7 +495,7 @@ def markdown(site: Site) -> str:
                 ]
     parts += _rankings(site.rankings)
     parts += paper_claims.markdown(site.claims)
-    found = population.rendered(site.cells, report.escape)
+    found = population.rendered(site.populations, report.escape)
     parts += ["## Detection of backdoored models", population.LEGEND, found] if found else []
     return "\n\n".join([*parts, "## Every cell", report.every_cell(site.by_setting, site.names)]) + "\n"
 

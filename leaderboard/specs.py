@@ -6,6 +6,8 @@ import ast
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
+from types import MappingProxyType
 
 from harness.registry import presets
 from harness.runs.record import Dropped, Record, bare
@@ -88,15 +90,16 @@ def inside(spec: str) -> str:
     return spec.partition("(")[2].removesuffix(")")
 
 
-def arguments(spec: str) -> dict[str, str]:
+@cache  # the cells of a page have the same few specs
+def arguments(spec: str) -> Mapping[str, str]:
     """The parameters of a spec as source text; {} if there are none or if it does not parse."""
     _, opening, rest = spec.partition("(")
     try:
         call = ast.parse(f"f({rest}" if opening else "f()", mode="eval").body
     except SyntaxError:
-        return {}
+        return MappingProxyType({})
     words = call.keywords if isinstance(call, ast.Call) else []
-    return {word.arg: ast.unparse(word.value) for word in words if word.arg}
+    return MappingProxyType({word.arg: ast.unparse(word.value) for word in words if word.arg})
 
 
 def shortener(records: Sequence[Record], dropped: Sequence[Dropped] = ()) -> Callable[[Cell], Cell]:

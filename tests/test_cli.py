@@ -205,7 +205,7 @@ def record(error: str | None) -> dict[str, Any]:
 def prepared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str | None], None]:
     """Pretend that a suite of one cell was planned and computed; the record has this error."""
     from harness.cli import run
-    from harness.runs import records
+    from harness.runs import kept_plans, records
     from harness.runs.job import Job
     from harness.runs.record import Record
     from harness.runs.store import Store
@@ -221,6 +221,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str |
         status = "failed" if error else "done"
         results = {first.key: Result(status="hit"), second.key: Result(status=status)}
         monkeypatch.setattr(run, "prepare", lambda *_, **__: ready)
+        monkeypatch.setattr(kept_plans, "name_of", lambda *_: None)
         monkeypatch.setattr(run, "compute", lambda *_, **__: results)
         monkeypatch.setattr(records, "collect", lambda *_, **__: [Record.model_validate(record(error))])
 

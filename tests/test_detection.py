@@ -474,13 +474,13 @@ def test_the_next_process_asks_for_no_forest_of_the_same_features(
 
 
 def test_the_table_escapes_what_comes_from_records_and_is_absent_without_a_population() -> None:
-    assert population.rendered(pooled(clean(0.1, 0.2))) is None
+    assert population.rendered(populations(clean(0.1, 0.2))) is None
     assert population.rendered([]) is None
-    cells = pooled([*clean(0.1, 0.2), *attacked("bad", (0.5, 1.0))])
-    table = population.rendered(cells, lambda words: f"<{words}>") or ""
+    found = populations([*clean(0.1, 0.2), *attacked("bad", (0.5, 1.0))])
+    table = population.rendered(found, lambda words: f"<{words}>") or ""
     assert "<terd>" in table and "<bad>" in table and "2 + 1 models (1 initialisation)" in table
     assert "1.000 (" in table  # the area's interval does not vanish at 1
-    (line,) = population.sentences(cells)
+    (line,) = population.sentences(found)
     assert line.startswith(
         "digits-ddpm · bad · terd [none (blind)], 2 + 1 models (1 initialisation): AUROC 1.000, accuracy (quantile) 67%"
     )

@@ -233,7 +233,26 @@ def plan(
     as_json: bool,
 ) -> None:
     """Say which jobs SUITE needs: in the store or not and why, and how long they may take."""
-    show_plan(prepare(suite, only, sets, threads, store, strict, files, planned=True), as_json)
+    show_plan(_planned(suite, only, sets, threads, store, strict, files), as_json)
+
+
+def _planned(
+    suite: str, only: Sequence[str], sets: Sequence[str], threads: int, store: Path | None, strict: bool, files: Any
+) -> Prepared:
+    """`prepare` for a plan alone. One that an earlier process has kept needs no plugin, unless figures of a rehearsal
+    have to be matched with its jobs."""
+    from harness.runs import kept_plans, suite as suites
+
+    draft, opened_store = suites.read(suites.find_suite(suite), sets), opened(store)
+    own = not (files or opened_store.rehearsals())
+    name = kept_plans.name_of(draft, only, threads) if own else None
+    kept = kept_plans.find(draft, name)
+    if kept is not None:
+        return Prepared(kept.suite, kept, opened_store)
+    ready = prepare(suite, only, sets, threads, store, strict, files, planned=True)
+    if not ready.absent and name == kept_plans.name_of(draft, only, threads):  # no file has changed meanwhile
+        kept_plans.keep(draft, name, ready.suite, ready.plan, ready.registry)
+    return ready
 
 
 def compute(

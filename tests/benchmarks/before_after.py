@@ -5,13 +5,14 @@
 
 DIR: a checkout of the earlier commit. The scripts of this folder run in both checkouts in turn, each time in a process
 of its own that imports the packages of its checkout. FILE (default before_after.json beside this script) holds the
-medians; a part replaces its earlier values when it is done. Parts:
+medians, and the later commit of each part; a part replaces its earlier values when it is done. Parts:
 
 driver-JOBS: processor and busy milliseconds of the driver per job, and its memory at the end (driver.py, `within`).
 planning: processor milliseconds per cell of a suite, and memory of the process (planning.py). quick: processor seconds
 of `bench plan` for the suite quick of DIR, when nothing is kept in the cache directory and again. page: processor
-seconds of `bench leaderboard build` with an empty cache directory, on the records that DIR publishes; the code of DIR
-cannot read records with later fields. ddim: processor seconds of 64 images by those of diffusers' pipeline (ddim.py).
+seconds of `bench leaderboard build` with an empty cache directory and again, on the records that DIR publishes; the
+code of DIR cannot read records with later fields. ddim: processor seconds of 64 images by those of diffusers' pipeline
+(ddim.py).
 
 load: of the machine at the end of each part; other programs slow both sides. Busy milliseconds are wall time. --table:
 put the table into docs/scale.md and print it.
@@ -90,7 +91,11 @@ PARTS: dict[str, Part] = {
     ),
     "page": Part(
         "page", ("--results", "{records}"),
-        (Figure("seconds", "`bench leaderboard build`: processor seconds", 1),), lambda row: row,
+        (
+            Figure("seconds", "`bench leaderboard build`, empty cache: processor seconds", 1),
+            Figure("again_s", "`bench leaderboard build`, again: processor seconds", 1),
+        ),
+        lambda row: row,
     ),
     "ddim": Part(
         "ddim", ("--steps", "10", "--times", "2"),
@@ -141,9 +146,11 @@ def table(known: Mapping[str, Any]) -> str:
         for figure in part.figures:
             old, new = (found[side][figure.name] for side in SIDES)
             values = [f"{value:.{figure.digits}f}" for value in (old, new)]
-            rows.append([f"{figure.words}{size}", *values, f"{old / new:.1f}", str(found["times"])])
+            rows.append(
+                [f"{figure.words}{size}", *values, f"{old / new:.1f}", str(found["times"]), f"`{found['commit']}`"]
+            )
     loads = [found["load"] for found in known["parts"].values()]
-    head = ("figure", *(f"commit `{known[side]}`" for side in SIDES), "ratio", "runs")
+    head = ("figure", f"commit `{known['before']}`", "later", "ratio", "runs", "later commit")
     machine = f"The load of the machine, which has {known['cores']} cores, was {min(loads)} to {max(loads)}."
     return f"{markdown(head, rows)}\n\n{machine}"
 
@@ -169,9 +176,10 @@ def main() -> None:
     now = subprocess.run(
         ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True
     )
-    known |= {"before": told.commit, "after": now.stdout.strip(), "cores": os.cpu_count()}
+    known |= {"before": told.commit, "cores": os.cpu_count()}
     for name in told.only or PARTS:
-        known["parts"][name] = compared(PARTS[name], told.before.resolve(), told.times, told.cells)
+        made = compared(PARTS[name], told.before.resolve(), told.times, told.cells)
+        known["parts"][name] = {"commit": now.stdout.strip(), **made}
         print(name, json.dumps(known["parts"][name]), flush=True)
         told.out.write_text(json.dumps(known, indent=1) + "\n")
 

@@ -4,9 +4,9 @@
 
 expand, plan: processor milliseconds per cell for the suite's cells, and for their jobs and keys. memory: MiB of this
 process, at most, plugins and libraries included. quick: processor seconds of `bench plan quick` in a process of its
-own, the first time, when nothing is kept in the cache directory, and again. torch: of these the seconds that importing
-torch takes alone. Aim: 10,000 cells in 15 s and under 1 GB, quick in 2 s. Prints a line; -o also writes it to a JSON
-file.
+own, the first time, when nothing is kept in the cache directory, and again, when the plan is. torch: the seconds that
+importing torch takes alone, as the first one does. Aim: 10,000 cells in 15 s and under 1 GB, quick in 2 s. Prints a
+line; -o also writes it to a JSON file.
 """
 
 from __future__ import annotations
