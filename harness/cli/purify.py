@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from harness.cli import Exit
-from harness.cli.common import echo, loaded, outside, print_json, writable
+from harness.cli.common import check_device, echo, loaded, outside, print_json, writable
 from harness.cli.subject import (
     Subject,
     config_option,
@@ -88,6 +88,7 @@ def purify(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise click.UsageError(f"{folder} exists and is not empty; name another directory")
     writable(out)
+    check_device(device)
     outside(out, [model, base, config])
     registry = loaded(files, strict)
     cleaner = registry.build("defenses", defense)
