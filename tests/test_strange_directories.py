@@ -26,6 +26,7 @@ PLUGINS = '''
 """A detector, a defense and models that take no time."""
 
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -34,6 +35,8 @@ from harness import Defended, hookimpl
 from harness.testing import tiny
 from plugins.models.digits_ddpm import DigitsDDPM
 from plugins.models.shapes_sd import ShapesSD
+
+model = cache(tiny.model)
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class TinyNoise(DigitsDDPM):
     name: ClassVar[str] = "tiny-noise"
 
     def load(self):
-        return tiny.model("noise")
+        return model("noise")
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class TinyText(ShapesSD):
     name: ClassVar[str] = "tiny-text"
 
     def load(self):
-        return tiny.model("text")
+        return model("text")
 
 
 @hookimpl
@@ -121,7 +124,9 @@ def registry(plugins: Path) -> Registry:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, registry: Registry) -> None:
-    """Two pictures in two steps, one model for a population, and plugins that are loaded once."""
+    """Two pictures in two steps, one model for a population, plugins that are loaded once, and no second reader of what
+    purify wrote."""
+    monkeypatch.setattr("harness.cli.purify._stock_loads", lambda folder: True)
     events.listen(None)
     monkeypatch.setattr(verdict, "sampler_of", lambda model: usual(model, 2))
     for command in ("scan", "purify", "calibrate"):
