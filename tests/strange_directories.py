@@ -331,12 +331,17 @@ CASES: dict[str, Case] = {
         REFUSED,
         "auto_map",
     ),
-    "a tokenizer of another class": Case(
-        "text", edited(TOKENS, tokenizer_class="mine.Mine", trust_remote_code=True), JUDGED, ""
-    ),
-    "a tokenizer that names files elsewhere": Case(
+    "a tokenizer that names classes and files elsewhere": Case(
         "text",
-        edited(TOKENS, tokenizer_file="/etc/passwd", vocab_file="/etc/passwd", merges_file="../../x"),
+        edited(
+            TOKENS,
+            tokenizer_file="/etc/passwd",
+            vocab_file="/etc/passwd",
+            merges_file="../../x",
+            bos_token=5,
+            tokenizer_class="mine.Mine",
+            trust_remote_code=True,
+        ),
         JUDGED,
         "",
     ),
@@ -686,11 +691,22 @@ CASES: dict[str, Case] = {
     ),
     "a function that nobody has": Case("noise", edited(UNET, act_fn="os.system"), REFUSED, "os.system"),
     "a function that nobody has in texts": Case("text", edited(TEXT, hidden_act="os.system"), REFUSED, "os.system"),
-    "tuples in a text encoder": Case(
-        "text", edited(TEXT, return_dict=False, output_hidden_states=True, output_attentions=True), JUDGED, ""
-    ),
-    "keys that a text encoder's configuration computes": Case(
-        "text", edited(TEXT, torch_dtype="float16", dtype="mine", pruned_heads={"0": [0]}, num_labels=10**5), JUDGED, ""
+    "a text encoder that says what it returns": Case(
+        "text",
+        edited(
+            TEXT,
+            return_dict=False,
+            output_hidden_states=True,
+            output_attentions=True,
+            torch_dtype="float16",
+            dtype="mine",
+            pruned_heads={"0": [0]},
+            num_labels=10**5,
+            model_type="bert",
+            architectures=["BertModel"],
+        ),
+        JUDGED,
+        "",
     ),
     "a newer version": Case(
         "noise",
@@ -733,8 +749,6 @@ CASES: dict[str, Case] = {
     "a kind of betas that is a list": Case(
         "noise", edited(SCHEDULE, beta_schedule=["linear"]), REFUSED, "beta_schedule"
     ),
-    "betas that fall": Case("noise", edited(SCHEDULE, beta_start=0.02, beta_end=0.0001), JUDGED, ""),
-    "a spacing that nobody has": Case("noise", edited(SCHEDULE, timestep_spacing="mine"), JUDGED, ""),
     "a flow in a pipeline of noise": Case(
         "noise",
         all_of(
@@ -806,7 +820,6 @@ CASES: dict[str, Case] = {
         "a.safetensors is a model or an adapter of its own, give this file",
     ),
     "half precision": Case("noise", all_of(cast(torch.float16), variant("fp16", "unet")), JUDGED, "variant fp16"),
-    "half precision of texts": Case("text", variant("fp16", "unet", "vae", "text_encoder"), JUDGED, "variant fp16"),
     "bfloat precision": Case("noise", variant("bf16", "unet"), JUDGED, "variant bf16"),
     "not averaged": Case("noise", variant("non_ema", "unet"), JUDGED, "variant non_ema"),
     "two variants": Case(
@@ -848,7 +861,7 @@ CASES: dict[str, Case] = {
         "noise", renamed(f"unet/{STEM}.safetensors", "unet/model.safetensors"), REFUSED, "model.safetensors"
     ),
     "a pipeline of JAX": Case("noise", edited(INDEX, _class_name="FlaxDDPMPipeline"), REFUSED, "FlaxDDPMPipeline"),
-    "many files": Case("noise", lambda f: [(f / f"{i}.txt").touch() for i in range(3000)], JUDGED, ""),
+    "many files": Case("noise", lambda f: [(f / f"{i}.txt").touch() for i in range(1000)], JUDGED, ""),
     # names of directories
     "blanks in its name": Case("noise", lambda f: f.rename(f.parent / "my  model "), JUDGED, "", where="my  model "),
     "a line in its name": Case("noise", lambda f: f.rename(f.parent / "my\nmodel"), JUDGED, "", where="my\nmodel"),
@@ -896,9 +909,6 @@ CASES: dict[str, Case] = {
     "an autoencoder of other latents": Case("text", rebuilt("vae", latent_channels=8), REFUSED, "latent channels"),
     "an autoencoder of another function": Case("text", edited(VAE, norm_num_groups=3), REFUSED, "vae"),
     "no autoencoder": Case("text", edited(INDEX, vae=[None, None]), REFUSED, "without vae"),
-    "a text encoder of another configuration": Case(
-        "text", edited(TEXT, model_type="bert", architectures=["BertModel"]), JUDGED, ""
-    ),
     "a safety checker": Case(
         "text",
         all_of(
@@ -913,16 +923,13 @@ CASES: dict[str, Case] = {
         JUDGED,
         "safety_checker",
     ),
-    "a safety checker that is not there": Case(
-        "text", edited(INDEX, safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"]), JUDGED, ""
-    ),
     # tokenizers
     "a tokenizer of nothing": Case("text", without("tokenizer/*"), REFUSED, "tokenizer"),
     "a vocabulary by the million": Case(
         "text",
         all_of(
             without("tokenizer/tokenizer.json"),
-            written("tokenizer/vocab.json", json.dumps({f"w{i}": i for i in range(10**6)})),
+            written("tokenizer/vocab.json", json.dumps({f"w{i}": i for i in range(6 * 10**5)})),
         ),
         REFUSED,
         "tokenizer",
@@ -951,7 +958,6 @@ CASES: dict[str, Case] = {
     "half a character in a token": Case(
         "text", edited(TOKENS, added_tokens_decoder={"9999": "\ud800"}), REFUSED, "token"
     ),
-    "a special token that is a number": Case("text", edited(TOKENS, bos_token=5), JUDGED, ""),
     "a special token that is not there": Case("text", edited(TOKENS, bos_token="<none>"), REFUSED, "bos_token"),
     "prompts without an end": Case("text", edited(TOKENS, model_max_length=10**9), REFUSED, "model_max_length"),
     "a model of words that is a list": Case(
@@ -1007,9 +1013,6 @@ CASES: dict[str, Case] = {
         "of type I8",
         "a.safetensors",
         True,
-    ),
-    "an adapter of lines": Case(
-        "text", adapter(torch.ones(16), torch.ones(16)), REFUSED, "no two factors", "a.safetensors", True
     ),
     "an embedding of no numbers": Case(
         "text",
