@@ -8,6 +8,7 @@ import resource
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -300,3 +301,12 @@ def test_the_next_command_names_a_directory_that_looks_like_an_option() -> None:
 
     (step,) = [each for each in next_steps("-o", "suspicious", [], [], 0) if each.startswith("Ask again")]
     assert "bench scan ./-o --seed 1" in step
+
+
+def test_weights_that_the_memory_does_not_hold_are_refused_before_they_are_read(
+    bench: Any, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=10**4))
+    monkeypatch.setattr("harness.diffusion.model_files.ModelFiles.tensors", lambda *_: pytest.fail("weights were read"))
+    code, _, told = bench("scan", model, "--detector", "quick")
+    assert code == REFUSED and f"{model / 'unet'}: its weights take 0.0 GB in fp32" in told and "memory" in told
