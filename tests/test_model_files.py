@@ -227,7 +227,7 @@ REFUSED: dict[str, tuple[str, Change, str]] = {
     "a prediction that no model here has": (
         "noise",
         edited(SCHEDULE, prediction_type="sample"),
-        "prediction type 'sample'",
+        "prediction_type 'sample' is not supported",
     ),
     "a learned variance": ("noise", lambda f: rebuilt(f, out_channels=2), "takes 1 channels and returns 2"),
     "nine channels of inpainting": ("text", lambda f: rebuilt(f, in_channels=9), "takes 9 channels and returns"),

@@ -9,9 +9,22 @@ from typing import Any
 import click
 
 from harness.cli import Exit
-from harness.cli.common import as_json, echo, loaded, note, plugin_files, print_json, seconds, strict_option, writable
+from harness.cli.common import (
+    as_json,
+    echo,
+    hush_libraries,
+    loaded,
+    naming,
+    note,
+    outside,
+    plugin_files,
+    print_json,
+    seconds,
+    strict_option,
+    writable,
+)
 from harness.cli.scan import applicable
-from harness.cli.subject import Subject, known, listen
+from harness.cli.subject import Subject, known, listen, say_what_was_read
 from harness.runs.jsonable import to_jsonable
 
 
@@ -45,9 +58,15 @@ def calibrate(
     import torch
 
     from harness.diffusion import checkpoint
+    from harness.diffusion.model_files import local
     from harness.scan import verdict as scanning
 
     registry = loaded(files, strict)
+    if local(model).exists():
+        raise click.UsageError(
+            f"{model}: MODEL is a model plugin, such as digits-ddpm; name directories of clean models of its kind with "
+            "--of"
+        )
     plugin, attack = registry.build("models", model), registry.build("attacks", clean)
     if attack.name != "none" or not attack.steps:
         raise click.UsageError(
@@ -55,8 +74,13 @@ def calibrate(
         )
     if directories and len(directories) < scanning.LEAST:
         raise click.UsageError(f"--of: {len(directories)} clean models are too few; give at least {scanning.LEAST}")
-    path = out or checkpoint.embedded(plugin, plugin.name) / scanning.POPULATION
+    path = out.expanduser() if out else checkpoint.embedded(plugin, plugin.name) / scanning.POPULATION
     writable(path, file=True)
+    outside(path, directories, file=True)
+    hush_libraries()
+    for directory in directories:  # before hours of work on the first of them
+        if directory.is_dir():
+            checkpoint.read_files(directory)
     original = plugin.load().to("cuda" if torch.cuda.is_available() else "cpu")
     subject = Subject(model, Path(), original, plugin, None)
     asked, skipped = applicable(subject, registry, detectors, given={})
@@ -77,7 +101,9 @@ def calibrate(
     how = {"given": models} if directories else {"attack": registry.canonical("attacks", clean)}
     values = {spec: tuple(values) for spec, values in found.items()}
     population = scanning.Population(plugin.name, scanning.signature(original), values, how | {"first_seed": seed})
-    scanning.write_population(population, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path):
+        scanning.write_population(population, path)
     if as_json:
         print_json({"file": path, **to_jsonable(population)})
     else:
@@ -90,7 +116,9 @@ def _read(directory: Path, original: Any) -> Any:
     from harness.judges import hub
     from harness.scan import verdict as scanning
 
-    model = hub.load(hub.Source(str(directory))).to(original.device)
+    source = hub.Source(str(directory))
+    model = hub.load(source).to(original.device)
+    say_what_was_read(source.fetch())
     if scanning.signature(model) != scanning.signature(original):
         raise click.UsageError(f"--of {directory}: another kind of model, {scanning.signature(model)}")
     return model

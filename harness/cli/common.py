@@ -9,7 +9,8 @@ import shutil
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +127,40 @@ def writable(path: Path, option: str = "-o", file: bool = False) -> None:
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise click.UsageError(f"{path}: cannot be written ({reason}); name another with {option}") from None
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error of the system in writing `path`, such as a full disk, names it and the way out. Raises OSError."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise OSError(f"{path}: cannot be written ({reason}); make room, or name another with -o") from None
+
+
+def outside(path: Path, models: Sequence[str | Path | None], option: str = "-o", file: bool = False) -> None:
+    """Raise click.UsageError where an output would change a model: a directory inside one, and with `file` a file that
+    is or may be one of the model's."""
+    from harness.diffusion.model_files import is_of_a_model, local
+
+    place = Path(os.path.realpath(path.expanduser()))
+    for model in (local(each) for each in models if each is not None):
+        whole = Path(os.path.realpath(model))
+        if not whole.exists() or not place.is_relative_to(whole):
+            continue
+        if place == whole or not file or (place.exists() and is_of_a_model(place.name)):
+            raise click.UsageError(f"{path}: is in the model {model}, which stays as it is; name another with {option}")
+
+
+def hush_libraries() -> None:
+    """No warnings and progress bars of diffusers and transformers: they quote configurations at any length."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 NARROW = 24  # characters of a last column below which it is not broken into lines

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from harness.cli import Exit
-from harness.cli.common import check_device, loaded, note, writable
+from harness.cli.common import check_device, loaded, note, outside, writable
 from harness.cli.scan_targets import Target, pipeline_of, targets_of
 from harness.cli.subject import (
     Subject,
@@ -24,6 +24,7 @@ from harness.cli.subject import (
     opened,
     opened_base,
     options_of_kind,
+    pictures,
     unmet,
 )
 from harness.runs.jsonable import to_jsonable
@@ -110,6 +111,8 @@ def scan(
         writable(out, file=True)
     form = "json" if as_json else form
     targets = targets_of(models, revision, listed, known, only)
+    for out in outs:
+        outside(out, [*(target.where for target in targets if target.entry is None), base, config], file=True)
     registry = loaded(files, strict)
     check_device(device)
     for spec in detectors:
@@ -216,7 +219,8 @@ def _examined(
     asks, skipped = applicable(subject, registry, asked.detectors, given)
     needs = {need for each in asks.values() for need in each.needs} | {"prompts"}
     knowledge = drawn(subject, data, prompts, seed, needs, base=base)
-    samples = scanning.pictures(subject.model, scanning.inputs_of(subject.model, 2 * SHOWN, knowledge.prompts))
+    inputs = scanning.inputs_of(subject.model, 2 * SHOWN, knowledge.prompts)
+    samples = pictures(subject.model, inputs, where)
     findings, figures, numbers = [], [], bool(samples.isfinite().all())
     if not asked.silent and numbers:
         _say_ahead(asks, skipped, subject, knowledge, seed)
@@ -448,6 +452,7 @@ def report(
     name of the clean model, if one was given."""
     from harness.judges import hub
     from harness.methods.trigger_placement import found_text
+    from harness.scan.remarks import remarks
     from harness.scan.verdict import LEVEL, signature, verdict
 
     said = verdict(findings)
@@ -476,6 +481,7 @@ def report(
     }
     limits = _limits(subject, base) + list(skipped)
     ignored = hub.Ignored((), ()) if subject.beside_a_base else hub.ignored(subject.directory)
+    limits += [] if subject.beside_a_base else remarks(subject.directory)
     limits += ignored.sentences()
     return {
         "model": subject.name,

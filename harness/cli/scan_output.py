@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import click
 
 from harness.cli import Exit
-from harness.cli.common import columns, echo
+from harness.cli.common import columns, echo, naming
 from harness.runs.jsonable import to_jsonable
 from harness.runs.printable import one_line, printable, printable_json
 
@@ -71,8 +71,9 @@ def show(
         echo(render["text"](), nl=False)
     for path, kind in files:
         place = path.expanduser()
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(render[kind](), encoding="utf-8")
+        with naming(path):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text(render[kind](), encoding="utf-8")
         if printed == "text" and not quiet:
             echo(f"report: {path}")
 

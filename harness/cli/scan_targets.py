@@ -61,7 +61,9 @@ def _listed(file: str) -> list[str]:
 def pipeline_of(name: str) -> str:
     """The pipeline directory to which a file belongs: a model_index.json, or weights in the folder of a part. Any other
     name stays as it is."""
-    path = Path(name).expanduser()
+    from harness.diffusion.model_files import local
+
+    path = local(name)
     if path.is_file():
         if path.name == "model_index.json":
             return str(path.parent)

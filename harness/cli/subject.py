@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from harness.cli.common import as_json, check_device, plugin_files, strict_option
+from harness.cli.common import as_json, check_device, hush_libraries, note, plugin_files, strict_option
 from harness.cli.completion import Named
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ def opened(
     from harness.scan.verdict import read_population, signature
 
     check_device(device)
+    hush_libraries()
     plugin = None if like is None else registry.build("models", like)
     adapter, embedding = hub.adapter_in(where), None
     word = None if adapter is not None else hub.embedding_in(where)
@@ -155,6 +156,28 @@ def _fetched(source: Source) -> Path:
         if source.directory is not None:
             raise
         raise CheckpointError(f"{source.where}: no such directory, and as a hub id: {error}") from error
+
+
+def say_what_was_read(directory: Path) -> None:
+    """Lines on what was left alone or read in another way in the directory of a model, which a scan's report has."""
+    from harness.judges import hub
+    from harness.scan.remarks import remarks
+
+    for line in (*remarks(directory), *hub.ignored(directory).sentences()):
+        note(f"note: {line}")
+
+
+def pictures(model: DiffusionModel, inputs: Any, where: str) -> Any:
+    """Images (n, C, H, W) in [-1, 1] of the model at `where`. Raises CheckpointError where a layer fails."""
+    from harness.diffusion.model_files import CheckpointError, short
+    from harness.scan import verdict
+
+    try:
+        return verdict.pictures(model, inputs)
+    except (RuntimeError, ValueError, TypeError, MemoryError) as error:  # sizes that do not fit together, most often
+        raise CheckpointError(
+            f"{where}: cannot be sampled ({short(error)}); its configs may be those of other weights"
+        ) from None
 
 
 def opened_base(where: str, name: str, model: DiffusionModel) -> DiffusionModel:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from harness.diffusion.model_files import CheckpointError, ModelFiles
+from harness.diffusion.model_files import FLOATS, CheckpointError, ModelFiles
 from harness.diffusion.original_names import original
 
 if TYPE_CHECKING:
@@ -72,6 +72,9 @@ def layers(files: ModelFiles, name: str, model: DiffusionModel) -> dict[str, Low
         found[placed[0]][placed[1]] = key
     if not found:
         raise CheckpointError(f"{where}: holds no factors; is it an adapter?")
+    whole = next((key for key, (kind, _) in header.items() if kind not in FLOATS), None)
+    if whole is not None:
+        raise CheckpointError(f"{where}: {whole} is of type {header[whole][0]}; give factors in fp32, fp16 or bf16")
     names, scales = _names(model), _scales(files, name)
     held = files.tensors(name)
     made: dict[str, LowRank] = {}
@@ -85,12 +88,16 @@ def layers(files: ModelFiles, name: str, model: DiffusionModel) -> dict[str, Low
         if not {"a", "b"} <= set(keys):
             raise CheckpointError(f"{where}: the layer {layer} has no two factors that fit each other; fetch it again")
         a, b = (held[keys[factor]].float().clone() for factor in ("a", "b"))
-        if a.dim() not in (2, 4) or b.flatten(1).shape[1] != a.shape[0] or b[0].numel() != a.shape[0]:
+        rank = a.shape[0] if a.dim() in (2, 4) and a.numel() else 0
+        if not rank or b.dim() < 2 or b.shape[1] != rank or b.numel() != b.shape[0] * rank:
             raise CheckpointError(f"{where}: the layer {layer} has no two factors that fit each other; fetch it again")
-        rank = a.shape[0]
-        alpha = held[keys["alpha"]].float().item() if "alpha" in keys else None
-        scale = scales(layer, rank) if alpha is None else alpha / rank
+        alpha = held[keys["alpha"]].float() if "alpha" in keys else None
+        if alpha is not None and alpha.numel() != 1:
+            raise CheckpointError(f"{where}: the alpha of the layer {layer} is no number; fetch it again")
+        scale = scales(layer, rank) if alpha is None else alpha.item() / rank
         made[layer] = LowRank(a.flatten(1), scale * b.flatten(1))
+        if not all(bool(factor.isfinite().all()) for factor in (a, made[layer].b)):
+            raise CheckpointError(f"{where}: the factors of the layer {layer} hold NaN or infinity; fetch it again")
     return made
 
 

@@ -18,11 +18,12 @@ from typing import Any, cast
 
 from harness.diffusion import adapters, networks, pruned_shapes, schedules, tokenizer_files
 from harness.diffusion.model import DiffusionModel
-from harness.diffusion.model_files import CheckpointError, ModelFiles
+from harness.diffusion.model_files import PICKLES, CheckpointError, ModelFiles
 from harness.diffusion.networks import PRUNED
 
 IGNORED = ("feature_extractor", "safety_checker", "image_encoder")  # parts that make no image
 MOST_SCALE = 1e4  # of latents
+MOST_IMAGE = 2**24  # numbers of an image
 SIZES = 6  # numbers of SDXL's condition on size
 INDEXED = ".safetensors.index.json"
 _INDEX = "{}" + INDEXED
@@ -202,8 +203,8 @@ def parts_of(files: ModelFiles) -> dict[str, tuple[str, str]]:
     """Part → (its folder, its class), as model_index.json names them. Raises CheckpointError."""
     place = files.path("model_index.json")
     if "model_index.json" not in files:
-        raise CheckpointError(f"{files.directory}: no model_index.json; give a directory saved by a diffusers pipeline")
-    index = files.json("model_index.json")
+        raise _no_index(files)
+    index = files.configuration("model_index.json")
     _check_pipeline(place, index)
     found: dict[str, tuple[str, str]] = {}
     for name, entry in index.items():
@@ -226,6 +227,33 @@ def parts_of(files: ModelFiles) -> dict[str, tuple[str, str]]:
         raise CheckpointError(f"{place}: names no unet or no scheduler; is it a diffusers pipeline?")
     _check_parts(place, {name: cls for name, (_, cls) in found.items()})
     return found
+
+
+def _no_index(files: ModelFiles) -> CheckpointError:
+    """What is wrong with a directory without a model_index.json, and what to give instead."""
+    pickles = [name for name in files.sizes if name.endswith(PICKLES)]
+    safe = any(name.endswith(".safetensors") or PurePosixPath(name).name == "model_index.json" for name in files.sizes)
+    if pickles and not safe:
+        return CheckpointError(
+            f"{files.path(pickles[0])}: a pickle can run code when it is loaded, so it is refused; convert it to "
+            "safetensors on a machine you can lose"
+        )
+    return CheckpointError(f"{files.directory}: no model_index.json; {_way_out(files)}")
+
+
+def _way_out(files: ModelFiles) -> str:
+    where = files.directory
+    inside = sorted(name.rpartition("/")[0] for name in files.sizes if PurePosixPath(name).name == "model_index.json")
+    if inside:
+        more = f" and {len(inside) - 3} more" if len(inside) > 3 else ""
+        kinds = "several models are" if len(inside) > 1 else "a model is"
+        return f"{kinds} in {', '.join(inside[:3])}{more}: give the directory {where / inside[0]}"
+    if (where.absolute().parent / "model_index.json").is_file() and "config.json" in files:
+        return f"it is the part {where.absolute().name} of {where.absolute().parent}: give that directory"
+    single = [name for name in files.folder("") if name.endswith(".safetensors")]
+    if single:
+        return f"if {single[0]} is a model or an adapter of its own, give this file"
+    return "give a directory saved by a diffusers pipeline"
 
 
 def _check_pipeline(place: Path, index: Mapping[str, Any]) -> None:
@@ -321,20 +349,30 @@ def _check_together(files: ModelFiles, model: DiffusionModel) -> None:
             f"{where}: the autoencoder has {model.vae.config.latent_channels} latent channels, the denoiser {channels}"
         )
     if model.vae is not None:
-        _check_scale(where, model.vae.config)
+        _check_autoencoder(where / ("vqvae" if "vqvae" in parts_of(files) else "vae") / "config.json", model)
     if model.text_encoder is not None:
         _check_text(where, model)
 
 
-def _check_scale(where: Path, config: Any) -> None:
-    """Raise CheckpointError unless the autoencoder's latents can be scaled: (z - shift) times scale."""
+def _check_autoencoder(where: Path, model: DiffusionModel) -> None:
+    """Raise CheckpointError unless the autoencoder's latents can be scaled, (z - shift) times scale, and its images are
+    pictures of a size in proportion."""
+    config = cast(Any, model.vae).config
     scale, shift = config.scaling_factor, getattr(config, "shift_factor", None)
     if not (schedules.is_number(scale) and 0 < scale <= MOST_SCALE):
-        raise CheckpointError(
-            f"{where}: the autoencoder's scaling_factor is {scale!r}; it should be above 0 and at most {MOST_SCALE}"
-        )
+        raise CheckpointError(f"{where}: scaling_factor is {scale!r}; it should be above 0 and at most {MOST_SCALE}")
     if shift is not None and not (schedules.is_number(shift) and abs(shift) <= MOST_SCALE):
-        raise CheckpointError(f"{where}: the autoencoder's shift_factor is {shift!r}; it should be a number")
+        raise CheckpointError(f"{where}: shift_factor is {shift!r}; it should be a number")
+    if config.in_channels != config.out_channels:
+        raise CheckpointError(
+            f"{where}: takes images of {config.in_channels} channels and returns {config.out_channels}; such "
+            "autoencoders are not supported"
+        )
+    _, height, width = model.shape
+    factor = 2 ** (len(config.block_out_channels) - 1)
+    image = (config.out_channels, height * factor, width * factor)
+    if prod(image) > MOST_IMAGE:
+        raise CheckpointError(f"{where}: makes images of {image} numbers; at most {MOST_IMAGE:,} are read")
 
 
 def _check_size(where: Path, shape: tuple[int, int, int]) -> None:

@@ -51,7 +51,7 @@ def is_embedding(files: ModelFiles, name: str) -> bool:
     """Whether a safetensors file holds an embedding and nothing else, as far as names and shapes say."""
     held = files.header(name).tensors
     named = set(held) == set(PAIR) or len(held) == 1
-    return named and all(len(shape) in (1, 2) for _, shape in held.values())
+    return named and all(len(shape) in (1, 2) and shape[-1] for _, shape in held.values())
 
 
 def read(files: ModelFiles, name: str) -> Embedding:

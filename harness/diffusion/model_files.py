@@ -7,6 +7,7 @@ the exception: they may lead into the `blobs` folder of the same repository. Siz
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -27,12 +28,32 @@ MOST_TEXT = 2**25  # bytes of a vocabulary
 MOST_HEADER = 2**24  # bytes of the header of a safetensors file
 MOST_TENSORS = 20_000  # of one file
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
+FLOATS = ("F64", "F32", "F16", "BF16")  # types in which weights are read
+DTYPES = (*FLOATS, "I64", "I32", "I16", "I8", "U8", "BOOL")
+FORBIDDEN = ("auto_map", "custom_pipeline", "transformers_weights", "quantization_config")  # what makes a library read
+# or run something else than the files that were checked
+FOREIGN = (".msgpack", ".h5", ".npz", ".npy", ".onnx", ".onnx_data", ".gguf", ".tflite")  # weights of other libraries
+MADE_OF = ("vocab.json", "merges.txt", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "pruned.json",
+           "bench.json", "provenance.json")  # further files of a directory  # fmt: skip
 SNAPSHOT = re.compile(r".*/models--[^/]+/snapshots/[0-9a-f]{40}")
 
 
 class CheckpointError(ValueError):
     """A model directory that cannot be read safely and completely; the message names the file and the way out."""
+
+
+def local(where: str | Path) -> Path:
+    """A path of the command line, ~ expanded; ~x stays as it is where there is no user x."""
+    try:
+        return Path(where).expanduser()
+    except RuntimeError:
+        return Path(where)
+
+
+def is_of_a_model(name: str) -> bool:
+    """Whether a file is, by its name alone, one of those that make up a model's directory."""
+    endings = (".safetensors", ".py", ".md", ".model", "config.json", "index.json", *PICKLES, *FOREIGN)
+    return name.lower().endswith(endings) or name in MADE_OF
 
 
 @dataclass(frozen=True)
@@ -46,7 +67,7 @@ class ModelFiles:
     """A listing of `directory`: relative POSIX path → size in bytes. Raises CheckpointError for what is refused."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
+        self.directory = _named_in_utf8(directory)
         self.sizes = dict(sorted(self._listed()))
         if not self.sizes:
             raise CheckpointError(f"{directory}: is empty; give a directory saved by a diffusers pipeline")
@@ -55,7 +76,7 @@ class ModelFiles:
     def of_file(cls, path: Path) -> ModelFiles:
         """A listing of one file alone, whatever is beside it. Raises CheckpointError for what is no regular file."""
         made = cls.__new__(cls)
-        made.directory = path.parent
+        made.directory = _named_in_utf8(path).parent
         entry = next((entry for entry in os.scandir(path.parent) if entry.name == path.name), None)
         if entry is None:
             raise CheckpointError(f"{path}: no such file")
@@ -70,7 +91,7 @@ class ModelFiles:
             try:
                 found = sorted(os.scandir(self.directory / folder), key=lambda entry: entry.name)
             except OSError as error:
-                raise CheckpointError(f"{self.directory / folder}: {error.strerror}") from None
+                raise CheckpointError(f"{self.directory / folder}: cannot be listed ({error.strerror})") from None
             for entry in found:
                 entries += 1
                 name = f"{folder}/{entry.name}" if folder else entry.name
@@ -112,7 +133,7 @@ class ModelFiles:
         try:
             file = os.open(self.real(name), os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
         except OSError as error:
-            raise CheckpointError(f"{self.path(name)}: {error.strerror}") from None
+            raise CheckpointError(f"{self.path(name)}: cannot be read ({error.strerror})") from None
         with os.fdopen(file, "rb") as stream:
             if not stat.S_ISREG(os.fstat(file).st_mode):
                 raise CheckpointError(f"{self.path(name)}: is no regular file any more")
@@ -126,9 +147,14 @@ class ModelFiles:
         return Path(os.path.realpath(self.path(name))) if _blobs_of(self.directory) else self.path(name)
 
     def json(self, name: str, most: int = MOST_JSON) -> dict[str, Any]:
-        """The JSON object in a listed file. Raises CheckpointError for anything else, NaN and infinities included."""
+        """The JSON object in a listed file, in UTF-8 with or without a byte order mark.
+
+        Raises CheckpointError for anything else. That includes NaN, infinities and a name that stands twice in an
+        object, because readers differ in which of the two values they take.
+        """
         try:
-            found = json.loads(self.read(name, most).decode("utf-8"), parse_constant=_no_constant)
+            text = self.read(name, most).decode("utf-8-sig")
+            found = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_once)
         except (ValueError, RecursionError) as error:
             if isinstance(error, CheckpointError):
                 raise
@@ -137,13 +163,26 @@ class ModelFiles:
             raise CheckpointError(f"{self.path(name)}: a JSON {type(found).__name__}, not an object; fetch it again")
         return found
 
+    def marked(self, name: str) -> bool:
+        """Whether a listed file begins with a byte order mark, which libraries do not expect in JSON."""
+        return self.start(name, len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+
+    def configuration(self, name: str, most: int = MOST_JSON) -> dict[str, Any]:
+        """The JSON object in a listed file. Raises CheckpointError also where it names code or files of its own."""
+        found = self.json(name, most)
+        for key in FORBIDDEN:
+            if found.get(key):
+                raise CheckpointError(
+                    f"{self.path(name)}: has {key}, which names code or files of its own; such models are refused"
+                )
+        return found
+
     def header(self, name: str) -> Header:
         """What a safetensors file holds, by its header, which must fit the file's size."""
         from safetensors import SafetensorError, safe_open
 
         path, size = self.real(name), self.sizes[name]
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+        length = int.from_bytes(self.start(name, 8), "little")
         if not 2 <= length <= min(size - 8, MOST_HEADER):
             raise CheckpointError(f"{self.path(name)}: no safetensors file, truncated or damaged; fetch it again")
         try:
@@ -183,9 +222,12 @@ class ModelFiles:
             raise CheckpointError(f"{self.path(name)}: truncated or damaged ({short(error)}); fetch it again") from None
 
     def start(self, name: str, most: int = 16) -> bytes:
-        """The first bytes of a listed file."""
-        with self.real(name).open("rb") as file:
-            return file.read(most)
+        """The first bytes of a listed file. Raises CheckpointError for one that cannot be opened."""
+        try:
+            with self.real(name).open("rb") as file:
+                return file.read(most)
+        except OSError as error:
+            raise CheckpointError(f"{self.path(name)}: cannot be read ({error.strerror})") from None
 
     def digest(self, names: list[str]) -> str:
         """sha256 over the names and the bytes of listed files."""
@@ -196,19 +238,38 @@ class ModelFiles:
         return total.hexdigest()
 
     def weights(self, folder: str, stem: str) -> list[str]:
-        """The safetensors files that hold the weights of a part: one file, or the shards that its index names; of the
-        variant fp16 where there is no other. Raises CheckpointError, naming what is missing or ambiguous."""
+        """The safetensors files that hold the weights of a part: one file, or the shards that its index names.
+
+        Where there are no such files without a variant, those of the variant fp16 are taken, or those of the only other
+        variant. Raises CheckpointError, naming what is missing or ambiguous.
+        """
         inside = f"{folder}/" if folder else ""
-        for variant in ("", ".fp16"):
-            single = f"{inside}{stem}{variant}.safetensors"
-            index = f"{inside}{stem}.safetensors.index{variant}.json"
+        others = sorted(self._variants(folder, stem) - {"fp16"})
+        for variant in ("", "fp16", *(others if len(others) == 1 else ())):
+            dotted = f".{variant}" if variant else ""
+            single = f"{inside}{stem}{dotted}.safetensors"
+            index = f"{inside}{stem}.safetensors.index{dotted}.json"
             if single in self and index in self:
                 raise CheckpointError(f"{self.path(index)}: beside {PurePosixPath(single).name}; remove one of the two")
             if single in self:
                 return [single]
             if index in self:
                 return self._shards(index, inside)
-        raise self._no_weights(folder, stem)
+        raise self._no_weights(folder, stem, others)
+
+    def _variants(self, folder: str, stem: str) -> set[str]:
+        """The variants in the names of a part's weights, such as fp16 and non_ema."""
+        named = re.compile(rf"{stem}(?:\.([\w-]+)\.safetensors|\.safetensors\.index\.([\w-]+)\.json)")
+        found = (named.fullmatch(PurePosixPath(name).name) for name in self.folder(folder))
+        return {match[1] or match[2] for match in found if match is not None}
+
+    def variant(self, folder: str, stem: str) -> str:
+        """The variant of the weights that `weights` takes; "" for those without one."""
+        inside = f"{folder}/" if folder else ""
+        if f"{inside}{stem}.safetensors" in self or f"{inside}{stem}.safetensors.index.json" in self:
+            return ""
+        found = self._variants(folder, stem)
+        return "fp16" if "fp16" in found else min(found, default="")
 
     def _shards(self, index: str, inside: str) -> list[str]:
         found = self.json(index, MOST_TEXT).get("weight_map")
@@ -228,15 +289,32 @@ class ModelFiles:
             raise CheckpointError(f"{self.path(index)}: its files hold tensors that it does not name; fetch it again")
         return [f"{inside}{file}" for file in files]
 
-    def _no_weights(self, folder: str, stem: str) -> CheckpointError:
-        where = self.directory / folder
-        pickles = [name for name in self.folder(folder) if name.endswith(PICKLES)]
+    def _no_weights(self, folder: str, stem: str, variants: Sequence[str]) -> CheckpointError:
+        where, held = self.directory / folder, self.folder(folder)
+        wanted = f"{stem}.safetensors"
+        if variants:
+            return CheckpointError(
+                f"{where}: no {wanted} but the variants {', '.join(variants)}; rename the files of one to {wanted}"
+            )
+        pickles = [name for name in held if name.endswith(PICKLES)]
         if pickles:
             return CheckpointError(
                 f"{self.path(pickles[0])}: a pickle can run code when it is loaded, so it is refused; "
                 "convert it on a machine you can lose with save_pretrained(safe_serialization=True)"
             )
-        return CheckpointError(f"{where}: no {stem}.safetensors; fetch the weights again")
+        others = [PurePosixPath(name).name for name in held if name.lower().endswith((".safetensors", *FOREIGN))]
+        beside = f" but {others[0]}, which is not read" if others else ""
+        way = f"convert the weights to safetensors as {wanted}" if others else "fetch the weights again"
+        return CheckpointError(f"{where}: no {wanted}{beside}; {way}")
+
+
+def _named_in_utf8(path: Path) -> Path:
+    """The path itself. Raises CheckpointError for one that is not UTF-8, which safetensors does not open."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{path}: its name is no text in UTF-8; rename it") from None
+    return path
 
 
 def _blobs_of(directory: Path) -> Path | None:
@@ -257,6 +335,15 @@ def _kind(mode: int) -> str:
 
 def _no_constant(word: str) -> Any:
     raise ValueError(f"{word} is no number")
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        name = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"it has {name[:100]!r} twice")
+    return found
 
 
 def short(error: BaseException) -> str:

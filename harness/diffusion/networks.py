@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import torch
 from torch import Tensor, nn
 
 from harness.diffusion import pruned_shapes
-from harness.diffusion.model_files import CheckpointError, Header, ModelFiles
+from harness.diffusion.model_files import FLOATS, CheckpointError, Header, ModelFiles, short
 
 PRUNED = "pruned.json"
 STEMS = {
@@ -28,8 +31,10 @@ MOST = 2**20  # a number in a network's configuration above this is a mistake or
 MOST_SIDE = 2**14  # pixels
 MOST_LAYERS = 256
 MOST_ITEMS = 256  # entries of a list in a configuration
+MOST_VALUES = 10_000  # in all of a configuration
 LEFT_OVER = ("embeddings.position_ids", "text_model.embeddings.position_ids")  # buffers that older releases saved
-FORBIDDEN = ("auto_map", "transformers_weights", "quantization_config")  # what would make a library read something else
+UNUSED = {"dtype", "torch_dtype", "output_attentions", "output_hidden_states", "return_dict"}  # of a text encoder:
+# weights become fp32 whatever they were, and each call says what it wants to be returned
 PREFIX = "text_model."
 TIED = ("shared.weight", "encoder.embed_tokens.weight")  # T5's embeddings, under two names
 
@@ -45,7 +50,7 @@ def load(files: ModelFiles, folder: str, cls: str) -> nn.Module:
             f"{files.path(inside + 'adapter_config.json')}: an adapter that transformers would apply to this part; "
             "merge it into the weights, or remove it"
         )
-    config = files.json(place)
+    config = files.configuration(place)
     names = files.weights(folder, STEMS[cls])
     headers = [files.header(name) for name in names]
     _plausible(config, cls, files, place, sum(len(header.tensors) for header in headers))
@@ -74,11 +79,16 @@ def _empty(config: Mapping[str, Any], cls: str, pruned: Mapping[str, Any] | None
     try:
         with init_empty_weights(include_buffers=False):
             net = built(config, cls)
-            if pruned is not None:
-                pruned_shapes.reshape(net, _shapes(pruned))
     except Exception as error:  # whatever a constructor says of arguments that do not fit together
-        said = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{files.path(place)}: describes no {cls} that can be built: {said}") from None
+        raise CheckpointError(f"{files.path(place)}: describes no {cls} that can be built: {short(error)}") from None
+    if pruned is not None:
+        try:
+            with init_empty_weights(include_buffers=False):
+                pruned_shapes.reshape(net, _shapes(pruned))
+        except Exception as error:  # what torch says of shapes that do not fit together
+            raise CheckpointError(
+                f"{files.path(place).with_name(PRUNED)}: describes no pruned {cls}: {short(error)}"
+            ) from None
     return net
 
 
@@ -89,19 +99,36 @@ def built(config: Mapping[str, Any], cls: str) -> Any:
         from transformers.models.clip.configuration_clip import CLIPTextConfig
 
         inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
-        usual = set(CLIPTextConfig().to_dict()) - {"dtype", "torch_dtype"}  # weights become fp32 whatever they were
+        usual = set(CLIPTextConfig().to_dict()) - UNUSED
         known = {key: value for key, value in dict(inner or {}).items() if key in usual}
         return getattr(modeling_clip, cls)(CLIPTextConfig(**known))
     if cls == "T5EncoderModel":
         from transformers.models.t5.configuration_t5 import T5Config
         from transformers.models.t5.modeling_t5 import T5EncoderModel
 
-        usual = set(T5Config().to_dict()) - {"dtype", "torch_dtype"}
+        usual = set(T5Config().to_dict()) - UNUSED
         return T5EncoderModel(T5Config(**{key: value for key, value in config.items() if key in usual}))
     import diffusers
 
     owner: Any = getattr(diffusers, cls)
     return owner.from_config({key: value for key, value in config.items() if key != "_name_or_path"})
+
+
+def defaults(cls: str) -> Mapping[str, Any]:
+    """The settings of a class of networks and schedulers that its configuration may have, with their defaults."""
+    if cls.startswith("CLIPTextModel"):
+        from transformers.models.clip.configuration_clip import CLIPTextConfig
+
+        return CLIPTextConfig().to_dict()
+    if cls == "T5EncoderModel":
+        from transformers.models.t5.configuration_t5 import T5Config
+
+        return T5Config().to_dict()
+    import diffusers
+
+    owner: Any = getattr(diffusers, cls)
+    given = list(inspect.signature(owner.__init__).parameters.values())[1:]
+    return {each.name: None if each.default is each.empty else each.default for each in given}
 
 
 def _shapes(pruned: Mapping[str, Any]) -> dict[str, list[int]]:
@@ -136,6 +163,18 @@ def _fitting(
     for name, shape in wanted.items():
         if shapes[name] != shape:
             raise CheckpointError(f"{where}: {name} has the shape {shapes[name]}, its config asks for {shape}")
+    for header in headers:
+        for name, (kind, _) in header.tensors.items():
+            if kind not in FLOATS and name not in LEFT_OVER:
+                raise CheckpointError(
+                    f"{where}: {name} is of type {kind}, as in quantised weights; give weights in fp32, fp16 or bf16"
+                )
+    needed, there = 4 * sum(map(prod, wanted.values())), psutil.virtual_memory().total
+    if needed > there:
+        raise CheckpointError(
+            f"{where}: its weights take {needed / 1e9:,.1f} GB in fp32, this machine has {there / 1e9:,.1f} GB of "
+            "memory; use a larger one"
+        )
 
 
 def _renamed(net: Any, tensors: dict[str, Tensor], cls: str) -> dict[str, Tensor]:
@@ -156,19 +195,24 @@ def _renamed(net: Any, tensors: dict[str, Tensor], cls: str) -> dict[str, Tensor
 def _plausible(config: Mapping[str, Any], cls: str, files: ModelFiles, place: str, tensors: int) -> None:
     """Raise CheckpointError for a configuration that no network has, before anything is built from it."""
     where = files.path(place)
-    for name in FORBIDDEN:
-        if config.get(name):
-            raise CheckpointError(f"{where}: has {name}, which names code or files of its own; such models are refused")
     said = config.get("_class_name", cls)
     if said != cls:
         raise CheckpointError(f"{where}: describes a {said!r}, model_index.json a {cls}")
-    for name, value in _leaves(config):
+    for number, (name, value) in enumerate(_leaves(config)):
+        if number >= MOST_VALUES:
+            raise CheckpointError(f"{where}: holds more than {MOST_VALUES:,} values, which no network's does")
         if isinstance(value, list) and len(value) > MOST_ITEMS:
             raise CheckpointError(f"{where}: {name} lists {len(value):,} entries; at most {MOST_ITEMS} are read")
         if isinstance(value, int | float) and not isinstance(value, bool):
             most = MOST_LAYERS if "layers" in name else MOST
             if abs(value) > most:
                 raise CheckpointError(f"{where}: {name} = {value:,} is not a network's; at most {most:,} is read")
+    for name, usual in defaults(cls).items():
+        numbers = usual if isinstance(usual, list | tuple) else (usual,)
+        given = config.get(name, usual)
+        of_numbers = bool(numbers) and all(type(number) in (int, float) for number in numbers)
+        if of_numbers and any(isinstance(value, str) for value in (given if isinstance(given, list) else (given,))):
+            raise CheckpointError(f"{where}: {name} is {given!r}; give a number without quotes")
     if _least_tensors(config) > max(tensors, 1):
         raise CheckpointError(f"{where}: asks for more layers than its weights hold tensors ({tensors:,})")
 
@@ -186,14 +230,16 @@ def _positions(config: Mapping[str, Any], headers: list[Header], where: Path) ->
         )
 
 
-def _leaves(config: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[str, Any]]:
-    for name, value in config.items():
+def _leaves(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Each value of a configuration with the name under which it stands, also those inside lists and objects."""
+    left = list(config.items())
+    while left:
+        name, value = left.pop()
         yield name, value
-        if isinstance(value, dict) and depth < 3:
-            yield from _leaves(value, depth + 1)
-        if isinstance(value, list) and len(value) <= MOST_ITEMS:
-            for item in value:
-                yield from _leaves({name: item}, depth + 1) if depth < 3 else ()
+        if isinstance(value, dict):
+            left += value.items()
+        elif isinstance(value, list) and len(value) <= MOST_ITEMS:
+            left += ((name, item) for item in value)
 
 
 def _least_tensors(config: Mapping[str, Any]) -> int:
@@ -208,4 +254,20 @@ def _least_tensors(config: Mapping[str, Any]) -> int:
     count = len(blocks) if isinstance(blocks, list) else 1
     if isinstance(layers, list):
         return 2 * sum(n for n in layers if isinstance(n, int))
-    return 2 * count * layers if isinstance(layers, int) else 0
+    plain = 2 * count * layers if isinstance(layers, int) else 0
+    return max(plain, 8 * _transformers(config))
+
+
+def _transformers(config: Mapping[str, Any]) -> int:
+    """A lower bound of the transformer layers of a UNet with cross-attention: those of one attention in each of its
+    blocks that have it."""
+    total = 0
+    for way, named in (("down", "transformer_layers_per_block"), ("up", "reverse_transformer_layers_per_block")):
+        kinds, layers = config.get(f"{way}_block_types"), config.get(named)
+        if not isinstance(kinds, list) or layers is None:
+            continue
+        each = layers if isinstance(layers, list) else [layers] * len(kinds)
+        for kind, entry in zip(kinds, each, strict=False):
+            numbers = (entry if isinstance(entry, list) else [entry]) if "CrossAttn" in str(kind) else []
+            total += sum(number for number in numbers if type(number) is int)
+    return total

@@ -10,7 +10,7 @@ from harness.diffusion.model_files import CheckpointError, ModelFiles
 
 LEAST_T, MOST_T = 2, 10_000  # timesteps
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
+PREDICTIONS = ("epsilon", "v_prediction")
 
 
 def read(files: ModelFiles, folder: str, cls: str) -> Any:
@@ -20,8 +20,8 @@ def read(files: ModelFiles, folder: str, cls: str) -> Any:
     name = f"{folder}/scheduler_config.json" if folder else "scheduler_config.json"
     if name not in files:
         raise CheckpointError(f"{files.path(folder)}: no scheduler_config.json; fetch it again")
-    config = files.json(name)
-    wrong = _fault(config, cls)
+    config = files.configuration(name)
+    wrong = _foreign(config) or _fault(config, cls)
     if wrong:
         raise CheckpointError(f"{files.path(name)}: {wrong}")
     owner: Any = getattr(diffusers, cls)
@@ -35,7 +35,19 @@ def read(files: ModelFiles, folder: str, cls: str) -> Any:
     signal = getattr(made, "alphas_cumprod", None)
     if signal is not None and not bool(((signal >= 0) & (signal <= 1)).all()):
         raise CheckpointError(f"{files.path(name)}: its betas give no noise schedule (ᾱ outside 0 to 1)")
+    if signal is not None and not signal[-1] < 1:
+        raise CheckpointError(f"{files.path(name)}: its betas add no noise (ᾱ is 1 at the last timestep)")
     return made
+
+
+def _foreign(config: Mapping[str, Any]) -> str | None:
+    """What is wrong with the class that a configuration names, which may be another scheduler of diffusers."""
+    import diffusers
+
+    said = config.get("_class_name", "DDPMScheduler")
+    if isinstance(said, str) and said.endswith("Scheduler") and said in dir(diffusers):
+        return None
+    return f"{said!r} is no scheduler of diffusers"
 
 
 def _fault(config: Mapping[str, Any], cls: str) -> str | None:
@@ -63,7 +75,7 @@ def _fault(config: Mapping[str, Any], cls: str) -> str | None:
     if config.get("beta_schedule", "linear") not in BETA_SCHEDULES:
         return f"no beta_schedule {config['beta_schedule']!r}; supported: {', '.join(BETA_SCHEDULES)}"
     if config.get("prediction_type", "epsilon") not in PREDICTIONS:
-        return f"no prediction_type {config['prediction_type']!r}; supported: epsilon, v_prediction"
+        return f"prediction_type {config['prediction_type']!r} is not supported; supported: {', '.join(PREDICTIONS)}"
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ SPECIAL = {"unk_token": "<|endoftext|>", "bos_token": "<|startoftext|>", "eos_to
            "pad_token": "<|endoftext|>"}  # fmt: skip
 LONGEST = 1024  # tokens of a prompt
 MOST_PIECES = 512  # of T5, where its config says nothing
+MOST_WORDS = 2**19  # tokens of a vocabulary
 NAMES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
          "added_tokens.json")  # fmt: skip
 
@@ -105,11 +107,8 @@ def _charsmap(normalizer: Any) -> bytes | None:
 
 
 def _config(files: ModelFiles, folder: str) -> dict[str, Any]:
-    found = _json(files, folder, "tokenizer_config.json") or {}
-    if found.get("auto_map"):
-        place = files.path(f"{folder}/tokenizer_config.json" if folder else "tokenizer_config.json")
-        raise CheckpointError(f"{place}: has auto_map, which names code of its own; such models are refused")
-    return found
+    place = f"{folder}/tokenizer_config.json" if folder else "tokenizer_config.json"
+    return files.configuration(place, MOST_TEXT) if place in files else {}
 
 
 def _json(files: ModelFiles, folder: str, name: str, most: int = MOST_TEXT) -> dict[str, Any] | None:
@@ -127,13 +126,20 @@ def _vocabulary(files: ModelFiles, folder: str) -> tuple[dict[str, int], list[tu
         vocabulary = inner.get("vocab")
     if not isinstance(vocabulary, dict) or not vocabulary:
         raise CheckpointError(f"{files.path(folder)}: no vocabulary (vocab.json, or tokenizer.json); fetch it again")
+    if len(vocabulary) > MOST_WORDS:
+        raise CheckpointError(
+            f"{files.path(folder)}: a vocabulary of {len(vocabulary):,} tokens; at most {MOST_WORDS:,} are read"
+        )
     numbers = list(vocabulary.values())
     if any(type(n) is not int or n < 0 for n in numbers) or len(set(numbers)) != len(numbers):
         raise CheckpointError(f"{files.path(folder)}: its vocabulary does not give each token a number of its own")
     if "vocab.json" in {name.rpartition("/")[2] for name in files.folder(folder)} and inner.get("vocab") is not None:
         _same(vocabulary, inner["vocab"], files, folder)
     if merges_file in files:
-        lines = files.read(merges_file).decode("utf-8", errors="strict").split("\n")
+        try:
+            lines = files.read(merges_file).decode("utf-8").split("\n")
+        except UnicodeDecodeError:
+            raise CheckpointError(f"{files.path(merges_file)}: is no text in UTF-8; fetch it again") from None
         merges: list[Any] = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     else:
         given = inner.get("merges")
@@ -170,10 +176,14 @@ def _added(files: ModelFiles, folder: str, config: Mapping[str, Any]) -> dict[st
         flags = {k: options[k] for k in ("single_word", "lstrip", "rstrip", "normalized", "special") if k in options}
         found[text] = (index, {k: bool(v) for k, v in flags.items()})
 
-    for token in (_json(files, folder, "tokenizer.json") or {}).get("added_tokens") or ():
+    listed = (_json(files, folder, "tokenizer.json") or {}).get("added_tokens") or []
+    numbered = config.get("added_tokens_decoder") or {}
+    if not isinstance(listed, list) or not isinstance(numbered, dict):
+        raise CheckpointError(f"{files.path(folder)}: its added tokens are no list of tokens; fetch it again")
+    for token in listed:
         take(token.get("id") if isinstance(token, dict) else None, token)
-    for index, token in (config.get("added_tokens_decoder") or {}).items():
-        take(int(index) if str(index).isdigit() else None, token)
+    for index, token in numbered.items():
+        take(int(index) if re.fullmatch(r"[0-9]{1,9}", index) else None, token)
     for token, index in (_json(files, folder, "added_tokens.json") or {}).items():
         if token not in found:
             take(index, token)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from harness.diffusion import adapter_files, adapters, checkpoint, embedding_files, single_file
-from harness.diffusion.model_files import PICKLES, CheckpointError, ModelFiles
+from harness.diffusion.model_files import FOREIGN, PICKLES, CheckpointError, ModelFiles, local
 
 if TYPE_CHECKING:
     from harness.diffusion.embedding_files import Embedding
@@ -29,7 +29,7 @@ MODEL_FILES = [
 PASSED_OVER = ["*.non_ema*", "safety_checker/*", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.py"]
 HALF = "*.fp16*"  # fetched only where a part has no other weights
 DATA_FILES = ["*.parquet"]
-WEIGHTS = (".safetensors", ".msgpack", ".h5", ".npz", ".npy", ".onnx", ".onnx_data", ".gguf", ".tflite")
+WEIGHTS = (".safetensors", *FOREIGN)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Source:
     @property
     def directory(self) -> Path | None:
         """The local directory, None for a hub id. Raises CheckpointError for what is neither."""
-        path = Path(self.where).expanduser()
+        path = local(self.where)
         if path.is_dir():
             if self.revision != "main":
                 raise CheckpointError(f"{path}: a local directory has no revision '{self.revision}'; leave it out")
@@ -159,7 +159,7 @@ def embedding_in(where: str) -> Path | None:
 
 def _lone_file(where: str) -> Path | None:
     """The safetensors file that `where` is, or that alone is in a directory without a pipeline."""
-    path = Path(where).expanduser()
+    path = local(where)
     if path.is_dir() and not (path / "model_index.json").exists():
         held = sorted(path.glob("*.safetensors"))
         path = held[0] if len(held) == 1 else path
@@ -187,22 +187,49 @@ def with_embedding(source: Source, file: Path) -> tuple[DiffusionModel, Embeddin
 
 
 def tried(model: DiffusionModel, directory: Path) -> None:
-    """Raise CheckpointError, naming `directory`, for a network that answers with another shape or with NaN."""
+    """Raise CheckpointError, naming `directory`, for a network that answers with another shape or with NaN, and for one
+    that takes far more work than its weights and its size account for."""
     import torch
+
+    from harness.diffusion.bounded_work import Bounded, TooMuchWork, most_for
 
     rng = torch.Generator().manual_seed(0)
     noise, t = torch.randn((2, *model.shape), generator=rng), torch.tensor([0, model.T // 2])
     try:
         with torch.no_grad():
             context = model.embed(["", "a"]) if model.conditional else None
-            eps = model.eps(noise, t, context)
+            with Bounded(most_for(model.denoiser, noise[0, 0].numel(), len(noise))):
+                eps = model.eps(noise, t, context)
+            _try_autoencoder(model)
+    except TooMuchWork as error:
+        raise CheckpointError(f"{directory}: {error}; scan it with a smaller sample_size") from None
     except Exception as error:  # whatever a layer says of sizes that do not fit together
         said = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{directory}: the network cannot be evaluated: {said}") from None
+        raise CheckpointError(
+            f"{directory}: the network cannot be evaluated ({said}); its config may be that of other weights"
+        ) from None
     if eps.shape != noise.shape:
         raise CheckpointError(f"{directory}: the network returns {tuple(eps.shape)} for {tuple(noise.shape)}")
     if not torch.isfinite(eps).all():
-        raise CheckpointError(f"{directory}: the network returns NaN or infinity")
+        raise CheckpointError(f"{directory}: the network returns NaN or infinity; fetch its weights again")
+
+
+def _try_autoencoder(model: DiffusionModel) -> None:
+    """Decode one latent without its numbers, to see that the sizes fit and that the work is in proportion."""
+    import torch
+    from torch._subclasses import fake_tensor
+
+    from harness.diffusion.bounded_work import Bounded, most_for
+
+    if model.vae is None:
+        return
+    _, height, width = model.shape
+    places = height * width * 4 ** (len(model.vae.config.block_out_channels) - 1)
+    try:
+        with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True), Bounded(most_for(model.vae, places, 1)):
+            model.decode(torch.zeros(1, *model.shape))
+    except (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException):
+        return  # a layer that needs the numbers
 
 
 @dataclass(frozen=True)

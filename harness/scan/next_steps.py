@@ -14,6 +14,7 @@ def next_steps(
 ) -> list[str]:  # fmt: skip
     """What to do after a verdict, with commands for this model. numbers: whether its samples are finite. base: of an
     adapter or an embedding, the model that it is for. embedded: it is an embedding."""
+    model = f"./{model}" if model.startswith("-") else model  # else an option
     name = shlex.quote(model) if base is None else f"{shlex.quote(model)} --base {shlex.quote(base)}"
     if said == "suspicious":
         steps = [

@@ -8,10 +8,14 @@ about it. A model in which nothing was found has no result; it is among the arti
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from harness.diffusion.model_files import local
+from harness.judges.hub import REPOSITORY
 from harness.runs.printable import one_line
 from harness.scan.document import FindingRow, Report, Scan
 
@@ -77,16 +81,22 @@ def _described(rule: str) -> dict[str, Any]:
 def _uri(report: Report, file: str = "") -> str:
     """Where a file of the model is: below the folder of the call if it is there, else absolute; on the hub, by its
     commit."""
-    name = Path(report.model).expanduser()
-    if report.published is not None or not name.exists():
+    name = local(report.model)
+    if report.published is not None or (not name.exists() and re.fullmatch(REPOSITORY, report.model)):
         owner, repository, *folder = report.model.split("/")
         kind = "tree" if report.published is not None else "blob"
         inside = "/".join(folder) if report.published is not None else file
         place = f"/{kind}/{report.commit or 'main'}/{inside}" if inside else ""
         return f"{HUB}/{quote(owner)}/{quote(repository)}{quote(place)}"
-    full = (name / file if file else name).absolute()
-    here = Path.cwd()
-    return quote(full.relative_to(here).as_posix()) if full.is_relative_to(here) else full.as_uri()
+    full, here = (name / file if file else name).absolute(), Path.cwd()
+    if full.is_relative_to(here):
+        return _quoted(full.relative_to(here))
+    return f"file://{_quoted(full)}"
+
+
+def _quoted(path: Path) -> str:
+    """The bytes of a path, which need not be UTF-8, as a URI has them."""
+    return quote(os.fsencode(path))
 
 
 def _file(report: Report) -> str:
