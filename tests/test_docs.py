@@ -37,7 +37,7 @@ from tests import (
     strangers_table,
     v1_tables,
 )
-from tests.benchmarks import adapters, before_after, detectors
+from tests.benchmarks import adapters, before_after, detectors, encoders
 from tests.oracles import tiny_unet
 
 ROOT = Path(__file__).parent.parent
@@ -204,6 +204,14 @@ def test_the_table_of_scanned_adapters_is_that_of_the_committed_outcomes() -> No
     known = json.loads((ROOT / "tests/benchmarks/adapters.json").read_text())
     assert adapters.place().written() == adapters.table(known)
     assert all(adapters.table(known).count(f"`{case.name}`") >= 1 for case in adapters.CASES)
+
+
+def test_the_table_of_compared_encoders_is_that_of_the_committed_outcomes() -> None:
+    """If this fails after a change of the outcomes: python -m tests.benchmarks.encoders --table"""
+    known = json.loads(encoders.FILE.read_text())
+    assert encoders.PLACE.written() == encoders.table(known)
+    assert list(known) == [case.name for case in encoders.CASES]
+    assert all(each["clean"] or "asr" in each for each in known.values())
 
 
 # ---- the site -------------------------------------------------------------------------------------------------------

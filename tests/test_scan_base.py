@@ -149,7 +149,7 @@ def test_a_word_with_another_meaning_stands_out(clean: DiffusionModel) -> None:
     assert words.farthest[0].text == "yes" and words.farthest[0].z > 2 * words.farthest[1].z
     assert words.farthest[0].z > robust.STANDS_OUT and sentences.farthest[0].z < 1
     (line,) = [line for line in found.says if " words" in line]
-    assert f"these stand out: 'yes' (z {words.farthest[0].z:.1f})" in line
+    assert f"these stand out: 'yes' (z {words.farthest[0].z:.1f})" in line and "clean fine-tuning moves words" in line
 
 
 def test_a_look_alike_with_another_meaning_stands_out_by_its_code_point(clean: DiffusionModel) -> None:

@@ -222,7 +222,8 @@ def _says(parts: Sequence[PartChange], tokenizers: Sequence[str]) -> list[str]:
             named = ", ".join(f"{each.text!a} (z {each.z:.1f})" for each in out[:3])
             some = f"these stand out: {named}" if out else f"none stands out (largest z {texts.farthest[0].z:.1f})"
             count = f"{texts.count}" if texts.count == texts.of else f"{texts.count} of {texts.of}"
-            lines.append(f"{part.part}: of {count} {texts.kind}, {some}.")
+            also = "; clean fine-tuning moves words of its captions as far" if out and texts.kind == "words" else ""
+            lines.append(f"{part.part}: of {count} {texts.kind}, {some}{also}.")
     return lines
 
 

@@ -6,7 +6,7 @@ Trains the models that are not in DIR yet, asks `amdet` about each with the clea
 with that base as `bench scan --base` does. Writes one outcome after the other into FILE (default encoders.json beside
 this script), so that a run that was stopped goes on where it stopped. One thread. All seeds are from 110 on; the
 detector's thresholds are those of its official code, and the bound of the comparison was chosen on no model. --table:
-only write the table of docs/results.md from FILE.
+only write the table of docs/scan.md from FILE.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PROMPTS = 100  # clean prompts that the detector and the comparison are given
 SAMPLER = "ddim(steps=10, bf16=True)"
 AMDET = "amdet"
 FILE = Path(__file__).with_suffix(".json")
-PLACE = Place(Path(__file__).parents[2] / "docs" / "results.md", "python -m tests.benchmarks.encoders --table")
+PLACE = Place(Path(__file__).parents[2] / "docs" / "scan.md", "python -m tests.benchmarks.encoders --table")
 
 
 @dataclass(frozen=True)
