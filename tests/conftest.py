@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from leaderboard import results
+from leaderboard.results import Results
 from tests import whole_runs
 
 
@@ -26,6 +28,12 @@ def undisturbed(suite: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     """The store and the report of the tiny suite, run by one job at a time."""
     store = tmp_path_factory.mktemp("store")
     return store, whole_runs.run(store, str(suite), "--cpus", "1")
+
+
+@pytest.fixture(scope="session")
+def published() -> list[Results]:
+    """The results of the repository, which take a second to read."""
+    return results.read()
 
 
 @pytest.fixture

@@ -27,7 +27,8 @@ from harness.registry import presets
 from harness.runs import suite as suites
 from harness.runs.record import Dropped, bare
 from harness.types import KNOWLEDGE, Knowledge
-from leaderboard import recompute, results, wellformed
+from leaderboard import recompute, wellformed
+from leaderboard.results import Results
 from tests import (
     controls_table,
     few_steps_table,
@@ -61,69 +62,68 @@ def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= LONGEST_README
 
 
-def test_the_table_of_the_readme_is_what_the_records_give() -> None:
+def test_the_table_of_the_readme_is_what_the_records_give(published: list[Results]) -> None:
     """If this fails after a change of the records: python -m tests.readme_table"""
-    assert readme_table.PLACE.written() == readme_table.table(results.read())
+    assert readme_table.PLACE.written() == readme_table.table(published)
 
 
-def test_the_tables_of_controls_are_those_of_the_published_records() -> None:
+def test_the_tables_of_controls_are_those_of_the_published_records(published: list[Results]) -> None:
     """If this fails after a change of the records: python -m tests.controls_table"""
     written = controls_table.PLACE.written()
     assert "| `elijah` |" in written
-    assert written == controls_table.tables(results.read())
+    assert written == controls_table.tables(published)
 
 
-def test_the_table_of_real_pictures_is_that_of_the_published_records() -> None:
+def test_the_table_of_real_pictures_is_that_of_the_published_records(published: list[Results]) -> None:
     """If this fails after a change of the records: python -m tests.real_small_table"""
     written = real_small_table.PLACE.written()
     assert "| `elijah` |" in written
-    assert written == real_small_table.table(results.read())
+    assert written == real_small_table.table(published)
 
 
-def test_the_tables_of_the_benchmark_are_those_of_the_published_records() -> None:
+def test_the_tables_of_the_benchmark_are_those_of_the_published_records(published: list[Results]) -> None:
     """If this fails after a change of the records: python -m tests.v1_tables"""
     written = v1_tables.PLACE.written()
     assert "| `skd-cag-text` |" in written
-    assert written == v1_tables.tables(results.read())
+    assert written == v1_tables.tables(published)
 
 
-def test_the_table_of_models_of_few_steps_is_that_of_the_published_records() -> None:
+def test_the_table_of_models_of_few_steps_is_that_of_the_published_records(published: list[Results]) -> None:
     """If this fails after a change of the records: python -m tests.few_steps_table"""
     written = few_steps_table.PLACE.written()
     assert "| `perflow` |" in written
-    assert written == few_steps_table.table(results.read())
+    assert written == few_steps_table.table(published)
 
 
 @pytest.mark.parametrize("name", sorted(older_tables.TABLES))
-def test_the_tables_of_older_studies_are_those_of_the_published_records(name: str) -> None:
+def test_the_tables_of_older_studies_are_those_of_the_published_records(name: str, published: list[Results]) -> None:
     """If this fails after a change of the records: python -m tests.older_tables"""
     written = older_tables.place(name).written()
-    assert written.startswith("| ") and written == older_tables.TABLES[name](results.read())
+    assert written.startswith("| ") and written == older_tables.TABLES[name](published)
 
 
-def test_what_the_readme_says_can_be_checked_is_what_the_records_give() -> None:
-    records = [record for suite in results.read() for record in suite.records]
+def test_what_the_readme_says_can_be_checked_is_what_the_records_give(published: list[Results]) -> None:
+    records = [record for suite in published for record in suite.records]
     older = sum(map(wellformed.unverifiable, records))
     assert all(recompute.level(record.scores, reproduced=False) == "recomputed" for record in records)
     said = " ".join(README.split())
     assert f"The keys of {len(records) - older} of the {len(records)} rows are verified; the other {older} rows" in said
 
 
-def test_the_page_of_suites_says_of_which_rows_are_published() -> None:
+def test_the_page_of_suites_says_of_which_rows_are_published(published: list[Results]) -> None:
     said = " ".join(DOCS["suites"].split())
     new, older = re.findall(r"Rows of the suites (.+?) are published, and older rows of (.+?) \(", said)[0]
-    every = results.read()
-    made = {suite.suite for suite in every if not any(map(wellformed.unverifiable, suite.records))}
+    made = {suite.suite for suite in published if not any(map(wellformed.unverifiable, suite.records))}
     assert set(re.findall(r"`([\w-]+)`", new)) == made
-    assert set(re.findall(r"`([\w-]+)`", older)) == {suite.suite for suite in every} - made
+    assert set(re.findall(r"`([\w-]+)`", older)) == {suite.suite for suite in published} - made
 
 
-def test_the_results_name_a_commit_and_a_command_for_each_older_study() -> None:
+def test_the_results_name_a_commit_and_a_command_for_each_older_study(published: list[Results]) -> None:
     said = " ".join(DOCS["results"].split())
     named = {suite: commit for commit, suite in re.findall(r"`git checkout (\w+)` and `bench run ([\w-]+)`", said)}
     made = {
         suite.suite: {record.provenance.commit for record in suite.records if wellformed.unverifiable(record)}
-        for suite in results.read()
+        for suite in published
     }
     older = {suite: commits for suite, commits in made.items() if commits}
     assert set(named) == set(older)
