@@ -156,6 +156,11 @@ class View:
     def reading(self) -> str:
         return READING[self.task]
 
+    @property
+    def backdoored(self) -> int:
+        """The most backdoored models that a defense of its head tables met."""
+        return max((row.n for head in self.heads for row in head.rows), default=0)
+
 
 @dataclass
 class Site:
@@ -307,7 +312,7 @@ def _defenses(cells: Sequence[PooledCell]) -> list[str]:
 
 def _index(site: Site, counts: Mapping[str, int]) -> None:
     views = [_view(site, track, task) for track in TRACKS for task in TASKS]
-    first = next((v for v in views if v.blocks or v.attacks), views[0])
+    first = max(views, key=lambda view: (view.backdoored, bool(view.blocks or view.attacks)))
     site.page(
         "index.html", "index.html.jinja", "", [asset("tabulator/tabulator.min.js"), asset("page.js")],
         site=site, views=views, counts=counts, start=first, data=Markup(_data(site)), defenses=_defenses(site.cells),

@@ -298,6 +298,20 @@ def test_page_markdown_and_json_have_the_table(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("seeds", "first"), [((10,), "unconditional"), ((10, 11, 12, 13), "text-to-image")])
+def test_the_page_opens_on_the_track_with_the_most_backdoored_models(
+    seeds: tuple[int, ...], first: str, tmp_path: Path
+) -> None:
+    asked = [prompted(0.0, 0.0, attack=BAD, seed=seed, model="shapes-sd") for seed in seeds]
+    for flip, defense in enumerate(("none", "skd(steps=80)"), 1):
+        of_f = asked[: len(seeds)]
+        asked += [changed(r, cell={"defense": defense}, key=f"{int(r.key, 16) ^ flip:064x}") for r in of_f]
+    write_suite(tmp_path / "results" / "s", [*(r for r in table() if r.cell.attack == BAD), *asked])
+    site.build(results.read(tmp_path / "results"), tmp_path / "page")
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert re.findall(r'name="track" value="([^"]+)" checked', page) == [first]
+
+
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
