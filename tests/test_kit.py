@@ -438,7 +438,7 @@ def test_the_time_of_a_check_is_the_wall_time_with_the_imports(
         path.write_text(bad().replace('"lean"', f'"{name}"'))
         found.load_file(path)
     monkeypatch.setattr("harness.cli.plugin.loaded", slow)
-    monkeypatch.setattr(checks, "examine_all", lambda case: [time.sleep(0.25)][:0])
+    monkeypatch.setattr(checks, "examine_all", lambda case, tell: [time.sleep(0.25)][:0])
     assert call(["plugin", "check", "lean", "lean-too", "--json"]) == 0
     first, second = (report["seconds"] for report in json.loads(capsys.readouterr().out))
     assert 0.75 <= first < 5 and 0.25 <= second < first

@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from harness.diffusion import adapter_files, adapters, checkpoint, embedding_files, single_file
 from harness.diffusion.model_files import FOREIGN, PICKLES, CheckpointError, ModelFiles, local
@@ -215,21 +216,21 @@ def tried(model: DiffusionModel, directory: Path) -> None:
 
 
 def _try_autoencoder(model: DiffusionModel) -> None:
-    """Decode one latent without its numbers, to see that the sizes fit and that the work is in proportion."""
+    """Decode one latent without numbers, to see that the sizes fit and that the work is in proportion."""
     import torch
-    from torch._subclasses import fake_tensor
 
     from harness.diffusion.bounded_work import Bounded, most_for
 
     if model.vae is None:
         return
+    vae: Any = model.vae
     _, height, width = model.shape
-    places = height * width * 4 ** (len(model.vae.config.block_out_channels) - 1)
-    try:
-        with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True), Bounded(most_for(model.vae, places, 1)):
-            model.decode(torch.zeros(1, *model.shape))
-    except (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException):
-        return  # a layer that needs the numbers
+    places = height * width * 4 ** (len(vae.config.block_out_channels) - 1)
+    with torch.device("meta"):  # torch's FakeTensorMode keeps forked processes from training ever after
+        empty = type(vae).from_config(vae.config).eval()
+        latent = torch.empty(1, *model.shape)
+    with suppress(NotImplementedError), Bounded(most_for(vae, places, 1)):  # of a layer that needs the numbers
+        empty.decode(latent)
 
 
 @dataclass(frozen=True)
