@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from torch import nn
 
 from harness.capabilities import encoders_of
 from harness.cli import build as building
-from harness.diffusion import events
+from harness.diffusion import checkpoint, events
 from harness.diffusion.interrupted import UNFINISHED, Kept
+from harness.diffusion.model_files import CheckpointError
 from harness.diffusion.networks import built
 from harness.diffusion.training import Schedule, minimize
 from harness.judges.image_folders import DataError
@@ -234,6 +236,28 @@ def test_the_clock_decides_the_steps_once(small: Path, tmp_path: Path, monkeypat
     state = tmp_path / UNFINISHED / "steps.json"
     assert real_data._steps(state, 1e-6, lambda: pytest.fail("the steps are known")) == 2
     assert real_data._steps(state, 5.0, lambda: 10.0) == 30
+
+
+def test_a_training_goes_on_from_the_network_and_the_judge_of_an_earlier_one(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("WARM_UP", 1), ("PACED", 2), ("SAMPLES", 4)):
+        monkeypatch.setattr(real_data, name, value)
+    monkeypatch.setattr("harness.judges.classifiers.quality", lambda *_: {"samples": 0})
+    monkeypatch.setattr(Cifar10DDPM, "build", functools.partialmethod(Cifar10DDPM.build, batch=2, judge_steps=1))
+    first = building.built(Cifar10DDPM(), tmp_path / "first", minutes=1e-6)["facts"]
+    again = building.built(Cifar10DDPM(), tmp_path / "again", minutes=1e-6, start=tmp_path / "first")["facts"]
+    third = building.built(Cifar10DDPM(), tmp_path / "third", minutes=1e-6, start=tmp_path / "again")["facts"]
+    assert "before" not in first and again["before"]["steps"] == first["steps"] == again["steps"] == 2
+    assert third["before"]["before"] == again["before"] and third["started_from"] != again["started_from"]
+    assert again["judge_accuracy"] == first["judge_accuracy"]
+    files = ["judge/judge.safetensors", "model/unet/diffusion_pytorch_model.safetensors"]
+    judges, networks = ([(tmp_path / of / file).read_bytes() for of in ("first", "again")] for file in files)
+    assert judges[0] == judges[1] and networks[0] != networks[1]
+    before, now = (checkpoint.load(tmp_path / of / "model").denoiser.state_dict() for of in ("first", "again"))
+    assert max((now[key].float() - before[key].float()).abs().max().item() for key in now) < 0.02, "two small steps"
+    with pytest.raises(CheckpointError, match=r"provenance\.json: is no provenance; name a folder of bench build"):
+        Cifar10DDPM().build(tmp_path / "none", start=tmp_path)
 
 
 def test_taking_the_pace_changes_neither_weights_nor_draws(small: Path) -> None:

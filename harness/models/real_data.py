@@ -135,6 +135,22 @@ class Recipe:
         kept = self.kept("judge", rng)
         self.judge, self.judged = classifiers.class_judge(name, self.train, self.test, head, rng, kept=kept, **options)
 
+    def earlier(self, start: Path) -> tuple[DiffusionModel, dict[str, Any]]:
+        """The model in the folder `start`, which `bench build` wrote, and where it comes from; the recipe takes its
+        judge over. Raises CheckpointError."""
+        place = start / "provenance.json"
+        try:
+            facts: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))["facts"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise checkpoint.CheckpointError(f"{place}: is no provenance; name a folder of bench build") from error
+        model = checkpoint.load(start / "model")
+        model.denoiser.requires_grad_(True)
+        self.judge = classifiers.load_judge(start / "judge")
+        self.judged = {name: value for name, value in facts.items() if name.startswith("judge_")}
+        known = ("steps", "batch", "trained_s", "trained_on", "started_from", "before")
+        before = {name: facts[name] for name in known if name in facts}
+        return model, {"started_from": checkpoint.digest(start), "before": before}
+
     def finished(self, model: DiffusionModel, trained: Mapping[str, Any]) -> dict[str, Any]:
         """Writes model and judge; what was trained, on which data, how well the judge recognises samples, and how far
         they are from the held-out images."""

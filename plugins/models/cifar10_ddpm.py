@@ -34,17 +34,23 @@ class Cifar10DDPM(RealData):
     encoders: ClassVar[tuple[str, ...]] = ("efficientnet-lite0",)
 
     def build(
-        self, out: Path, device: str = "cpu", minutes: float | None = None, batch: int = 0, judge_steps: int = 4000
-    ) -> dict[str, Any]:
+        self, out: Path, device: str = "cpu", minutes: float | None = None, start: Path | None = None, batch: int = 0,
+        judge_steps: int = 4000,
+    ) -> dict[str, Any]:  # fmt: skip
         """Trains model and judge, writes them below `out`, and returns the measured facts for provenance.json.
 
         minutes: of the model's training; None is 8 hours on a CPU and 6 minutes on a GPU. The number of steps follows
-        from the pace of the first ones. batch: 0 is 64 on a CPU and 256 on a GPU.
+        from the pace of the first ones. start: folder of an earlier version, whose network is trained further and whose
+        judge is kept. batch: 0 is 64 on a CPU and 256 on a GPU. Raises CheckpointError for a `start` that is none.
         """
         gpu = not device.startswith("cpu")
         recipe = real_data.Recipe(self, out)
-        recipe.train_judge("cifar10-cnn", "class", steps=judge_steps, width=48, flips=True)
-        model = _untrained(large=gpu).to(device)
+        if start is None:
+            recipe.train_judge("cifar10-cnn", "class", steps=judge_steps, width=48, flips=True)
+            model, before = _untrained(large=gpu).to(device), {}
+        else:
+            model, before = recipe.earlier(start)
+            model = model.to(device)
         mirrored = Data(real_data.with_mirrored(recipe.train.images))
         trained = real_data.train_denoiser(
             model, Examples(model, mirrored), generator(self.name, "build"), recipe.state,
@@ -52,7 +58,7 @@ class Cifar10DDPM(RealData):
             minutes=minutes or (6.0 if gpu else 480.0),
         )  # fmt: skip
         size = sum(p.numel() for p in model.denoiser.parameters())
-        return recipe.finished(model, {**trained, "parameters": size})
+        return recipe.finished(model, {**before, **trained, "parameters": size})
 
 
 def _untrained(large: bool) -> DiffusionModel:
