@@ -261,7 +261,8 @@ def test_a_scan_whose_verdict_nobody_reads_still_writes_its_page(tmp_path: Path)
     from tests.oracles import tiny_unet
 
     checkpoint.save(tiny_unet(), tmp_path / "m")
-    scan = ["scan", str(tmp_path / "m"), "--detector", "bias-scan", "--device", "cpu", "-o", str(tmp_path / "x.html")]
+    short = "bias-scan(starts=1, shifts=1, iterations=2, batch=4)"
+    scan = ["scan", str(tmp_path / "m"), "--detector", short, "--device", "cpu", "-o", str(tmp_path / "x.html")]
     main = [sys.executable, "-P", "-c", "import harness.cli; harness.cli.main()"]
     plain = subprocess.run([*main, *scan, "--json"], capture_output=True, timeout=280, check=False)
     (tmp_path / "x.html").unlink()
