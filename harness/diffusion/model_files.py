@@ -243,33 +243,27 @@ class ModelFiles:
         Where there are no such files without a variant, those of the variant fp16 are taken, or those of the only other
         variant. Raises CheckpointError, naming what is missing or ambiguous.
         """
-        inside = f"{folder}/" if folder else ""
-        others = sorted(self._variants(folder, stem) - {"fp16"})
-        for variant in ("", "fp16", *(others if len(others) == 1 else ())):
-            dotted = f".{variant}" if variant else ""
-            single = f"{inside}{stem}{dotted}.safetensors"
-            index = f"{inside}{stem}.safetensors.index{dotted}.json"
-            if single in self and index in self:
-                raise CheckpointError(f"{self.path(index)}: beside {PurePosixPath(single).name}; remove one of the two")
-            if single in self:
-                return [single]
-            if index in self:
-                return self._shards(index, inside)
-        raise self._no_weights(folder, stem, others)
+        inside, variant = f"{folder}/" if folder else "", self.variant(folder, stem)
+        if variant is None:
+            raise self._no_weights(folder, stem)
+        dotted = f".{variant}" if variant else ""
+        single = f"{inside}{stem}{dotted}.safetensors"
+        index = f"{inside}{stem}.safetensors.index{dotted}.json"
+        if single in self and index in self:
+            raise CheckpointError(f"{self.path(index)}: beside {PurePosixPath(single).name}; remove one of the two")
+        return [single] if single in self else self._shards(index, inside)
+
+    def variant(self, folder: str, stem: str) -> str | None:
+        """The variant of the weights that `weights` takes; "" for those without one, None where it takes none."""
+        found = self._variants(folder, stem)
+        usual = next((variant for variant in ("", "fp16") if variant in found), None)
+        return found.pop() if usual is None and len(found) == 1 else usual
 
     def _variants(self, folder: str, stem: str) -> set[str]:
-        """The variants in the names of a part's weights, such as fp16 and non_ema."""
-        named = re.compile(rf"{stem}(?:\.([\w-]+)\.safetensors|\.safetensors\.index\.([\w-]+)\.json)")
+        """The variants in the names of a part's weights, such as fp16 and non_ema; "" for names without one."""
+        named = re.compile(rf"{stem}(?:(?:\.([\w-]+))?\.safetensors|\.safetensors\.index(?:\.([\w-]+))?\.json)")
         found = (named.fullmatch(PurePosixPath(name).name) for name in self.folder(folder))
-        return {match[1] or match[2] for match in found if match is not None}
-
-    def variant(self, folder: str, stem: str) -> str:
-        """The variant of the weights that `weights` takes; "" for those without one."""
-        inside = f"{folder}/" if folder else ""
-        if f"{inside}{stem}.safetensors" in self or f"{inside}{stem}.safetensors.index.json" in self:
-            return ""
-        found = self._variants(folder, stem)
-        return "fp16" if "fp16" in found else min(found, default="")
+        return {match[1] or match[2] or "" for match in found if match is not None}
 
     def _shards(self, index: str, inside: str) -> list[str]:
         found = self.json(index, MOST_TEXT).get("weight_map")
@@ -289,8 +283,8 @@ class ModelFiles:
             raise CheckpointError(f"{self.path(index)}: its files hold tensors that it does not name; fetch it again")
         return [f"{inside}{file}" for file in files]
 
-    def _no_weights(self, folder: str, stem: str, variants: Sequence[str]) -> CheckpointError:
-        where, held = self.directory / folder, self.folder(folder)
+    def _no_weights(self, folder: str, stem: str) -> CheckpointError:
+        where, held, variants = self.directory / folder, self.folder(folder), sorted(self._variants(folder, stem))
         wanted = f"{stem}.safetensors"
         if variants:
             return CheckpointError(

@@ -99,14 +99,14 @@ def built(config: Mapping[str, Any], cls: str) -> Any:
         from transformers.models.clip.configuration_clip import CLIPTextConfig
 
         inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
-        usual = set(CLIPTextConfig().to_dict()) - UNUSED
+        usual = set(defaults(cls)) - UNUSED
         known = {key: value for key, value in dict(inner or {}).items() if key in usual}
         return getattr(modeling_clip, cls)(CLIPTextConfig(**known))
     if cls == "T5EncoderModel":
         from transformers.models.t5.configuration_t5 import T5Config
         from transformers.models.t5.modeling_t5 import T5EncoderModel
 
-        usual = set(T5Config().to_dict()) - UNUSED
+        usual = set(defaults(cls)) - UNUSED
         return T5EncoderModel(T5Config(**{key: value for key, value in config.items() if key in usual}))
     import diffusers
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from harness.diffusion import adapter_files, adapters, checkpoint, embedding_files, single_file
-from harness.diffusion.model_files import FOREIGN, PICKLES, CheckpointError, ModelFiles, local
+from harness.diffusion.model_files import FOREIGN, PICKLES, CheckpointError, ModelFiles, local, short
 
 if TYPE_CHECKING:
     from harness.diffusion.embedding_files import Embedding
@@ -205,9 +205,8 @@ def tried(model: DiffusionModel, directory: Path) -> None:
     except TooMuchWork as error:
         raise CheckpointError(f"{directory}: {error}; scan it with a smaller sample_size") from None
     except Exception as error:  # whatever a layer says of sizes that do not fit together
-        said = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{directory}: the network cannot be evaluated ({said}); its config may be that of other weights"
+            f"{directory}: the network cannot be evaluated ({short(error)}); its config may be that of other weights"
         ) from None
     if eps.shape != noise.shape:
         raise CheckpointError(f"{directory}: the network returns {tuple(eps.shape)} for {tuple(noise.shape)}")
