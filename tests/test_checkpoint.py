@@ -303,13 +303,27 @@ def test_what_a_model_borrows_counts_as_its_own(tmp_path: Path) -> None:
     checkpoint.save(tiny_unet(), tmp_path / "whole")
     shutil.copytree(tmp_path / "whole" / "unet", tmp_path / "lender" / "judge")
     (tmp_path / "lender" / "words.json").write_text('["quaint"]')
-    lent = (tmp_path / "lender" / "judge", tmp_path / "lender" / "words.json")
+    lent = {"judge": tmp_path / "lender" / "judge", "words.json": tmp_path / "lender" / "words.json"}
     borrowed = checkpoint.digest(tmp_path / "whole", lent)
-    shutil.copytree(lent[0], tmp_path / "whole" / "judge")
-    shutil.copy(lent[1], tmp_path / "whole")
+    shutil.copytree(lent["judge"], tmp_path / "whole" / "judge")
+    shutil.copy(lent["words.json"], tmp_path / "whole")
     assert checkpoint.digest(tmp_path / "whole") == borrowed
-    lent[1].write_text('["plain"]')
+    lent["words.json"].write_text('["plain"]')
     assert checkpoint.digest(tmp_path / "whole", lent) != borrowed
+
+
+def test_weights_that_a_directory_borrows_are_read_as_if_they_were_in_it(tmp_path: Path) -> None:
+    checkpoint.save(tiny_unet(), tmp_path / "whole")
+    name = "unet/diffusion_pytorch_model.safetensors"
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    (tmp_path / "part" / name).rename(tmp_path / "lent.safetensors")
+    with pytest.raises(checkpoint.CheckpointError, match=r"no diffusion_pytorch_model\.safetensors"):
+        checkpoint.load(tmp_path / "part")
+    lent = {name: tmp_path / "lent.safetensors"}
+    read, whole = checkpoint.load(tmp_path / "part", lent), checkpoint.load(tmp_path / "whole")
+    for mine, theirs in zip(read.denoiser.parameters(), whole.denoiser.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert checkpoint.digest(tmp_path / "part", lent) == checkpoint.digest(tmp_path / "whole")
 
 
 def test_a_pruned_model_saved_and_reloaded_makes_identical_images(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_the_transformer_is_built_of_the_parts_of_shapes_sd_and_goes_on_where_it
 
     monkeypatch.setattr(shapes_mmdit, "DRAWINGS", 40)
     whole = built_at_once_and_with_a_stop(Short(), "transformer", tmp_path, monkeypatch)
-    model, facts = checkpoint.load(tmp_path / "whole/model"), provenance(ShapesSD())
+    model, facts = checkpoint.load(tmp_path / "whole/model", ShapesMMDiT().lent()), provenance(ShapesSD())
     assert model.family == "flow" and model.shape == (4, 16, 16) and model.joint
     assert {name for name in facts if name.startswith("accuracy_")} <= whole.keys()
     assert 2e6 < whole["parameters_transformer"] < 4e6
@@ -196,6 +196,12 @@ def test_the_student_is_built_and_goes_on_where_it_was_stopped(tmp_path: Path, m
             return super().build(out, device, steps=3, trajectories=4, solving_steps=1, batch=2, n=2)
 
     built_at_once_and_with_a_stop(Short(), "distil", tmp_path, monkeypatch)
+
+
+def test_no_file_of_weights_is_in_the_package_twice() -> None:
+    files = [path for path in (Path(shapes_sd.__file__).parent / "weights").rglob("*") if path.is_file()]
+    large = [path.read_bytes() for path in files if path.stat().st_size > 200_000]
+    assert len(large) > 15 and len(set(large)) == len(large)
 
 
 def test_captions_read_back_as_their_scenes() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib import resources
 from math import prod
@@ -120,13 +120,14 @@ def save(model: DiffusionModel, directory: Path, labels: dict[str, str] | None =
         (directory / "bench.json").write_text(json.dumps(labels, indent=1, sort_keys=True))
 
 
-def load(directory: Path) -> DiffusionModel:
+def load(directory: Path, lent: Mapping[str, Path] | None = None) -> DiffusionModel:
     """Read a pipeline directory as fp32 on the CPU, with the adapter in its folder, without running any code from it.
 
+    lent: files of other directories, by the names below `directory` under which they are read.
     Raises CheckpointError for what is refused: weights that are only there as pickles, links, classes outside `PARTS`,
     sizes out of proportion, and tensors that are missing, left over or of another shape than the config asks for.
     """
-    files = ModelFiles(directory)
+    files = ModelFiles(directory, lent)
     parts = {name: _part(files, folder, cls) for name, (folder, cls) in parts_of(files).items()}
     vae = parts.get("vae", parts.get("vqvae"))
     try:
@@ -499,11 +500,11 @@ def json_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def digest(directory: Path, beside: Sequence[Path] = ()) -> str:
+def digest(directory: Path, beside: Mapping[str, Path] | None = None) -> str:
     """sha256 over every tensor below `directory` (name, dtype, shape, bytes) and over what its other files say.
 
-    These are configs, schedulers, tokenizers and words. `beside`: files and folders of other directories that count as
-    if they were in this one under their own names.
+    These are configs, schedulers, tokenizers and words. `beside`: files and folders of other directories, by the names
+    under which they count as if they were in this one.
 
     Tensors, not weight files, and values of a JSON file, not its text: its layout, and the versions and the place that
     a library notes in it, do not change the digest.
@@ -511,19 +512,19 @@ def digest(directory: Path, beside: Sequence[Path] = ()) -> str:
     from safetensors import safe_open
 
     files = {PurePosixPath(path.relative_to(directory).as_posix()): path for path in directory.rglob("*")}
-    for lent in beside:
+    for name, lent in (beside or {}).items():
         inside = lent.rglob("*") if lent.is_dir() else (lent,)
-        files |= {PurePosixPath(path.relative_to(lent.parent).as_posix()): path for path in inside}
+        files |= {PurePosixPath(name, path.relative_to(lent).as_posix()): path for path in inside}
     total = hashlib.sha256()
-    for name, path in sorted(files.items()):
+    for counted, path in sorted(files.items()):
         if path.suffix == ".safetensors":
             with safe_open(path, framework="numpy") as file:
                 for key in sorted(file.keys()):
                     tensor = file.get_tensor(key)
-                    total.update(f"{name}|{key}|{tensor.dtype}|{tensor.shape}".encode())
+                    total.update(f"{counted}|{key}|{tensor.dtype}|{tensor.shape}".encode())
                     total.update(tensor.tobytes())
         elif path.suffix in (".json", ".txt") and path.name not in ABOUT and not path.name.endswith(INDEXED):
-            total.update(f"{name}|{_values(path)}".encode())
+            total.update(f"{counted}|{_values(path)}".encode())
     return total.hexdigest()
 
 

@@ -64,11 +64,17 @@ class Header:
 
 
 class ModelFiles:
-    """A listing of `directory`: relative POSIX path → size in bytes. Raises CheckpointError for what is refused."""
+    """A listing of `directory`: relative POSIX path → size in bytes. Raises CheckpointError for what is refused.
 
-    def __init__(self, directory: Path) -> None:
+    lent: files of other directories, by the names that they have here. They are taken as they are, so the caller has to
+    trust them.
+    """
+
+    def __init__(self, directory: Path, lent: Mapping[str, Path] | None = None) -> None:
         self.directory = _named_in_utf8(directory)
-        self.sizes = dict(sorted(self._listed()))
+        self.lent = dict(lent or {})
+        sizes = dict(self._listed()) | {name: path.stat().st_size for name, path in self.lent.items()}
+        self.sizes = dict(sorted(sizes.items()))
         if not self.sizes:
             raise CheckpointError(f"{directory}: is empty; give a directory saved by a diffusers pipeline")
 
@@ -76,7 +82,7 @@ class ModelFiles:
     def of_file(cls, path: Path) -> ModelFiles:
         """A listing of one file alone, whatever is beside it. Raises CheckpointError for what is no regular file."""
         made = cls.__new__(cls)
-        made.directory = _named_in_utf8(path).parent
+        made.directory, made.lent = _named_in_utf8(path).parent, {}
         entry = next((entry for entry in os.scandir(path.parent) if entry.name == path.name), None)
         if entry is None:
             raise CheckpointError(f"{path}: no such file")
@@ -124,7 +130,7 @@ class ModelFiles:
 
     def path(self, name: str) -> Path:
         """Where a listed file is, for messages and for libraries that map tensors into memory."""
-        return self.directory / name
+        return self.lent.get(name, self.directory / name)
 
     def read(self, name: str, most: int = MOST_TEXT) -> bytes:
         """The bytes of a listed file. Raises CheckpointError for more than `most`, and for a file that has changed."""

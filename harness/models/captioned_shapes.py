@@ -19,16 +19,25 @@ from harness.types import Data, Modality
 
 WORDS = "words.json"  # the neutral words, in the folder of the weights
 SHARED = ("judge", "clip", WORDS, "model/tokenizer")  # the last is that of CLIP
+JOINT = {  # files below `model` of a model with joint attention → those of `parts` that they are
+    "vae/diffusion_pytorch_model.safetensors": "vae/diffusion_pytorch_model.safetensors",
+    "tokenizer/tokenizer.json": "tokenizer/tokenizer.json",
+    "tokenizer_2/tokenizer.json": "tokenizer/tokenizer.json",
+}
 DRAWN = "shapes-sd"  # what the generators of the data are named after, so that all these models have the same data
 
 
 class CaptionedShapes:
-    """A text-to-image model plugin of drawings, whose folder of weights has its name."""
+    """A text-to-image model plugin of drawings, whose folder of weights has its name.
+
+    borrowed: files below `model` that are in the folder of another model alone → their names below `model` there.
+    """
 
     name: ClassVar[str]
     modality: ClassVar[Modality] = "text"
     conditional: ClassVar[bool] = True
     encoders: ClassVar[tuple[str, ...]] = ("efficientnet-lite0",)
+    borrowed: ClassVar[Mapping[str, str]] = {}
 
     @property
     def folder(self) -> Path:
@@ -40,14 +49,30 @@ class CaptionedShapes:
         return self.folder
 
     def load(self) -> DiffusionModel:
-        return checkpoint.load(self.folder / "model")
+        return checkpoint.load(self.folder / "model", self.lent())
 
     def digest(self) -> str:
         return checkpoint.digest(self.folder, self.shared())
 
-    def shared(self) -> tuple[Path, ...]:
-        """What the model takes from the folder of another."""
-        return () if self.parts == self.folder else tuple(self.parts / name for name in SHARED)
+    def lent(self) -> dict[str, Path]:
+        """The borrowed files, by their names below `model`."""
+        return {name: self.parts / "model" / there for name, there in self.borrowed.items()}
+
+    def shared(self) -> dict[str, Path]:
+        """What the model takes from the folder of another, by the names under which a digest counts it."""
+        if self.parts == self.folder:
+            return {}
+        return {name.rpartition("/")[2]: self.parts / name for name in SHARED} | {
+            f"model/{name}": path for name, path in self.lent().items()
+        }
+
+    def give_back(self, pipeline: Path) -> None:
+        """Remove the borrowed files from a directory that a build has written. Raises ValueError for other files."""
+        for name, path in self.lent().items():
+            if (pipeline / name).read_bytes() != path.read_bytes():
+                raise ValueError(f"{pipeline / name} is not the file {path}, which the model borrows")
+        for name in self.borrowed:
+            (pipeline / name).unlink()
 
     def data(self, n: int = 6000) -> Data:
         rng = generator(DRAWN, "data")

@@ -2,14 +2,14 @@
 
 It is a StableDiffusion3Pipeline without T5 (Esser et al., arXiv:2403.03206): an SD3Transformer2DModel of four blocks on
 4×16×16 latents in patches of 2 (64 tokens of the image beside 36 of the text), two CLIPTextModelWithProjection, and
-flow matching with a shift of 1. Tokenizer, VAE, judge and CLIP are those of shapes-sd; the judge, CLIP and the neutral
-words are read from its folder. Of the first text encoder the embeddings and two layers begin as those of shapes-sd; the
+flow matching with a shift of 1. Tokenizer, VAE, judge and CLIP are those of shapes-sd; with the neutral words they are
+read from its folder. Of the first text encoder the embeddings and two layers begin as those of shapes-sd; the
 second, narrower one begins at random. Both are trained on text alone and then frozen, as in Stable Diffusion.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -49,6 +49,7 @@ class ShapesMMDiT(CaptionedShapes):
     name: ClassVar[str] = "shapes-mmdit"
     version: ClassVar[int] = 1
     family: ClassVar[Family] = "flow"
+    borrowed: ClassVar[Mapping[str, str]] = captioned_shapes.JOINT
 
     @property
     def parts(self) -> Path:
@@ -71,6 +72,7 @@ class ShapesMMDiT(CaptionedShapes):
             facts |= train_text(model, place, data, text_steps, state)
         facts |= train_transformer(model, data.images, drawn, neutral, steps, batch, state)
         checkpoint.save(model.to("cpu"), out / "model", fp16=True)
+        self.give_back(out / "model")
         return facts | sizes(model) | quality(model, self.judge(), neutral, n)
 
 

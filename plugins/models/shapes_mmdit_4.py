@@ -9,7 +9,7 @@ shapes-mmdit, read where it has them; the folder of this model has the transform
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -49,6 +49,7 @@ class ShapesMMDiT4(CaptionedShapes):
     name: ClassVar[str] = "shapes-mmdit-4"
     version: ClassVar[int] = 1
     family: ClassVar[Family] = "flow"
+    borrowed: ClassVar[Mapping[str, str]] = captioned_shapes.JOINT  # as its teacher
 
     @property
     def parts(self) -> Path:
@@ -59,7 +60,7 @@ class ShapesMMDiT4(CaptionedShapes):
         return checkpoint.embedded(self, TEACHER)
 
     def load(self) -> DiffusionModel:
-        model = checkpoint.load(self.teacher / "model")
+        model = checkpoint.load(self.teacher / "model", self.lent())
         model.denoiser.load_state_dict(load_file(self.folder / WEIGHTS))
         return model
 
@@ -76,7 +77,7 @@ class ShapesMMDiT4(CaptionedShapes):
         A build that was stopped goes on where it was, with the same trajectories. solving_steps: of the teacher in a
         window. batch: rows per step. n: held-out captions on which the student and its teacher are measured.
         """
-        model, neutral = checkpoint.load(self.teacher / "model").to(device), self.words()
+        model, neutral = checkpoint.load(self.teacher / "model", self.lent()).to(device), self.words()
         student, rng = model.clone(), generator(self.name, "distil")
         windows = piecewise_flow.Windows.of(model, STEPS)
         taught = piecewise_flow.Teacher(model, windows, solving_steps, GUIDANCE)
