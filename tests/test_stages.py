@@ -21,6 +21,7 @@ from harness.engine import driver
 from harness.engine.local import LocalEngine
 from harness.engine.supervise import Handle, Outcome
 from harness.judges import shapes
+from harness.judges.statistics import mean
 from harness.runs import execution
 from harness.runs.job import Job
 from harness.runs.jsonable import to_jsonable
@@ -214,6 +215,14 @@ def sampled(planned: list[Job], store: Store, out: Path, together: bool, patch: 
             torch.manual_seed(0)  # a process begins with some state, and always with the same
         made.append(execute(job, store, out / str(i)))
     return made
+
+
+def test_scores_of_the_attacked_model_keep_no_values_and_need_none() -> None:
+    """They are those of the defense `none`, whose row has them."""
+    now, before = (mean(torch.tensor(values), False) for values in ([0.123456, 0.2], [0.3, 0.4]))
+    checked = checked_scores("m", {"drift": now, "drift_before[judge]": before}, ("drift", "drift_before"))
+    assert checked["drift"].per_sample == (0.1235, 0.2) and checked["drift"].value == (0.1235 + 0.2) / 2
+    assert checked["drift_before[judge]"] == replace(before, per_sample=None)
 
 
 @pytest.mark.slow
