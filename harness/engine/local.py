@@ -158,6 +158,7 @@ def processors() -> int:
 
 
 def most_memory() -> int:
-    import psutil
+    """Bytes that a job may use if nothing else is said: 0.9 of the machine's memory, or of the container's."""
+    from harness.diffusion import memory
 
-    return int(psutil.virtual_memory().total * 0.9)
+    return int(memory.total() * 0.9)
