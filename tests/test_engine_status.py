@@ -67,7 +67,7 @@ def test_status_after_the_fact_says_how_each_job_ended(store: Store, bench: Call
     assert "4 jobs: 1 done, 1 failed, 1 skipped, 1 lost" in found.out
     assert "bad: plugin error ValueError: box of side 14 does not fit" in found.out
     assert f"bench logs {bad.key[:12]}" in found.out
-    assert "its driver died; the next run tries it again" in found.out
+    assert "never: its driver died; the next run tries it again" in found.out
     for each, state in zip(jobs, ("done", "failed", "skipped", "lost"), strict=True):
         assert f"  {state:<7} {each.key[:10]} {each.label}" in found.out
     assert found.out.endswith("\nunfinished: bench retry tiny resumes it\n")

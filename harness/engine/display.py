@@ -195,7 +195,8 @@ class EventFile:
 
 
 class Lines:
-    """One line per event; progress of a job at most every `every` seconds."""
+    """One line per event; progress of a job at most every `every` seconds. Skipped jobs are counted only: one failure
+    skips many, and a run that is stopped skips most."""
 
     def __init__(self, stream: TextIO | None = None, every: float = 30.0) -> None:
         self.stream = stream or sys.stderr
@@ -220,7 +221,7 @@ class Lines:
 
     def finished(self, job: Job, status: str, error: str | None, seconds: float, advice: str | None) -> None:
         self._finished.add(job.key)
-        if status != "hit":
+        if status not in ("hit", "skipped"):
             count = f"[{len(self._finished)}/{self.total}]"
             took = f" in {seconds:.1f} s" if status == "done" else ""
             left = f", {clock(self._left)} left" if status == "done" and self._left else ""
@@ -243,7 +244,7 @@ class Lines:
 
 class Bars:
     """An overall bar with the time left, and for each running job a bar with its loss and the GPU memory it holds;
-    failures and notes stay above them."""
+    failures and notes stay above them. Skipped jobs are counted only."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         from rich.console import Console
@@ -287,7 +288,7 @@ class Bars:
         if job.key in self._tasks:
             self.bars.remove_task(self._tasks.pop(job.key))
         self.bars.update(self.overall, completed=len(self._finished))
-        if error:
+        if status == "failed":
             self._say(f"{status}: {job.label}: {first_line(error)}" + (f"\n  {advice}" if advice else ""))
 
     def remaining(self, seconds: float) -> None:
