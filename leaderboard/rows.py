@@ -31,7 +31,7 @@ from harness.runs.record import Dropped, Record, Track, bare, control_name
 from harness.types import Cell, Doubt, Score, TriggerGiven
 from leaderboard import paired
 from leaderboard.columns import ASR, REPORT, TASKS, TRACKS, Column, Task, of_view, possible
-from leaderboard.specs import newest, shortener
+from leaderboard.specs import arguments, inside, newest, shortener
 
 SETTING = ("model", "attack", "trigger", "target", "sampler")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -135,6 +135,28 @@ class PooledCell:
     def nfe(self) -> tuple[int, ...]:
         """Network evaluations of one sample, where known."""
         return tuple(sorted({r.provenance.nfe for r in self.records if r.provenance.nfe is not None}))
+
+    @property
+    def attack(self) -> str:
+        """The name of the attack's plugin; `short` may name a preset of it."""
+        return bare(self.specs.attack)
+
+    @property
+    def defense(self) -> str:
+        """The name of the defense's plugin."""
+        return bare(self.specs.defense)
+
+    @property
+    def variant(self) -> str:
+        """What tells the defense from others of its plugin, for people: its preset, or the parameters that are not the
+        defaults."""
+        name = self.short.defense
+        return inside(name) or ("" if name == self.defense else name)
+
+    def changed(self, part: str) -> Mapping[str, str]:
+        """The parameters of a part of the cell that are not the defaults, as far as the records tell."""
+        told = self.records[0].provenance.short.get(part) if self.records else None
+        return arguments(told or getattr(self.specs, part))
 
     @property
     def model(self) -> str:
@@ -428,7 +450,7 @@ def control_of(cell: Cell) -> Control | None:
 
 def _order(cell: PooledCell) -> tuple[Any, ...]:
     s = cell.short
-    clean = bare(s.attack) == "none"
+    clean = cell.attack == "none"
     rank = BASELINES.index(cell.control) if cell.control in BASELINES else len(BASELINES)
     place = (cell.track != TRACKS[0], s.model, clean, s.attack, s.trigger, s.target, s.sampler)
     return (*place, cell.state is not None, rank, s.defense, cell.control is not None, cell.id)
@@ -454,7 +476,7 @@ def by_task(cells: Iterable[PooledCell], track: Track, task: Task) -> list[Table
     columns = of_view(track, task)
     by_defense: dict[tuple[str, ...], list[PooledCell]] = defaultdict(list)
     for cell in cells:
-        if cell.track == track and task in cell.tasks and cell.state is None and bare(cell.short.attack) != "none":
+        if cell.track == track and task in cell.tasks and cell.state is None and cell.attack != "none":
             by_defense[cell.specs.model, cell.weights, cell.specs.defense, cell.specs.trigger_given].append(cell)
     by_defense = {name: _once(group) for name, group in by_defense.items()}
     controls = [group for group in by_defense.values() if group[0].control in BASELINES]

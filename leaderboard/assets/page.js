@@ -122,7 +122,7 @@
   }
 
   function text(row) {
-    return [row.d, row.p, row.a, row.w, row.m, row.t, row.l].map(words).join(" ").toLowerCase();
+    return [row.d, row.p, row.a, row.b, row.w, row.m, row.t, row.l].map(words).join(" ").toLowerCase();
   }
 
   function filter() {
