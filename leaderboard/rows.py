@@ -16,7 +16,7 @@ import hashlib
 import itertools
 import math
 import tomllib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
@@ -333,14 +333,15 @@ def part(cells: Iterable[PooledCell], keys: Collection[str]) -> list[PooledCell]
 
 
 def weights_of(records: Sequence[Record], suites: Mapping[str, Collection[str]] | None = None) -> dict[str, str]:
-    """Record key → the weights of its model, for people; "" for all of a model whose records say the same.
+    """Record key → the weights of its model, for people: the version of the model's plugin, and digests where several
+    weights have one version; "" for all of a model whose records say the same.
 
     Records say the version of the model's plugin and the sha256 of the weights, in the ingredients of their jobs; the
     older ones say nothing. How the sha256 is computed has changed, so that one version has several of them without a
     change of the weights: those that `digests.toml` lists, and those that one suite holds, are taken for the same.
     suites: as in `pooled`.
     """
-    said = {record.key: _stated(record) for record in records}
+    said = {record.key: stated(record) for record in records}
     alike: dict[Stated, set[Stated]] = {each: {each} for each in said.values()}
     first: dict[tuple[str, str, int | None, bool], Stated] = {}
     for key, each in said.items():
@@ -349,9 +350,17 @@ def weights_of(records: Sequence[Record], suites: Mapping[str, Collection[str]] 
         for place in beside:
             both = alike[each] | alike[first.setdefault((place, each.model, each.version, bool(each.sha256)), each)]
             alike.update(dict.fromkeys(both, both))
-    words = {each: _in_words(group) for each, group in alike.items()}
-    several = Counter(model for model, _ in {(each.model, text) for each, text in words.items()})
-    return {key: words[each] if several[each.model] > 1 else "" for key, each in said.items()}
+    digests = {each: _digests(group) for each, group in alike.items()}
+    others: dict[str, set[tuple[int | None, str]]] = defaultdict(set)
+    for each, words in digests.items():
+        others[each.model].add((each.version, words))
+
+    def named(each: Stated) -> str:
+        version = "version not recorded" if each.version is None else f"version {each.version}"
+        equal = [words for of, words in others[each.model] if of == each.version]
+        return "" if len(others[each.model]) == 1 else version if len(equal) == 1 else f"{version}, {digests[each]}"
+
+    return {key: named(each) for key, each in said.items()}
 
 
 @cache
@@ -361,7 +370,8 @@ def _equal_digests() -> Mapping[str, str]:
     return {digest: same[0] for same in lists for digest in same}
 
 
-def _stated(record: Record) -> Stated:
+def stated(record: Record) -> Stated:
+    """What the ingredients of a record's jobs say of its model."""
     models = (job.ingredients.get("model") for job in record.provenance.jobs.values() if job.ingredients)
     model = next((model for model in models if isinstance(model, Mapping)), {})
     version, sha256 = model.get("version"), model.get("weights")
@@ -369,12 +379,10 @@ def _stated(record: Record) -> Stated:
     return Stated(record.cell.model, known, sha256 if isinstance(sha256, str) else "")
 
 
-def _in_words(group: Collection[Stated]) -> str:
-    """ "version 3, weights 1a108d51e9ce", of weights that are taken for the same."""
-    version = next(iter(group)).version
-    digests = "/".join(sorted({each.sha256[:12] for each in group if each.sha256}))
-    said = [f"version {version}" if version is not None else "", f"weights {digests}" if digests else ""]
-    return ", ".join(words for words in said if words) or "weights not recorded"
+def _digests(group: Collection[Stated]) -> str:
+    """ "weights 1a108d51e9ce", of weights that are taken for the same."""
+    found = "/".join(sorted({each.sha256[:12] for each in group if each.sha256}))
+    return f"weights {found}" if found else "weights not recorded"
 
 
 def _evaluated_again(records: Iterable[Record], weights: Mapping[str, str]) -> set[str]:

@@ -364,7 +364,7 @@ def _attacks(site: Site, track: Track, columns: Sequence[Column]) -> list[Attack
     models: dict[str, list[PooledCell]] = {}
     for cell in site.cells:
         if cell.track == track and "attacks" in cell.tasks:
-            models.setdefault(cell.short.model, []).append(cell)
+            models.setdefault(cell.model, []).append(cell)
     return [
         AttackTable(model, cells, {c.score: judge_of(cells[0].name(c.score)) for c in columns})
         for model, cells in models.items()
@@ -403,7 +403,7 @@ def _data(site: Site) -> str:
             "id": cell.id, "r": cell.track, "k": cell.trigger_given is not None, "c": cell.control in BASELINES,
             "d": word(bare(s.defense)), "p": word(inside(s.defense)),
             "a": word(bare(s.attack)), "b": word(cell.attack),
-            "w": word(f"{s.trigger} → {s.target}, {s.sampler}"), "m": word(s.model), "t": word(cell.knows),
+            "w": word(f"{s.trigger} → {s.target}, {s.sampler}"), "m": word(cell.model), "t": word(cell.knows),
             "s": len(cell.seeds), "q": len(cell.doubts), "l": word(site.level([cell]) if cell.records else "–"),
             "v": {task: [_packed(cell.number(c.score), c) for c in of_view(cell.track, task)]
                   for task in cell.tasks},
