@@ -282,7 +282,8 @@ def judge_of(name: str) -> str:
 
 def pool(scores: Sequence[Score | None]) -> Number:
     """One seed: the score with its own interval. Several: mean and t interval over seeds, which are the unit of
-    variance; seeds that could not be measured make the mean unmeasured too."""
+    variance; of seeds that all give the same value, the widest of their own intervals. Seeds that could not be measured
+    make the mean unmeasured too."""
     for score in scores:
         if score is None or math.isnan(score.value):
             return Number(math.nan, warning=(score.warning if score else None) or "not measured")
@@ -290,7 +291,9 @@ def pool(scores: Sequence[Score | None]) -> Number:
     if len(known) == 1:
         return Number(known[0].value, known[0].interval)
     values = [score.value for score in known]
-    return Number(math.fsum(values) / len(values), statistics.mean_interval(values))
+    own = [score.interval for score in known if score.interval is not None]
+    alike = (min(low for low, _ in own), max(high for _, high in own)) if len(own) == len(known) else None
+    return Number(math.fsum(values) / len(values), statistics.mean_interval(values) or alike)
 
 
 def pooled(

@@ -905,6 +905,15 @@ def test_intervals_stay_within_what_a_score_can_be(
     assert possible(score, interval) == shown
 
 
+def test_seeds_that_all_give_one_value_have_the_interval_of_their_samples() -> None:
+    (cell,) = rows.pooled([record(hits=0, seed=seed) for seed in range(3)])
+    assert cell.number("asr").interval == statistics.wilson(0, 100)
+    assert cell.number("fd_ratio[]").interval is None, "no seed has one"
+    (cell,) = rows.pooled([record(hits=seed, seed=seed) for seed in range(3)])
+    low, high = statistics.mean_interval([0.0, 0.01, 0.02]) or (0.0, 0.0)
+    assert cell.number("asr").interval == (max(low, 0.0), high)
+
+
 def test_the_roc_of_a_screen_is_the_mean_over_its_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its area is the AUROC beside it, which is a mean over seeds too."""
     drawn: list[charts.Curve] = []
