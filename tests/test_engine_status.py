@@ -231,6 +231,22 @@ def test_the_event_file_has_one_object_a_line(store: Store, tmp_path: Path) -> N
     assert any(each["event"] == "progress" and "loss" in each and each["job"] == learning.key for each in told)
 
 
+@pytest.mark.parametrize("width", [60, 80, 100, 140])
+def test_bars_keep_their_numbers_on_a_narrow_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    bars, long = Bars(io.StringIO()), job("measure finetune(steps=4, batch=8) on digits-ddpm attacked by x, seed 17")
+    bars.planned(1234, 12)
+    bars.started(long, 1)
+    bars.progress(long, {"ts": 1.0, "phase": "train", "step": 345, "total": 600, "loss": 0.03125})
+    bars.remaining(36000.0)
+    with bars.bars.console.capture() as shown:
+        bars.bars.console.print(bars.bars.get_renderable())
+    bars.close()
+    above, below = shown.get().splitlines()
+    assert "12/1234" in above and "about 10:00:00 left" in above
+    assert below.startswith("measure") and ": train" in below and "345/600" in below and "loss 0.03125" in below
+
+
 def test_bars_show_loss_gpu_memory_and_the_time_left() -> None:
     event = {"ts": 1.0, "phase": "train", "step": 3, "total": 6, "loss": 0.03125, "gpu_bytes": 3 * 2**30}
     assert describe(event) == "train 3/6, loss 0.03125, GPU 3.0 GiB"

@@ -17,7 +17,6 @@ from harness.cli import Exit
 from harness.cli.common import (
     Finite,
     as_json,
-    clipped,
     columns,
     echo,
     loaded,
@@ -33,6 +32,7 @@ from harness.cli.common import (
 )
 from harness.cli.completion import Named, Spec
 from harness.runs.jsonable import to_jsonable
+from harness.runs.printable import clipped
 
 if TYPE_CHECKING:
     from harness.engine.local import LocalEngine
