@@ -33,7 +33,7 @@ from leaderboard import (
     results,
     wellformed,
 )
-from leaderboard.paired import Place, attack_jobs, place
+from leaderboard.paired import Place, place
 from leaderboard.rendering import picture_size
 from leaderboard.results import Results, ResultsError
 from leaderboard.specs import PARTS
@@ -339,10 +339,10 @@ def _together(suite: Results, outcome: Outcome) -> None:
             if results.protocol(row) != results.protocol(first):
                 words = f"another protocol than {first.key[:12]} of the same table (code or weights differ)"
                 outcome.problems.append(Problem(file, words))
-            if attack_jobs(row) != attack_jobs(first):
+            if row.attack_jobs != first.attack_jobs:
                 words = f"another backdoored model than {first.key[:12]} of the same table and seed"
                 outcome.problems.append(Problem(file, words))
-            if attack_jobs(row) == attack_jobs(first):
+            if row.attack_jobs == first.attack_jobs:
                 outcome.problems += [Problem(file, words) for words in copies.beside(first, row)]
             outcome.problems += [Problem(file, words) for words in copies.undefended(row)]
             missing = sorted(set(first.scores) - set(row.scores))

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from harness.judges.statistics import BEFORE
 from harness.runs.record import Record, bare
 from harness.types import Cell, Score
-from leaderboard.paired import attack_jobs
 from leaderboard.recompute import close
 
 LEAST = 16  # different values from which on two equal rows of values are no coincidence
@@ -130,9 +129,9 @@ def _one_model(a: Record, b: Record) -> bool:
     setting = ("model", "attack", "seed") if clean else ATTACKED
     if all(getattr(a.cell, name) == getattr(b.cell, name) for name in setting):
         return True
-    if attack_jobs(a) != attack_jobs(b):
+    if a.attack_jobs != b.attack_jobs:
         return False
-    if attack_jobs(a):
+    if a.attack_jobs:
         return a.cell.seed == b.cell.seed
     return not all("model" in r.provenance.delivers and r.value("change") != 0 for r in (a, b))
 
@@ -141,7 +140,7 @@ def attacks(records: Iterable[Record]) -> Iterator[tuple[Record, str]]:
     """(record, what is wrong) for each one whose attack job is another record's, of another attack or seed."""
     first: dict[str, Record] = {}
     for record in records:
-        for key in sorted(attack_jobs(record)):
+        for key in sorted(record.attack_jobs):
             other = first.setdefault(key, record)
             part = next((n for n in ATTACKED if getattr(other.cell, n) != getattr(record.cell, n)), None)
             if part is not None:

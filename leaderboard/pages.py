@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from harness.runs.record import Provenance, bare
+from harness.runs.record import Provenance
 from leaderboard import paper_rankings, reported
 from leaderboard.columns import TASK_WORDS, TASKS, TRACK_WORDS, TRACKS, Column, of_view, possible
 from leaderboard.rendering import slug
@@ -116,7 +116,7 @@ def _parameters(cell: PooledCell) -> list[tuple[str, str, list[tuple[str, str, b
 
 
 def defense_page(site: Site, defense: str) -> None:
-    mine = [cell for cell in site.cells if bare(cell.short.defense) == defense]
+    mine = [cell for cell in site.cells if cell.defense == defense]
     tables = []
     for track in TRACKS:
         for task in TASKS:

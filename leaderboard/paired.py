@@ -132,7 +132,7 @@ def pairs(a: Placed, b: Placed) -> dict[Place, list[Pair]]:
     """By setting the records of A and B about the same backdoored model, one pair per seed, in the order of seeds."""
     met: dict[Place, list[Pair]] = defaultdict(list)
     for one, other in _meeting(a, b):
-        if attack_jobs(one) == attack_jobs(other) and one.cell.evaluation_seed == other.cell.evaluation_seed:
+        if one.attack_jobs == other.attack_jobs and one.cell.evaluation_seed == other.cell.evaluation_seed:
             met[_setting(one)].append((one, other))
     return met
 
@@ -154,16 +154,11 @@ def _setting(record: Record) -> Place:
 
 
 def _same_start(a: Record, b: Record) -> None:
-    if attack_jobs(a) != attack_jobs(b):
+    if a.attack_jobs != b.attack_jobs:
         raise ValueError(
             f"records {a.key[:12]} and {b.key[:12]} defend different backdoored models (the attack was run by "
             "different code or weights): not paired. Run both anew with one version"
         )
-
-
-def attack_jobs(record: Record) -> set[str]:
-    """The keys of the jobs that made the record's backdoored model."""
-    return {key for key, job in record.provenance.jobs.items() if job.kind == "attack"}
 
 
 def _measured(score: str, rows: Sequence[Pair]) -> list[Pair]:

@@ -322,7 +322,7 @@ def _placed(cell: PooledCell, where: Cells) -> bool:
         if names and not any(_is(cell, part, name) for name in names):
             return False
     named = {parameter for name in where.attack for parameter in arguments(name)}
-    changed = _changed(cell, "attack") if bare(cell.specs.attack) in NOISE_ATTACKS else {}
+    changed = cell.changed("attack") if bare(cell.specs.attack) in NOISE_ATTACKS else {}
     return {name for name in ADAPTIVE if _value(changed.get(name, "0"))} <= named
 
 
@@ -337,7 +337,7 @@ def _is(cell: PooledCell, part: str, wanted: str, free: Sequence[str] | None = N
     spec = getattr(cell.specs, part)
     if bare(spec) != bare(wanted):
         return False
-    changed, named = _changed(cell, part), arguments(wanted)
+    changed, named = cell.changed(part), arguments(wanted)
     have = {**arguments(spec), **changed}
     for name, value in named.items():
         if _value(value) == ANY and _value(changed.get(name, "0")):
@@ -345,12 +345,6 @@ def _is(cell: PooledCell, part: str, wanted: str, free: Sequence[str] | None = N
         if name not in have or _value(have[name]) != _value(value):
             return False
     return free is None or set(changed) <= {*named, *free}
-
-
-def _changed(cell: PooledCell, part: str) -> Mapping[str, str]:
-    """The parameters that are not the defaults, as far as the records tell."""
-    told = cell.records[0].provenance.short.get(part) if cell.records else None
-    return arguments(told or getattr(cell.specs, part))
 
 
 @cache

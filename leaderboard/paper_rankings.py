@@ -78,16 +78,16 @@ def matching(cells: Sequence[PooledCell], entry: Number) -> list[PooledCell]:
     return [
         cell
         for cell in cells
-        if bare(cell.short.defense) == entry.defense
-        if bare(cell.short.attack) in entry.attack.replace(" ", "").split(",")
-        if not entry.target or bare(cell.short.target) == entry.target
+        if cell.defense == entry.defense
+        if cell.attack in entry.attack.replace(" ", "").split(",")
+        if not entry.target or bare(cell.specs.target) == entry.target
         if wanted is None or _settings(cell) == wanted
         if cell.control is not Control.decoy and cell.state is None
     ]
 
 
 def _settings(cell: PooledCell) -> dict[str, str]:
-    return {name: value for name, value in arguments(cell.short.defense).items() if name not in BUDGET}
+    return {name: value for name, value in cell.changed("defense").items() if name not in BUDGET}
 
 
 def values(cells: Sequence[PooledCell], entry: Number) -> tuple[float, ...]:

@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from harness.runs.printable import one_line
-from harness.runs.record import Provenance, bare
+from harness.runs.record import Record, bare
 from leaderboard import rows
 from leaderboard.columns import Column
 from leaderboard.rows import Row
@@ -77,12 +77,14 @@ def slug(spec: str) -> str:
     return name if SAFE_NAME.fullmatch(name) else hashlib.sha256(name.encode()).hexdigest()[:12]
 
 
-def provenance(found: Provenance) -> list[tuple[str, str]]:
+def provenance(record: Record) -> list[tuple[str, str]]:
     """What a reader needs of a record's provenance."""
+    found, model = record.provenance, rows.stated(record)
     versions = {"python": found.python, **found.versions}
     state = {True: " with uncommitted changes", False: "", None: " (unknown whether changed)"}[found.dirty]
     machine = (found.processor, found.machine, found.platform, *found.accelerators)
     return [
+        ("model", f"version {model.version or 'unknown'}, sha256 {model.sha256 or 'unknown'}"),
         ("commit", f"{found.commit or 'unknown'}{state}"),
         ("machine", ", ".join(word for word in machine if word)),
         ("versions", ", ".join(f"{name} {version}" for name, version in sorted(versions.items()) if version)),

@@ -29,8 +29,8 @@ LEGEND = (
     "share at least three seeds and the 95 % interval of their paired difference excludes 0, as bench compare computes "
     "it. Blind defenses and those that were given the trigger have letters of their own. Controls, defenses that broke "
     "clean utility and rows with fewer than three seeds in common with another row have none. Brackets are 95 % "
-    "intervals: over samples (Wilson) for one seed, over seeds (t) for several. FD is compared only at equal n and "
-    "extractor. NFE: network evaluations of one sample."
+    "intervals: over samples (Wilson) for one seed, and for several that give the same value; else over seeds (t). FD "
+    "is compared only at equal n and extractor. NFE: network evaluations of one sample."
 )
 CELL = (
     "model",

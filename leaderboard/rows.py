@@ -16,7 +16,7 @@ import hashlib
 import itertools
 import math
 import tomllib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
@@ -31,7 +31,7 @@ from harness.runs.record import Dropped, Record, Track, bare, control_name
 from harness.types import Cell, Doubt, Score, TriggerGiven
 from leaderboard import paired
 from leaderboard.columns import ASR, REPORT, TASKS, TRACKS, Column, Task, of_view, possible
-from leaderboard.specs import newest, shortener
+from leaderboard.specs import arguments, inside, newest, shortener
 
 SETTING = ("model", "attack", "trigger", "target", "sampler")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -135,6 +135,28 @@ class PooledCell:
     def nfe(self) -> tuple[int, ...]:
         """Network evaluations of one sample, where known."""
         return tuple(sorted({r.provenance.nfe for r in self.records if r.provenance.nfe is not None}))
+
+    @property
+    def attack(self) -> str:
+        """The name of the attack's plugin; `short` may name a preset of it."""
+        return bare(self.specs.attack)
+
+    @property
+    def defense(self) -> str:
+        """The name of the defense's plugin."""
+        return bare(self.specs.defense)
+
+    @property
+    def variant(self) -> str:
+        """What tells the defense from others of its plugin, for people: its preset, or the parameters that are not the
+        defaults."""
+        name = self.short.defense
+        return inside(name) or ("" if name == self.defense else name)
+
+    def changed(self, part: str) -> Mapping[str, str]:
+        """The parameters of a part of the cell that are not the defaults, as far as the records tell."""
+        told = self.records[0].provenance.short.get(part) if self.records else None
+        return arguments(told or getattr(self.specs, part))
 
     @property
     def model(self) -> str:
@@ -260,7 +282,8 @@ def judge_of(name: str) -> str:
 
 def pool(scores: Sequence[Score | None]) -> Number:
     """One seed: the score with its own interval. Several: mean and t interval over seeds, which are the unit of
-    variance; seeds that could not be measured make the mean unmeasured too."""
+    variance; of seeds that all give the same value, the widest of their own intervals. Seeds that could not be measured
+    make the mean unmeasured too."""
     for score in scores:
         if score is None or math.isnan(score.value):
             return Number(math.nan, warning=(score.warning if score else None) or "not measured")
@@ -268,7 +291,9 @@ def pool(scores: Sequence[Score | None]) -> Number:
     if len(known) == 1:
         return Number(known[0].value, known[0].interval)
     values = [score.value for score in known]
-    return Number(math.fsum(values) / len(values), statistics.mean_interval(values))
+    own = [score.interval for score in known if score.interval is not None]
+    alike = (min(low for low, _ in own), max(high for _, high in own)) if len(own) == len(known) else None
+    return Number(math.fsum(values) / len(values), statistics.mean_interval(values) or alike)
 
 
 def pooled(
@@ -311,14 +336,15 @@ def part(cells: Iterable[PooledCell], keys: Collection[str]) -> list[PooledCell]
 
 
 def weights_of(records: Sequence[Record], suites: Mapping[str, Collection[str]] | None = None) -> dict[str, str]:
-    """Record key → the weights of its model, for people; "" for all of a model whose records say the same.
+    """Record key → the weights of its model, for people: the version of the model's plugin, and digests where several
+    weights have one version; "" for all of a model whose records say the same.
 
     Records say the version of the model's plugin and the sha256 of the weights, in the ingredients of their jobs; the
     older ones say nothing. How the sha256 is computed has changed, so that one version has several of them without a
     change of the weights: those that `digests.toml` lists, and those that one suite holds, are taken for the same.
     suites: as in `pooled`.
     """
-    said = {record.key: _stated(record) for record in records}
+    said = {record.key: stated(record) for record in records}
     alike: dict[Stated, set[Stated]] = {each: {each} for each in said.values()}
     first: dict[tuple[str, str, int | None, bool], Stated] = {}
     for key, each in said.items():
@@ -327,9 +353,17 @@ def weights_of(records: Sequence[Record], suites: Mapping[str, Collection[str]] 
         for place in beside:
             both = alike[each] | alike[first.setdefault((place, each.model, each.version, bool(each.sha256)), each)]
             alike.update(dict.fromkeys(both, both))
-    words = {each: _in_words(group) for each, group in alike.items()}
-    several = Counter(model for model, _ in {(each.model, text) for each, text in words.items()})
-    return {key: words[each] if several[each.model] > 1 else "" for key, each in said.items()}
+    digests = {each: _digests(group) for each, group in alike.items()}
+    others: dict[str, set[tuple[int | None, str]]] = defaultdict(set)
+    for each, words in digests.items():
+        others[each.model].add((each.version, words))
+
+    def named(each: Stated) -> str:
+        version = "version not recorded" if each.version is None else f"version {each.version}"
+        equal = [words for of, words in others[each.model] if of == each.version]
+        return "" if len(others[each.model]) == 1 else version if len(equal) == 1 else f"{version}, {digests[each]}"
+
+    return {key: named(each) for key, each in said.items()}
 
 
 @cache
@@ -339,7 +373,8 @@ def _equal_digests() -> Mapping[str, str]:
     return {digest: same[0] for same in lists for digest in same}
 
 
-def _stated(record: Record) -> Stated:
+def stated(record: Record) -> Stated:
+    """What the ingredients of a record's jobs say of its model."""
     models = (job.ingredients.get("model") for job in record.provenance.jobs.values() if job.ingredients)
     model = next((model for model in models if isinstance(model, Mapping)), {})
     version, sha256 = model.get("version"), model.get("weights")
@@ -347,12 +382,10 @@ def _stated(record: Record) -> Stated:
     return Stated(record.cell.model, known, sha256 if isinstance(sha256, str) else "")
 
 
-def _in_words(group: Collection[Stated]) -> str:
-    """ "version 3, weights 1a108d51e9ce", of weights that are taken for the same."""
-    version = next(iter(group)).version
-    digests = "/".join(sorted({each.sha256[:12] for each in group if each.sha256}))
-    said = [f"version {version}" if version is not None else "", f"weights {digests}" if digests else ""]
-    return ", ".join(words for words in said if words) or "weights not recorded"
+def _digests(group: Collection[Stated]) -> str:
+    """ "weights 1a108d51e9ce", of weights that are taken for the same."""
+    found = "/".join(sorted({each.sha256[:12] for each in group if each.sha256}))
+    return f"weights {found}" if found else "weights not recorded"
 
 
 def _evaluated_again(records: Iterable[Record], weights: Mapping[str, str]) -> set[str]:
@@ -428,7 +461,7 @@ def control_of(cell: Cell) -> Control | None:
 
 def _order(cell: PooledCell) -> tuple[Any, ...]:
     s = cell.short
-    clean = bare(s.attack) == "none"
+    clean = cell.attack == "none"
     rank = BASELINES.index(cell.control) if cell.control in BASELINES else len(BASELINES)
     place = (cell.track != TRACKS[0], s.model, clean, s.attack, s.trigger, s.target, s.sampler)
     return (*place, cell.state is not None, rank, s.defense, cell.control is not None, cell.id)
@@ -454,7 +487,7 @@ def by_task(cells: Iterable[PooledCell], track: Track, task: Task) -> list[Table
     columns = of_view(track, task)
     by_defense: dict[tuple[str, ...], list[PooledCell]] = defaultdict(list)
     for cell in cells:
-        if cell.track == track and task in cell.tasks and cell.state is None and bare(cell.short.attack) != "none":
+        if cell.track == track and task in cell.tasks and cell.state is None and cell.attack != "none":
             by_defense[cell.specs.model, cell.weights, cell.specs.defense, cell.specs.trigger_given].append(cell)
     by_defense = {name: _once(group) for name, group in by_defense.items()}
     controls = [group for group in by_defense.values() if group[0].control in BASELINES]

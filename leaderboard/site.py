@@ -295,16 +295,17 @@ def _counts(site: Site) -> dict[str, int]:
     return {
         "cells": len(site.cells),
         "records": len(site.records),
-        "defenses": len({bare(c.short.defense) for c in done} - {"none"}),
-        "attacks": len({bare(c.short.attack) for c in done} - {"none"}),
-        "models": len({bare(c.short.model) for c in done}),
+        "defenses": len({c.defense for c in done} - {"none"}),
+        "attacks": len({c.attack for c in done} - {"none"}),
+        "models": len({bare(c.specs.model) for c in done}),
         "recomputed": sum(level != "claimed" for level in levels),
         "reproduced": levels.count("reproduced"),
     }
 
 
 def _defenses(cells: Sequence[PooledCell]) -> list[str]:
-    return sorted({bare(cell.short.defense) for cell in cells})
+    """The plugins, each of which has a page with the cells of all its presets."""
+    return sorted({cell.defense for cell in cells})
 
 
 # ---- index ----------------------------------------------------------------------------------------------------------
@@ -363,7 +364,7 @@ def _attacks(site: Site, track: Track, columns: Sequence[Column]) -> list[Attack
     models: dict[str, list[PooledCell]] = {}
     for cell in site.cells:
         if cell.track == track and "attacks" in cell.tasks:
-            models.setdefault(cell.short.model, []).append(cell)
+            models.setdefault(cell.model, []).append(cell)
     return [
         AttackTable(model, cells, {c.score: judge_of(cells[0].name(c.score)) for c in columns})
         for model, cells in models.items()
@@ -401,8 +402,8 @@ def _data(site: Site) -> str:
         row: dict[str, Any] = {
             "id": cell.id, "r": cell.track, "k": cell.trigger_given is not None, "c": cell.control in BASELINES,
             "d": word(bare(s.defense)), "p": word(inside(s.defense)),
-            "a": word(bare(s.attack)), "b": word(bare(s.attack)),
-            "w": word(f"{s.trigger} → {s.target}, {s.sampler}"), "m": word(s.model), "t": word(cell.knows),
+            "a": word(bare(s.attack)), "b": word(cell.attack),
+            "w": word(f"{s.trigger} → {s.target}, {s.sampler}"), "m": word(cell.model), "t": word(cell.knows),
             "s": len(cell.seeds), "q": len(cell.doubts), "l": word(site.level([cell]) if cell.records else "–"),
             "v": {task: [_packed(cell.number(c.score), c) for c in of_view(cell.track, task)]
                   for task in cell.tasks},

@@ -208,10 +208,13 @@ def test_a_cell_of_a_run_is_analysed_from_the_store(
     by = {(r["cell"]["attack"][:5], r["cell"]["defense"][:8]): r["key"] for r in report["records"]}
     words = ["--store", str(store), "--results", str(tmp_path), "-n", "2"]
     assert call(["analyse", by["villa", "finetune"], "-o", str(tmp_path / "out"), *words, "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["missing"] == {"assimilation": "the model takes no prompts"}
+    printed = capsys.readouterr()
+    said = json.loads(printed.out)
+    assert printed.err == "" and said["missing"] == {"assimilation": "the model takes no prompts"}
     kept = json.loads((tmp_path / "out" / "analysis.json").read_text())
     assert sorted(kept["norms"]) == ["attacked", "clean", "defended"] and kept["neurons"]["loss"] > 0
+    assert call(["analyse", by["villa", "none"], "-o", str(tmp_path / "again"), *words]) == 0
+    assert "neurons 24/24" in capsys.readouterr().err
     assert call(["analyse", by["none(", "none"], "-o", str(tmp_path / "clean"), *words]) == 2
     assert "is of a clean model" in capsys.readouterr().err
     empty = ["--store", str(tmp_path / "empty"), "--results", str(tmp_path)]

@@ -176,6 +176,21 @@ def test_where_too_few_decoys_are_inert_the_last_is_one_that_opens_the_backdoor(
     assert first.chosen == 4 and first.inert and second.chosen != 4 and not second.inert
 
 
+@settings(max_examples=20, deadline=None)
+@given(hits=st.lists(st.integers(0, 8), min_size=OTHERS, max_size=OTHERS), k=st.integers(1, 3))
+def test_the_check_follows_the_candidates_to_the_choice_that_a_run_makes(hits: list[int], k: int) -> None:
+    """hits: of the eight images of each candidate."""
+    every = patterns(Box(), "decoy")
+
+    class Partly(Opened):
+        def sample(self, inputs: Inputs, sampler: Any) -> Tensor:
+            which = next(i for i, r in enumerate(every) if torch.allclose(inputs.noise[0], r))
+            return torch.stack([torch.full(SHAPE, 0.5 if row < hits[which] else -0.5) for row in range(8)])
+
+    choice = chosen(Partly(), Box(), "decoy" if k == 1 else f"decoy-{k}")
+    assert claims._led([each.rate for each in choice.tried], k) == (choice.inert, choice.chosen)
+
+
 def test_the_zero_trigger_of_a_text_is_tried_on_prompts_as_they_are() -> None:
     """It changes no prompt; a model would refuse it as a trigger that its tokenizer drops."""
     model = tiny.model("text")

@@ -361,7 +361,7 @@ def test_models_of_other_weights_are_another_population() -> None:
     job = {"kind": "measure", "label": "measure", "ingredients": {"model": {"version": 2, "weights": 64 * "a"}}}
     new = [changed(each, provenance={"jobs": {each.key: job}}) for each in new]
     assert {p.model: (p.clean, p.attacked, p.auroc.value) for p in populations([*old, *new])} == {
-        "digits-ddpm, weights not recorded": (3, 1, 1.0), f"digits-ddpm, version 2, weights {12 * 'a'}": (3, 1, 0.0),
+        "digits-ddpm, version not recorded": (3, 1, 1.0), "digits-ddpm, version 2": (3, 1, 0.0),
     }  # fmt: skip
 
 

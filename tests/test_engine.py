@@ -233,15 +233,18 @@ def test_the_row_that_takes_the_least_work_comes_first_unless_the_store_has_one(
     assert order.labels == ["attack 2", "clean 2", "row 2"], "there are rows to look at"
 
 
-def test_lines_and_bars_tell_of_failures(store: Store) -> None:
-    said, barred = io.StringIO(), io.StringIO()
-    do(store, job("fine"), job("bad", do="fail"), listener=Lines(said))
-    assert "2 jobs, 0 of them in the store" in said.getvalue()
-    assert "bad: ValueError: box of side 14" in said.getvalue()
+def test_lines_and_bars_tell_of_failures_and_only_count_what_is_skipped(store: Store) -> None:
+    said, barred, bad = io.StringIO(), io.StringIO(), job("bad", do="fail")
+    jobs = [job("fine"), bad, *(job(f"after {i}", bad) for i in range(3))]
+    do(store, *jobs, listener=Lines(said))
+    assert "5 jobs, 0 of them in the store" in said.getvalue()
     bars = Bars(barred)
-    do(store, job("fine"), job("bad", do="fail"), listener=bars)
+    do(store, *jobs, listener=bars)
+    assert [task.completed for task in bars.bars.tasks] == [5]
     bars.close()
-    assert "bad: ValueError: box of side 14" in barred.getvalue()
+    for text in (said.getvalue(), barred.getvalue()):
+        assert text.count("bad: ValueError: box of side 14") == 1
+        assert "after" not in text
 
 
 @pytest.mark.parametrize("presses", [1, 2])

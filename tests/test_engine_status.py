@@ -67,7 +67,7 @@ def test_status_after_the_fact_says_how_each_job_ended(store: Store, bench: Call
     assert "4 jobs: 1 done, 1 failed, 1 skipped, 1 lost" in found.out
     assert "bad: plugin error ValueError: box of side 14 does not fit" in found.out
     assert f"bench logs {bad.key[:12]}" in found.out
-    assert "its driver died; the next run tries it again" in found.out
+    assert "never: its driver died; the next run tries it again" in found.out
     for each, state in zip(jobs, ("done", "failed", "skipped", "lost"), strict=True):
         assert f"  {state:<7} {each.key[:10]} {each.label}" in found.out
     assert found.out.endswith("\nunfinished: bench retry tiny resumes it\n")
@@ -229,6 +229,22 @@ def test_the_event_file_has_one_object_a_line(store: Store, tmp_path: Path) -> N
     (failed,) = (each for each in told if each.get("status") == "failed")
     assert failed["job"] == bad.key and "box of side" in failed["error"] and "bench logs" in failed["advice"]
     assert any(each["event"] == "progress" and "loss" in each and each["job"] == learning.key for each in told)
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 140])
+def test_bars_keep_their_numbers_on_a_narrow_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    bars, long = Bars(io.StringIO()), job("measure finetune(steps=4, batch=8) on digits-ddpm attacked by x, seed 17")
+    bars.planned(1234, 12)
+    bars.started(long, 1)
+    bars.progress(long, {"ts": 1.0, "phase": "train", "step": 345, "total": 600, "loss": 0.03125})
+    bars.remaining(36000.0)
+    with bars.bars.console.capture() as shown:
+        bars.bars.console.print(bars.bars.get_renderable())
+    bars.close()
+    above, below = shown.get().splitlines()
+    assert "12/1234" in above and "about 10:00:00 left" in above
+    assert below.startswith("measure") and ": train" in below and "345/600" in below and "loss 0.03125" in below
 
 
 def test_bars_show_loss_gpu_memory_and_the_time_left() -> None:

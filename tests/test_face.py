@@ -17,6 +17,7 @@ import harness
 from harness.cli import bench, call, main, pages
 from harness.cli.common import columns
 from harness.cli.completion import Named, Spec
+from harness.cli.run import FRONT, LABEL, REASON, _widths
 from harness.registry import KINDS
 from harness.runs.suite import suites
 
@@ -143,6 +144,13 @@ def test_a_plan_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: Any, 
         assert call(["plan", "smoke", "--only", "model=digits-ddpm", "--store", str(tmp_path)]) == 0
         table = capsys.readouterr().out.splitlines()
         assert table[0].startswith("key") and max(map(len, table)) <= width
+
+
+def test_labels_of_a_plan_take_the_room_that_its_reasons_leave() -> None:
+    room = 80 - FRONT
+    assert _widths(80, len("hit"))[0] == room - len("hit")
+    assert _widths(80, 500) == (room // 2, room - room // 2)
+    assert _widths(None, 500) == (LABEL, REASON)
 
 
 def test_what_goes_into_a_pipe_is_not_broken_into_lines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -333,6 +334,31 @@ def test_a_job_that_fails_in_one_of_two_drivers_is_not_tried_by_the_other(store:
         result = do(store, slow)["slow"]
         assert other.wait(20) == 0
     assert result.failure is Failure.plugin and len(result.attempts) == 1
+
+
+@pytest.mark.parametrize("works", [False, True])
+def test_another_run_is_said_to_work_on_a_job_once_and_only_if_it_does(store: Store, works: bool) -> None:
+    """A driver that looks for room holds the lock of a job for a moment, too."""
+    quick, said, held = job("quick", value=7), list[str](), threading.Event()
+    if works:
+        store.write_attempts(quick.key, [{"attempt": 1, "status": "running", "started": 0.0}])
+
+    class Noting(Silent):
+        def note(self, text: str) -> None:
+            said.append(text)
+
+    def hold() -> None:
+        for _ in range(3):
+            with store.lock(quick.key):
+                held.set()
+                time.sleep(0.3)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert held.wait(20)
+    assert do(store, quick, listener=Noting())["quick"].ok
+    holder.join()
+    assert said == ["quick: another run is working on it; waiting for it"] * works
 
 
 def other_driver(root: str) -> None:

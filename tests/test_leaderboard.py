@@ -19,6 +19,7 @@ import pytest
 
 from harness.cli import call
 from harness.judges import statistics
+from harness.registry import presets
 from harness.runs.record import Dropped, Record
 from harness.types import Cell, Score
 from leaderboard import (
@@ -666,6 +667,7 @@ def test_a_page_is_built_into_no_folder_of_somebody_elses(sealed: Path, tmp_path
 
 
 def test_the_page_has_every_cell_and_its_one_line_of_reproduction(page: Path) -> None:
+    assert dead_links(page) == set()
     cells = [path.read_text() for path in (page / "cells").glob("*.html")]
     assert len(cells) == 13
     keys = {r.key for r in small()}
@@ -711,6 +713,40 @@ def test_where_our_order_is_not_a_papers_the_page_says_so(tmp_path: Path) -> Non
     for name in ("index.html", "defenses/skd.html"):
         assert "Ours differs" in (tmp_path / "page" / name).read_text()
     assert "Ours differs" not in (tmp_path / "page" / "defenses" / "none.html").read_text()
+
+
+def of_presets(attack: str, defense: str, hits: int, **more: Any) -> Record:
+    """The record of a cell whose attack and defense are spelled as in these presets."""
+    told = {"attack": presets.shipped()["attacks", attack].spec, "defense": presets.shipped()["defenses", defense].spec}
+    made = record(told["defense"], hits, attack=told["attack"], **more)
+    return changed(made, provenance={"short": told, "track": "text-to-image"})
+
+
+def dead_links(page: Path) -> set[str]:
+    """Links and pictures of all pages that lead to no file."""
+    found = set()
+    for path in page.rglob("*.html"):
+        for link in re.findall(r'(?:href|src)="([^"#]+)', path.read_text()):
+            if not (path.parent / link).is_file():
+                found.add(f"{path.relative_to(page)}: {link}")
+    return found
+
+
+def test_rows_of_presets_stand_on_the_page_of_their_plugin_and_beside_the_papers_numbers(tmp_path: Path) -> None:
+    where: dict[str, Any] = {"trigger": "text()", "target": "patch()", "model": "shapes-sd"}
+    more = {"attribute_drop": score(0.0), "attribute_drop_before": score(0.0)}
+    made = [
+        of_presets("shapes-badt2i", name, hits, **where, seed=seed, more=more)
+        for name, hits in (("skd-text", 2), ("skd-cag-text", 4), ("finetune-text", 90))
+        for seed in (0, 1)
+    ]
+    every = results.read(write_suite(tmp_path / "results" / "small", made).parent)
+    counts = site.build(every, tmp_path / "page")
+    assert (counts["defenses"], counts["attacks"], counts["cells"]) == (3, 1, 3)
+    assert {path.stem for path in (tmp_path / "page" / "defenses").iterdir()} == {"skd", "skd-cag", "finetune"}
+    text, index = (tmp_path / "page" / name for name in ("defenses/skd.html", "index.html"))
+    assert "skd-text" in text.read_text() and "Ours differs" in text.read_text()
+    assert "Cleaned models: shapes-sd" in index.read_text() and dead_links(tmp_path / "page") == set()
 
 
 def test_places_that_our_seeds_do_not_tell_apart_are_named() -> None:
@@ -867,6 +903,15 @@ def test_intervals_stay_within_what_a_score_can_be(
     score: str, interval: tuple[float, float] | None, shown: tuple[float, float] | None
 ) -> None:
     assert possible(score, interval) == shown
+
+
+def test_seeds_that_all_give_one_value_have_the_interval_of_their_samples() -> None:
+    (cell,) = rows.pooled([record(hits=0, seed=seed) for seed in range(3)])
+    assert cell.number("asr").interval == statistics.wilson(0, 100)
+    assert cell.number("fd_ratio[]").interval is None, "no seed has one"
+    (cell,) = rows.pooled([record(hits=seed, seed=seed) for seed in range(3)])
+    low, high = statistics.mean_interval([0.0, 0.01, 0.02]) or (0.0, 0.0)
+    assert cell.number("asr").interval == (max(low, 0.0), high)
 
 
 def test_the_roc_of_a_screen_is_the_mean_over_its_seeds(monkeypatch: pytest.MonkeyPatch) -> None:

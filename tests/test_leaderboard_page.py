@@ -56,6 +56,16 @@ def test_a_reader_sorts_by_mouse_and_by_keyboard(built: Path, visit: Callable[..
     assert seen.quiet()
 
 
+def test_what_was_not_measured_stands_last_in_both_directions(tmp_path: Path, visit: Callable[..., Watched]) -> None:
+    write_suite(tmp_path / "results", small(), [left_out()])
+    site.build(results.read(tmp_path / "results"), tmp_path / "page")
+    page = visit().open(tmp_path / "page" / "index.html")
+    for _ in range(2):
+        page.get_by_role("button", name="ASR %").click()
+        shown = column(page, NUMBERS)
+        assert len(shown) == 14 and shown.index("n/a") == 13
+
+
 def test_a_reader_filters_by_words_and_by_attack(built: Path, visit: Callable[..., Watched]) -> None:
     seen = visit()
     page = seen.open(built)

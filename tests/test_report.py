@@ -397,6 +397,8 @@ def test_a_defense_given_the_trigger_needs_the_decoy_control_and_must_beat_it() 
     for removal, sound in ((0.1, True), (0.88, False)):
         decoy = record("dd", **given, trigger_given="decoy", scores={"removal": score(removal)}, provenance=inert)
         assert (codes(sighted, [*base, sighted, decoy]) == []) is sound
+        other = changed(decoy, provenance={"jobs": {64 * "e": {"kind": "attack", "label": "by another version"}}})
+        assert codes(sighted, [*base, sighted, other]) == [DoubtCode.control_missing]
 
 
 def test_reporting_needs_no_torch() -> None:

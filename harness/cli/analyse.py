@@ -20,6 +20,7 @@ from harness.cli.common import (
     writable,
 )
 from harness.cli.leaderboard import read_results, results_option
+from harness.cli.subject import listen
 from harness.registry import RegistryError
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def analyse(
     writable(out)
     registry, where = loaded(files, strict=False), opened(store)
     record = _record(where, root, key)
+    listen(as_json)
     found = _analysed(record, registry, where, n, prompts, device)
     cell = {"key": record.key, **{name: value for name, value in asdict(record.cell).items() if value is not None}}
     written = drawing.write(found, cell, out)

@@ -226,12 +226,6 @@ def columns(rows: Sequence[Sequence[str]], indent: str = "") -> str:
     return "\n".join(f"{indent}{line}".rstrip() for line in lines)
 
 
-def clipped(text: str, width: int) -> str:
-    """`text` in at most `width` characters: of a longer one the beginning and, as long, the end."""
-    kept = (width - 1) // 2
-    return text if len(text) <= width else f"{text[: width - 1 - kept]}…{text[-kept:]}"
-
-
 def size(value: float) -> str:
     """A number of bytes for people: "812 B", "4.2 kB", "1.5 GB"."""
     for unit in ("B", "kB", "MB", "GB"):

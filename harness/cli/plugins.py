@@ -10,7 +10,6 @@ import click
 
 from harness.cli.common import (
     as_json,
-    clipped,
     columns,
     echo,
     index_of,
@@ -22,6 +21,7 @@ from harness.cli.common import (
 )
 from harness.cli.completion import Kind, Named
 from harness.registry import KINDS, OWN, Entry, kind_of, presets, unknown_name
+from harness.runs.printable import clipped
 
 
 @click.command("list", short_help="Models, attacks, defenses ..., suites, adaptive attacks.")

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from harness.cli import Exit
-from harness.cli.common import Finite, clipped, columns, echo, note, opened, print_json, seconds, size
+from harness.cli.common import Finite, columns, echo, note, opened, print_json, seconds, size
 from harness.cli.run import local_engine, places, prepare, suite_options
+from harness.runs.printable import clipped
 
 if TYPE_CHECKING:
     from harness.cli.run import Prepared, Settings

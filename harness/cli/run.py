@@ -17,7 +17,6 @@ from harness.cli import Exit
 from harness.cli.common import (
     Finite,
     as_json,
-    clipped,
     columns,
     echo,
     loaded,
@@ -33,6 +32,7 @@ from harness.cli.common import (
 )
 from harness.cli.completion import Named, Spec
 from harness.runs.jsonable import to_jsonable
+from harness.runs.printable import clipped
 
 if TYPE_CHECKING:
     from harness.engine.local import LocalEngine
@@ -389,6 +389,15 @@ def summary_line(counts: Mapping[str, int], cells: int, failed: int) -> str:
     return f"{cells} cells, {failed} failed; jobs: {said}"
 
 
+def _widths(width: int | None, longest: int) -> tuple[int, int]:
+    """Characters of a label and of a reason in lines of `width`: reasons, the longest of which is given, may take half
+    of the room, and labels take what they leave."""
+    if width is None:
+        return LABEL, REASON
+    label = max(20, min(LABEL, width - FRONT - min(longest, (width - FRONT) // 2)))
+    return label, max(20, width - FRONT - label)
+
+
 def show_plan(ready: Prepared, as_json: bool) -> None:
     """The jobs in order, each a hit or a miss with the reason, and the time that the misses may take: as rehearsed,
     where the store has figures of a rehearsal."""
@@ -417,9 +426,7 @@ def show_plan(ready: Prepared, as_json: bool) -> None:
         told = {"jobs": rows, "cells": suite.cells, "dropped": suite.dropped, "missing_s": missing}
         print_json({**told, "gpu": gpu, "absent": ready.absent})
         return
-    width = terminal_width()
-    label = LABEL if width is None else max(20, min(LABEL, (width - FRONT) // 2))
-    reason = REASON if width is None else max(20, width - FRONT - label)
+    label, reason = _widths(terminal_width(), max(map(len, states.values()), default=0))
     rows = [
         (key[:10], seconds(job.estimate) + "*" * (key in said), clipped(job.label, label), clipped(states[key], reason))
         for key, job in jobs.items()

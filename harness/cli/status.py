@@ -133,7 +133,7 @@ def _story(job: JobState) -> str:
         return f":{does} for {ran}"
     if job.state in ("failed", "lost"):
         why = first_line(job.error) or "its driver died; the next run tries it again"
-        return f": {job.failure or ''} {why}".rstrip()
+        return f": {job.failure} {why}" if job.failure else f": {why}"
     return ""
 
 

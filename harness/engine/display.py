@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from harness.runs.job import Job
-from harness.runs.printable import printable
+from harness.runs.printable import clipped, printable
 
 
 class Listener(Protocol):
@@ -195,7 +195,8 @@ class EventFile:
 
 
 class Lines:
-    """One line per event; progress of a job at most every `every` seconds."""
+    """One line per event; progress of a job at most every `every` seconds. Skipped jobs are counted only: one failure
+    skips many, and a run that is stopped skips most."""
 
     def __init__(self, stream: TextIO | None = None, every: float = 30.0) -> None:
         self.stream = stream or sys.stderr
@@ -220,7 +221,7 @@ class Lines:
 
     def finished(self, job: Job, status: str, error: str | None, seconds: float, advice: str | None) -> None:
         self._finished.add(job.key)
-        if status != "hit":
+        if status not in ("hit", "skipped"):
             count = f"[{len(self._finished)}/{self.total}]"
             took = f" in {seconds:.1f} s" if status == "done" else ""
             left = f", {clock(self._left)} left" if status == "done" and self._left else ""
@@ -243,20 +244,25 @@ class Lines:
 
 class Bars:
     """An overall bar with the time left, and for each running job a bar with its loss and the GPU memory it holds;
-    failures and notes stay above them."""
+    failures and notes stay above them. Skipped jobs are counted only. Labels are clipped to what the numbers leave."""
+
+    BAR, NUMBERS, LEAST = 20, 42, 16  # characters: of a bar, of the numbers beside it, of a label at least
 
     def __init__(self, stream: TextIO | None = None) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+        console = Console(file=stream or sys.stderr)
+        wide = console.width >= self.NUMBERS + self.BAR + 2 * self.LEAST
+        self.room = max(self.LEAST, console.width - self.NUMBERS - self.BAR * wide)
         columns = (
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=20),
+            *([BarColumn(self.BAR)] if wide else []),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[facts]}", markup=False),
         )
-        self.bars = Progress(*columns, console=Console(file=stream or sys.stderr), transient=True)
+        self.bars = Progress(*columns, console=console, transient=True)
         self.overall = self.bars.add_task("all jobs", total=None, facts="")
         self._tasks: dict[str, Any] = {}
         self._finished: set[str] = set()
@@ -267,7 +273,7 @@ class Bars:
 
     def started(self, job: Job, attempt: int) -> None:
         again = f" (attempt {attempt})" if attempt > 1 else ""
-        self._tasks[job.key] = self.bars.add_task(printable(job.label + again), total=None, facts="")
+        self._tasks[job.key] = self.bars.add_task(self._label(job.label + again), total=None, facts="")
 
     def progress(self, job: Job, event: Mapping[str, Any]) -> None:
         if job.key not in self._tasks:
@@ -276,7 +282,7 @@ class Bars:
         done, total = event.get("step"), event.get("total")
         self.bars.update(
             self._tasks[job.key],
-            description=printable(f"{job.label}: {phase}"),
+            description=self._label(f"{job.label}: {phase}"),
             completed=done,
             total=total or None,
             facts=", ".join(extras(event)),
@@ -287,7 +293,7 @@ class Bars:
         if job.key in self._tasks:
             self.bars.remove_task(self._tasks.pop(job.key))
         self.bars.update(self.overall, completed=len(self._finished))
-        if error:
+        if status == "failed":
             self._say(f"{status}: {job.label}: {first_line(error)}" + (f"\n  {advice}" if advice else ""))
 
     def remaining(self, seconds: float) -> None:
@@ -298,6 +304,9 @@ class Bars:
 
     def close(self) -> None:
         self.bars.stop()
+
+    def _label(self, text: str) -> str:
+        return clipped(printable(text), self.room)
 
     def _say(self, text: str) -> None:
         self.bars.console.print(printable(text, keep="\n"), markup=False, highlight=False)

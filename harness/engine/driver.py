@@ -141,6 +141,7 @@ class _Run:
         self.rebuilds: Counter[tuple[str, str]] = Counter()
         self.warnings: dict[str, list[str]] = {key: [] for key in self.jobs}
         self.elsewhere: dict[str, int] = {}  # attempts that were over when another run was found at the job
+        self.noted: set[str] = set()  # jobs that another run was said to be working on
         self.told: dict[str, Any] = {}
         self.tell_at = 0.0
         self.stops = self.said = 0
@@ -341,8 +342,11 @@ class _Run:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            if key not in self.elsewhere:
-                self.elsewhere[key] = _over(self.store.attempts(key))
+            attempts = self.store.attempts(key)
+            self.elsewhere.setdefault(key, _over(attempts))
+            running = bool(attempts) and attempts[-1]["status"] == "running"  # else it only looks whether it has room
+            if running and key not in self.noted:
+                self.noted.add(key)
                 self.listener.note(f"{self.jobs[key].label}: another run is working on it; waiting for it")
             return False
         self.locks[key] = lock

@@ -34,7 +34,7 @@ class Rule:
 RULES = {
     Failure.plugin: Rule(0, "the code of a plugin raised: `bench logs {key}` shows where; fix it and run again"),
     Failure.nan: Rule(0, "the numbers left the finite range: a retry would fail again; lower lr or steps"),
-    Failure.killed: Rule(2, "killed from outside three times: look for a crash in `bench logs {key}`"),
+    Failure.killed: Rule(2, "killed three times: memory ran out (fewer --cpus), or a crash: see `bench logs {key}`"),
     Failure.timeout: Rule(0, "a retry would take as long: raise --timeout, then `bench retry`"),
     Failure.stall: Rule(0, "no progress was reported: `bench logs {key}` shows where; raise --stall if it was working"),
     Failure.memory: Rule(0, "it exceeds the main memory of a job here: use a smaller batch or a larger machine"),

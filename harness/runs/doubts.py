@@ -1,14 +1,14 @@
 """Checks that doubt the numbers of a record: each a function that returns a Doubt or None.
 
 Doubts are computed when records are read, and are never stored. They are shown beside the row and never hide it. A
-check that compares cells takes all records of the same attack, samples and seed as well.
+check that compares cells takes all records of the same backdoored model, samples and seed as well.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from enum import StrEnum
 
 from harness.judges.statistics import BEFORE
@@ -167,10 +167,10 @@ COMPARED: tuple[Callable[[Record, Sequence[Record]], Doubt | None], ...] = (
 def of(records: Iterable[Record]) -> Mapping[str, tuple[Doubt, ...]]:
     """Record key → its doubts among `records`; none about a cell that failed, which has no numbers."""
     every = list(records)
-    groups: dict[tuple[str | int, ...], list[Record]] = defaultdict(list)
+    groups: dict[tuple[Hashable, ...], list[Record]] = defaultdict(list)
     for record in every:
-        groups[_setting(record.cell)].append(record)
-    return {record.key: _doubts(record, groups[_setting(record.cell)]) for record in every}
+        groups[_setting(record)].append(record)
+    return {record.key: _doubts(record, groups[_setting(record)]) for record in every}
 
 
 def _doubts(record: Record, beside: Sequence[Record]) -> tuple[Doubt, ...]:
@@ -191,9 +191,12 @@ def _purifies(record: Record) -> bool:
     return bool({"model", "sampler"} & set(record.provenance.delivers))
 
 
-def _setting(cell: Cell) -> tuple[str | int, ...]:
-    """What cells that differ in their defense at most have in common."""
-    return cell.model, cell.attack, cell.trigger, cell.target, cell.sampler, cell.seed, cell.evaluation_seed
+def _setting(record: Record) -> tuple[Hashable, ...]:
+    """What records that differ in their defense at most have in common: they are about one backdoored model, which
+    another version of the code or of the weights is not."""
+    cell = record.cell
+    setting = (cell.model, cell.attack, cell.trigger, cell.target, cell.sampler, cell.seed, cell.evaluation_seed)
+    return *setting, frozenset(record.attack_jobs)
 
 
 def _decoys(cell: Cell, beside: Iterable[Record]) -> list[Record]:

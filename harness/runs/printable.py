@@ -30,6 +30,12 @@ def one_line(text: object) -> str:
     return printable(" ".join(words.split("\n")).replace("\t", " ").replace("\r", " "))
 
 
+def clipped(text: str, width: int) -> str:
+    """`text` in at most `width` characters: of a longer one the beginning and, as long, the end."""
+    kept = (width - 1) // 2
+    return text if len(text) <= width else f"{text[: width - 1 - kept]}…{text[-kept:]}"
+
+
 def _visible(c: str) -> bool:
     return unicodedata.category(c)[0] not in "CZ"
 

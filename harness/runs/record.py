@@ -165,6 +165,11 @@ class Record(_Frozen):
             return value
         return {name: _with_nan(score) if isinstance(score, Mapping) else score for name, score in value.items()}
 
+    @property
+    def attack_jobs(self) -> set[str]:
+        """The keys of the jobs that made the backdoored model."""
+        return {key for key, job in self.provenance.jobs.items() if job.kind == "attack"}
+
     def value(self, score: str) -> float:
         """The value of a score, NaN where it is absent or unmeasured. "fd[]" finds the one `fd[<judge>]`."""
         found = self.scores.get(self.name_of(score))

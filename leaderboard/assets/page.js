@@ -55,7 +55,11 @@
     };
   }
 
-  const last = (a, b) => (a[0] === b[0] ? 0 : a[0] === null ? 1 : b[0] === null ? -1 : a[0] - b[0]);
+  /* What was not measured stands last in both directions; for "desc" Tabulator swaps the sides. */
+  function last(a, b, aRow, bRow, column, dir) {
+    const end = dir === "asc" ? 1 : -1;
+    return a[0] === b[0] ? 0 : a[0] === null ? end : b[0] === null ? -end : a[0] - b[0];
+  }
   const byWord = (a, b) => words(a).localeCompare(words(b));
   const plain = (cell) => element("span", words(cell.getValue()));
 
@@ -122,7 +126,7 @@
   }
 
   function text(row) {
-    return [row.d, row.p, row.a, row.w, row.m, row.t, row.l].map(words).join(" ").toLowerCase();
+    return [row.d, row.p, row.a, row.b, row.w, row.m, row.t, row.l].map(words).join(" ").toLowerCase();
   }
 
   function filter() {
