@@ -344,6 +344,7 @@ def _together(suite: Results, outcome: Outcome) -> None:
                 outcome.problems.append(Problem(file, words))
             if row.attack_jobs == first.attack_jobs:
                 outcome.problems += [Problem(file, words) for words in copies.beside(first, row)]
+            outcome.problems += [Problem(file, words) for words in copies.undefended(row)]
             missing = sorted(set(first.scores) - set(row.scores))
             if missing:
                 outcome.problems.append(Problem(file, f"partial: lacks {', '.join(missing[:4])}"))

@@ -9,13 +9,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from harness.judges.statistics import BEFORE
 from harness.runs.record import Record, bare
 from harness.types import Cell, Score
 from leaderboard.recompute import close
 
 LEAST = 16  # different values from which on two equal rows of values are no coincidence
 SHAKEN = 0.005  # relative difference up to which half of the values of two seeds are never alike
-DRIFTS = ("drift", "drift_before")  # with the trigger both seeds may give the target alike
+DRIFTS = ("drift",)  # with the trigger both seeds may give the target alike
 SHOWN = 8  # images of each model on a contact sheet
 OF_PLACE = ("asr_threshold", "clean_model_hits", "false_triggers")  # beside *_before and *_clean
 COSTS = ("_s", "_bytes")
@@ -24,17 +25,15 @@ ATTACKED = ("model", "attack", "trigger", "target", "seed")  # what an attack jo
 
 @dataclass(frozen=True)
 class Images:
-    """The images behind a score. drift: the score that is 0 where they are the clean model's. varied: the score that
-    says whether they differ from each other: where all are one image, it may be that of two models."""
+    """The defended model's images behind a score. drift: the score that is 0 where they are the clean model's. varied:
+    the score that says whether they differ from each other: where all are one image, it may be that of two models."""
 
-    defended: bool
     drift: str
     varied: str
 
 
-TRIGGERED = Images(True, "drift_triggered", "target_mse")
-CLEAN = Images(True, "drift", "spread")
-BEFORE = Images(False, "drift_before", "spread_before")
+TRIGGERED = Images("drift_triggered", "target_mse")
+CLEAN = Images("drift", "spread")
 IMAGES = {
     "asr": TRIGGERED,
     "target_mse": TRIGGERED,
@@ -44,9 +43,6 @@ IMAGES = {
     "clean_hits": CLEAN,
     "drift": CLEAN,
     "clip_score": CLEAN,
-    "asr_before": Images(False, "", "asr_before"),
-    "clean_hits_before": BEFORE,
-    "drift_before": BEFORE,
 }
 
 
@@ -60,7 +56,7 @@ def across(records: Iterable[Record]) -> Iterator[tuple[Record, str]]:
     for record in records:
         for name, values in _continuous(record):
             alike = first[name, values]
-            other = next((o for o in alike if not _one_model(record, o, IMAGES[name.partition("[")[0]])), None)
+            other = next((o for o in alike if not _one_model(record, o)), None)
             if other is not None and record.key not in told:
                 told.add(record.key)
                 yield (
@@ -110,7 +106,7 @@ def near(records: Iterable[Record]) -> Iterator[tuple[Record, str]]:
 def _nearly(a: Record, b: Record, name: str) -> bool:
     import numpy as np
 
-    if a.cell.seed == b.cell.seed or _one_model(a, b, IMAGES[name]):
+    if a.cell.seed == b.cell.seed or _one_model(a, b):
         return False
     x, y = (dict(_continuous(record)).get(name) for record in (a, b))
     if x is None or y is None or len(x) != len(y) or x == y:
@@ -126,7 +122,7 @@ def _constant(score: Score | None) -> bool:
     return len(set(score.per_sample)) == 1 if score.per_sample else score.value < 0.01
 
 
-def _one_model(a: Record, b: Record, images: Images) -> bool:
+def _one_model(a: Record, b: Record) -> bool:
     """Whether two records may show the same images: those of one backdoored model, of a clean one that no training
     changed, or of one cell that two versions of the code have run."""
     clean = bare(a.cell.attack) == bare(b.cell.attack) == "none"
@@ -137,7 +133,7 @@ def _one_model(a: Record, b: Record, images: Images) -> bool:
         return False
     if a.attack_jobs:
         return a.cell.seed == b.cell.seed
-    return not images.defended or not all("model" in r.provenance.delivers and r.value("change") != 0 for r in (a, b))
+    return not all("model" in r.provenance.delivers and r.value("change") != 0 for r in (a, b))
 
 
 def attacks(records: Iterable[Record]) -> Iterator[tuple[Record, str]]:
@@ -168,9 +164,23 @@ def beside(first: Record, row: Record) -> list[str]:
     ]
 
 
+def undefended(record: Record) -> list[str]:
+    """In words, where a row of the defense `none` says something else of the attacked model than of the defended one,
+    which are the same; nothing for the rows of other defenses."""
+    if bare(record.cell.defense) != "none":
+        return []
+    pairs = [(name, name.replace(BEFORE, "")) for name in sorted(record.scores) if BEFORE in name]
+    return [
+        f"{before} is {record.scores[before].value:.10g} and {now} {record.scores[now].value:.10g}, and no defense is "
+        "between the two"
+        for before, now in pairs
+        if now in record.scores and not _agree(record.scores[before], record.scores[now], True)
+    ]
+
+
 def _of_place(name: str) -> bool:
     stem = name.partition("[")[0].partition("@")[0]
-    return stem in OF_PLACE or stem.endswith(("_before", "_clean"))
+    return stem in OF_PLACE or stem.endswith((BEFORE, "_clean"))
 
 
 def _machine(record: Record) -> tuple[object, ...]:

@@ -1,8 +1,9 @@
 """Scores again, from the per-sample values that a record keeps: no model, no image, no plugin.
 
 A score follows from its own values (a mean, or a share of distances under a threshold), from another score's values
-(`asr@1e-3` from those of `asr`), or from other scores (`removal`, ratios). The rest (Fréchet distances, costs) has
-nothing to be recomputed from, and only the record's digest speaks for it.
+(`asr@1e-3` from those of `asr`), or from other scores (`removal`, ratios). Scores of the attacked model (`_before`)
+follow from the values in the row of the defense `none`. The rest (Fréchet distances, costs) has nothing to be
+recomputed from, and only the record's digest speaks for it.
 """
 
 from __future__ import annotations
@@ -101,7 +102,9 @@ def again(name: str, scores: Scores) -> list[Found] | None:
     base, _, at = name.partition("@")
     values = samples(scores, base)
     if base in SHARES:
-        return None if not values else shares(values, threshold(at, scores))
+        return shares(values, threshold(at, scores)) if values else _counted(scores[name])
+    if not values and samples(scores, base.replace(statistics.BEFORE, "")):
+        return None  # a mean, of which the row of the defense `none` has the values
     if name in SPECIAL:
         return SPECIAL[name](scores)
     if values:

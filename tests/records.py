@@ -125,15 +125,16 @@ def record(
     trigger_given: str = "true",
     knowledge: Sequence[str] = (),
     n: int = 100,
-    ratio: float = 1.1,
+    ratio: float | None = None,
     delivers: Sequence[str] = ("model",),
     more: Mapping[str, Score] | None = None,
     sheet: bool = True,
     version: int = 1,
     **cell: str | int,
 ) -> Record:
-    """One cell's record. hits: triggered samples of the defended model that show the target, of n. version: of the
-    code that measured."""
+    """One cell's record. hits: triggered samples of the defended model that show the target, of n. ratio: of its
+    Fréchet distance to the attacked model's; 1 without a defense and 1.1 with one. version: of the code that measured.
+    """
     plain = Cell(
         "digits-ddpm", attack, "box(size=5)", "hat(background=-0.4)", defense, "ddim(steps=50)", seed, trigger_given, n
     )
@@ -141,6 +142,7 @@ def record(
     jobs = jobs_of(whole, version)
     key = next(key for key, job in jobs.items() if job["kind"] == "measure")
     before = 97 * n // 100 if attack != "none" else 0
+    ratio = (1.0 if defense == "none" else 1.1) if ratio is None else ratio
     low, high = wilson(hits, n)
     scores = {
         "asr": share(hits, n),

@@ -133,6 +133,11 @@ def rebuilt(part: str = "unet", **changes: Any) -> Change:
     return apply
 
 
+def scheduled(cls: str, **changes: Any) -> Change:
+    """The schedule of another class, with the settings of the base's."""
+    return all_of(edited(INDEX, scheduler=["diffusers", cls]), edited(SCHEDULE, _class_name=cls, **changes))
+
+
 def all_of(*changes: Change) -> Change:
     return lambda folder: [change(folder) for change in changes]
 
@@ -757,6 +762,36 @@ CASES: dict[str, Case] = {
         ),
         JUDGED,
         "",
+    ),
+    **{
+        f"a schedule of {cls}": Case("noise", scheduled(cls), JUDGED, "")
+        for cls in (
+            "HeunDiscreteScheduler",
+            "KDPM2DiscreteScheduler",
+            "KDPM2AncestralDiscreteScheduler",
+            "DEISMultistepScheduler",
+            "DPMSolverSinglestepScheduler",
+            "LCMScheduler",
+        )
+    },
+    "a schedule of EDM": Case(
+        "noise",
+        scheduled("EDMEulerScheduler"),
+        REFUSED,
+        "scheduler is a 'EDMEulerScheduler'; its noise levels are not those of betas; models of EDM",
+    ),
+    "a solver of a billion answers": Case(
+        "noise", scheduled("DEISMultistepScheduler", solver_order=10**9), REFUSED, "solver_order is 1000000000"
+    ),
+    "betas with the levels of a flow": Case(
+        "noise", scheduled("DEISMultistepScheduler", use_flow_sigmas=True), REFUSED, "use_flow_sigmas"
+    ),
+    "a consistency model without noise": Case(
+        "noise", scheduled("LCMScheduler", timestep_scaling=0.1), REFUSED, "timestep_scaling is 0.1"
+    ),
+    "betas on a sigmoid": Case("noise", edited(SCHEDULE, beta_schedule="sigmoid"), JUDGED, ""),
+    "no signal at the end, which its schedule does not know": Case(
+        "noise", scheduled("HeunDiscreteScheduler", rescale_betas_zero_snr=True), JUDGED, ""
     ),
     # layouts
     "an empty directory": Case("noise", without("*"), REFUSED, "is empty"),

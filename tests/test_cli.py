@@ -380,6 +380,28 @@ def test_build_writes_the_model_and_its_provenance(bench, tmp_path: Path, monkey
     assert (tmp_path / "home" / "letter.txt").is_file()
 
 
+def test_an_exported_model_is_whole_and_the_one_that_the_plugin_loads(bench, tmp_path: Path) -> None:
+    """In the package, a part of shapes-mmdit is in the folder of shapes-sd."""
+    import torch
+    from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+
+    from harness.diffusion import checkpoint
+
+    out = tmp_path / "whole"
+    done = bench("export", "shapes-mmdit", "--json", "-o", str(out))
+    says = json.loads(done.out)
+    plugin = registry.load().build("models", "shapes-mmdit")
+    assert done.code == 0 and says["digest"] == plugin.digest() and says["directory"] == str(out)
+    assert json.loads((out / "bench.json").read_text())["model"] == "shapes-mmdit"
+    for name, part in plugin.load().components().items():
+        mine = checkpoint.load(out).components()[name].state_dict()
+        assert all(torch.equal(mine[key], value) for key, value in part.state_dict().items())
+    stock: Any = StableDiffusion3Pipeline
+    stock.from_pretrained(out, text_encoder_3=None, tokenizer_3=None)
+    again = bench("export", "shapes-mmdit", "-o", str(out))
+    assert again.code == Exit.usage and "is not empty; name another directory" in again.err
+
+
 def test_doctor_checks_libraries_store_and_plugins(bench, indexed: None, tmp_path: Path) -> None:
     checks = {check["name"]: check for check in json.loads(bench("doctor", "--json", "--store", str(tmp_path)).out)}
     assert {"python", "torch", "store", "disk", "processors", "plugins"} <= set(checks)

@@ -18,7 +18,6 @@ from typing import Any
 import psutil
 import pytest
 
-from harness.engine import local as engine_local
 from harness.engine.display import Bars, Lines, Silent
 from harness.engine.driver import Interrupted, run
 from harness.engine.gpus import PARTS, Card, Leases
@@ -246,16 +245,6 @@ def test_lines_and_bars_tell_of_failures_and_only_count_what_is_skipped(store: S
     for text in (said.getvalue(), barred.getvalue()):
         assert text.count("bad: ValueError: box of side 14") == 1
         assert "after" not in text
-
-
-def test_a_job_may_use_no_more_memory_than_its_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(engine_local, "CONTAINER_LIMITS", [tmp_path / name for name in ("max", "limit")])
-    whole = engine_local.most_memory()
-    (tmp_path / "max").write_text("max\n")
-    (tmp_path / "limit").write_text(f"{2**63 - 4096}\n")
-    assert engine_local.most_memory() == whole == int(psutil.virtual_memory().total * 0.9)
-    (tmp_path / "limit").write_text("1000000\n")
-    assert engine_local.most_memory() == 900_000
 
 
 @pytest.mark.parametrize("presses", [1, 2])

@@ -192,6 +192,18 @@ def test_a_rate_at_a_named_threshold_follows_from_the_targets_own(folder: Path, 
     assert any(str(path) in line and "asr@5e-2 is 0" in line for line in found(folder, declared))
 
 
+def test_the_attacked_model_is_that_of_the_row_without_a_defense(folder: Path, declared: Declared) -> None:
+    path = forge(row(folder, "none"), said("drift_before", value=0.5, interval=[0.4, 0.6]))
+    lines = found(folder, declared)
+    assert any(str(path) in line and "drift_before is 0.5 and drift" in line for line in lines), lines
+
+
+def test_a_share_without_values_is_a_count_with_its_interval(folder: Path, declared: Declared) -> None:
+    path = forge(row(folder, "skd-cag"), said("asr_before", value=0.123456, per_sample=None))
+    lines = found(folder, declared)
+    assert any(str(path) in line and "asr_before is 0.123456 in the record" in line for line in lines), lines
+
+
 # ---- what the plugins say -------------------------------------------------------------------------------------------
 
 
@@ -415,7 +427,7 @@ def test_an_attack_of_one_seed_under_another_number_is_refused(folder: Path, dec
 def test_rows_that_share_their_images_by_right_are_not_refused(honest: Path, declared: Declared) -> None:
     """A decoy's and a true trigger's rows of one attacked model, and judges that say 0 or 1."""
     rows = [results.read_record(path) for path in results.record_files(honest)]
-    shared = {tuple(r.scores["asr_before"].per_sample or ()) for r in rows if r.cell.attack.startswith("badt2i")}
+    shared = {r.scores["drift_before"].value for r in rows if r.cell.attack.startswith("badt2i")}
     assert len(shared) == 1 and check.check(honest, declared=declared).problems == []
 
 

@@ -476,8 +476,8 @@ def test_likeness_is_the_angle_and_the_squared_distance_of_unit_features():
     sets = {("clean", "clean"): lambda: two(1, 1), ("defended", "clean"): lambda: two(0.5, 0)}
     sets[("backdoored", "clean")] = lambda: two(1, 1)
     scores = likeness.Likeness().measure(evidence(sets, model=model(judge=FakeJudge(), scorer=FakeScorer())))
-    assert scores["clip_similarity[angle]"].value == pytest.approx(100 / math.sqrt(2))
-    assert scores["perceptual_distance[tone-judge]"].value == pytest.approx(2 - math.sqrt(2))
+    assert scores["clip_similarity[angle]"].value == pytest.approx(100 / math.sqrt(2), rel=1e-4)
+    assert scores["perceptual_distance[tone-judge]"].value == pytest.approx(2 - math.sqrt(2), rel=1e-4)
     assert scores["clip_similarity_before[angle]"].value == pytest.approx(100)
     assert scores["perceptual_distance_before[tone-judge]"].value == pytest.approx(0, abs=1e-12)
 
@@ -487,7 +487,7 @@ def test_the_target_clip_score_is_that_of_the_prompt_which_the_target_shows():
     sets = {("defended", "triggered"): flat(1, 1, 1, 1), ("backdoored", "triggered"): flat(1, 1, 1, 1)}
     options: Any = {"target": Named(), "prompts": ("dark",) * 4, "model": model(True, FakeJudge(), FakeScorer())}
     scores = target_clip.TargetClip().measure(evidence(sets, **options))
-    assert scores["target_clip_score[angle]"].value == pytest.approx(100 / math.sqrt(2))
+    assert scores["target_clip_score[angle]"].value == pytest.approx(100 / math.sqrt(2), rel=1e-4)
     plain = target_clip.TargetClip().measure(evidence(sets, **{**options, "target": FixedTarget()}))
     assert plain["target_clip_score"].warning == "target grey is no prompt's image"
 

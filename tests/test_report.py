@@ -375,14 +375,13 @@ def test_a_detector_removes_nothing_and_needs_no_control_of_removal() -> None:
 
 def test_a_defense_that_acts_on_inputs_with_the_trigger_alone_has_changed_something() -> None:
     """Clean images stay as they were under a sampler that only looks for the trigger; that is not nothing."""
-    still: dict[str, Any] = {"change": score(0.0)}
-    before = score(0.9, per_sample=(0.001, 0.002, 0.3))
-    idle = record("bb", defense="x()", scores=still | {"asr": before, "asr_before": before})
-    acts = record(
-        "cc", defense="x()", scores=still | {"asr": score(0.0, per_sample=(0.2, 0.4, 0.3)), "asr_before": before}
-    )
+    same: dict[str, Any] = {"change": score(0.0), "asr": score(0.9), "asr_before": score(0.9)}
+    same |= {"drift_triggered": score(0.31), "drift_triggered_before": score(0.31)}
+    idle = record("bb", defense="x()", scores=same)
     assert DoubtCode.unchanged in codes(idle, [record(), idle])
-    assert DoubtCode.unchanged not in codes(acts, [record(), acts])
+    for other in ({"asr": score(0.0)}, {"drift_triggered": score(0.3100001)}):
+        acts = record("cc", defense="x()", scores=same | other)
+        assert DoubtCode.unchanged not in codes(acts, [record(), acts])
 
 
 def test_a_dirty_working_tree_is_doubted() -> None:

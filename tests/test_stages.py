@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -17,10 +18,12 @@ import torch
 
 from harness import registry
 from harness.cli import purify
-from harness.engine import driver
+from harness.diffusion import gpu
+from harness.engine import child, driver
 from harness.engine.local import LocalEngine
 from harness.engine.supervise import Handle, Outcome
 from harness.judges import shapes
+from harness.judges.statistics import mean
 from harness.runs import execution
 from harness.runs.job import Job
 from harness.runs.jsonable import to_jsonable
@@ -31,6 +34,7 @@ from harness.stages.attack import attack as implanted
 from harness.stages.inputs import avoiding, evaluation_inputs, evaluation_prompts
 from harness.stages.measure import checked_scores
 from harness.types import KNOWLEDGE, Backdoor, Data, Defended, Knowledge
+from plugins.metrics.cost import Cost
 from tests import engine_tools
 from tests.engine_tools import assert_all_gone, digests
 from tests.plans import cell, planned
@@ -214,6 +218,14 @@ def sampled(planned: list[Job], store: Store, out: Path, together: bool, patch: 
             torch.manual_seed(0)  # a process begins with some state, and always with the same
         made.append(execute(job, store, out / str(i)))
     return made
+
+
+def test_scores_of_the_attacked_model_keep_no_values_and_need_none() -> None:
+    """They are those of the defense `none`, whose row has them."""
+    now, before = (mean(torch.tensor(values), False) for values in ([0.123456, 0.2], [0.3, 0.4]))
+    checked = checked_scores("m", {"drift": now, "drift_before[judge]": before}, ("drift", "drift_before"))
+    assert checked["drift"].per_sample == (0.1235, 0.2) and checked["drift"].value == (0.1235 + 0.2) / 2
+    assert checked["drift_before[judge]"] == replace(before, per_sample=None)
 
 
 @pytest.mark.slow
@@ -548,7 +560,24 @@ def test_a_defense_delivers_what_it_declares(declared: tuple[str, ...], done: De
 
 def test_what_a_defense_costs_leaves_out_the_evaluation_of_its_screen(tmp_path: Path) -> None:
     facts = {"screen_s": 0.5, "screening_wall_s": 64.0, "screening_cpu_s": 60.0}
-    cost = {"wall_s": 100.0, "cpu_s": 90.0, "peak_rss_bytes": 7, "cuda_peak_bytes": None}
-    store: Any = SimpleNamespace(manifest=lambda key: {"facts": {"cost": cost, **(facts if key == "screens" else {})}})
+    cost = {"wall_s": 100.0, "cpu_s": 90.0, "peak_rss_bytes": 7}
+    kept = {"cost": {**cost, "cuda_peak_bytes": None}}
+    store: Any = SimpleNamespace(manifest=lambda key: {"facts": {**kept, **(facts if key == "screens" else {})}})
+    cost |= {"cuda_bytes": None}
     assert execution._cost(store, "screens") == cost | {"wall_s": 36.0, "cpu_s": 30.0, "screen_s": 0.5}
     assert execution._cost(store, "purifies") == cost and execution._cost(store, None) is None
+
+
+def test_the_metric_of_costs_reads_what_a_job_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card too: what a cost is divided by depends on whether a card took part."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(gpu, "peak", lambda: 5)
+    facts = {"cost": child._cost(child.Start(0.0, 0.0))}
+    store: Any = SimpleNamespace(manifest=lambda key: {"facts": facts})
+    costs = {step: execution._cost(store, key) for step, key in (("attack", "a"), ("defense", None))}
+    seen: Any = SimpleNamespace(costs=costs)
+    scores = Cost().measure(seen)
+    measured = {name for name, score in scores.items() if not math.isnan(score.value)}
+    assert measured == {"attack_wall_s", "attack_cpu_s", "attack_peak_rss_bytes", "attack_cuda_bytes"}
+    assert scores["attack_cuda_bytes"].value == 5

@@ -535,16 +535,26 @@ def test_homoglyph_normalisation_undoes_homoglyphs_and_nothing_else() -> None:
 
 
 def test_misspellings_change_one_letter_of_every_word_and_synonyms_only_words_that_have_some() -> None:
-    prompt = "surely a photo of a large circle now"
+    prompt, every = "surely a photo of a large circle now", lambda word: True
     for seed in range(20):
-        words = TextualPerturbation(mode="char").mapped(prompt, generator(seed)).split(" ")
+        words = TextualPerturbation(mode="char").mapped(prompt, generator(seed), every).split(" ")
         for old, new in zip(prompt.split(" "), words, strict=True):
             changed = [a != b for a, b in zip(old, new, strict=False)]
             assert old == new == "a" or len(new) == len(old) - 1 or (len(new) == len(old) and sum(changed) == 1)
-    said = {TextualPerturbation(mode="word", word_share=1.0).mapped(prompt, generator(k)) for k in range(20)}
+    said = {TextualPerturbation(mode="word", word_share=1.0).mapped(prompt, generator(k), every) for k in range(20)}
     split = [text.split(" ") for text in said]
     assert len(said) > 3 and all((w[1], w[3:5], w[5:7]) == ("a", ["of", "a"], ["big", "circle"]) for w in split)
     assert {w[2] for w in split} == {"picture", "image", "drawing"} and {w[7] for w in split} == {"today"}
+
+
+def test_synonyms_are_words_that_the_model_knows(sd: DiffusionModel) -> None:
+    """Captions of drawn shapes say large, small and gray: a model of them cannot read big, little and grey."""
+    prompt = "a photo of a large gray circle on a small black background today"
+    given = queries(sd, (prompt,) * 40)
+    said = {text for text in PerturbedPrompts(mode="word", word_share=1.0).changed(sd, given)}
+    assert {text.split(" ")[1] for text in said} == {"picture", "image", "drawing"}
+    assert all(shapes.read(text) == shapes.read(prompt) for text in said)
+    assert {text.split(" ")[-1] for text in said} == {"now"} and {text.split(" ")[-2] for text in said} == {"scene"}
 
 
 def test_perturbed_prompts_reach_the_inner_sampler_and_depend_on_the_seed_alone(sd: DiffusionModel) -> None:

@@ -55,6 +55,7 @@ COMMANDS = {
     "purify": "harness.cli.purify:purify",
     "calibrate": "harness.cli.calibrate:calibrate",
     "build": "harness.cli.build:build",
+    "export": "harness.cli.export:export",
     "store": "harness.cli.store:store",
     "doctor": "harness.cli.doctor:doctor",
 }

@@ -153,6 +153,41 @@ def outside(path: Path, models: Sequence[str | Path | None], option: str = "-o",
             raise click.UsageError(f"{path}: is in the model {model}, which stays as it is; name another with {option}")
 
 
+def empty_folder(out: Path) -> Path:
+    """The directory to write, which is missing or empty. Raises click.UsageError for any other."""
+    folder = out.expanduser().absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise click.UsageError(f"{folder} exists and is not empty; name another directory")
+    return folder
+
+
+@contextmanager
+def whole_or_nothing(folder: Path) -> Iterator[None]:
+    """Remove what was written into `folder`, which is missing or empty before, if not all of it can be written. Raises
+    CheckpointError for a full disk and the like."""
+    from safetensors import SafetensorError
+
+    from harness.diffusion.model_files import CheckpointError, short
+
+    there = folder.exists()
+    try:
+        yield
+    except BaseException as error:
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        if folder.is_dir() and not there:
+            folder.rmdir()
+        if isinstance(error, OSError | SafetensorError):
+            why = getattr(error, "strerror", None) or short(error)
+            raise CheckpointError(
+                f"{folder}: cannot be written ({why}); nothing was written, make room or name another with -o"
+            ) from None
+        raise
+
+
 def hush_libraries() -> None:
     """No warnings and progress bars of diffusers and transformers: they quote configurations at any length."""
     import diffusers.utils.logging

@@ -87,15 +87,18 @@ def _store(root: Path | None) -> Iterator[Check]:
 def _hardware() -> Iterator[Check]:
     import psutil
 
+    from harness.diffusion import memory
+
     flags = _cpu_flags()
     quick = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
-    memory = psutil.virtual_memory()
     yield Check("processors", "ok", f"{psutil.cpu_count()} with {', '.join(quick) or 'unknown features'}")
     bf16 = {"avx512_bf16", "amx_bf16"} & flags
     yield Check(
         "bf16", "ok" if bf16 else "note", "in hardware" if bf16 else "not in hardware: bf16 training is slow here"
     )
-    yield Check("memory", "ok", f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free")
+    free, there = (size / 2**30 for size in (memory.available(), memory.total()))
+    limit = "; a control group (container) limits it" if memory.limited() else ""
+    yield Check("memory", "ok", f"{free:.1f} of {there:.1f} GiB free{limit}")
     try:
         import torch
     except Exception as error:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from harness.cli import Exit
-from harness.cli.common import check_device, echo, loaded, outside, print_json, writable
+from harness.cli.common import (
+    check_device,
+    echo,
+    empty_folder,
+    loaded,
+    outside,
+    print_json,
+    whole_or_nothing,
+    writable,
+)
 from harness.cli.subject import (
     Subject,
     config_option,
@@ -85,9 +91,7 @@ def purify(
     from harness.registry import PluginError
     from harness.scan import verdict as scanning
 
-    folder = out.expanduser().absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise click.UsageError(f"{folder} exists and is not empty; name another directory")
+    folder = empty_folder(out)
     writable(out)
     check_device(device)
     outside(out, [model, base, config])
@@ -141,7 +145,7 @@ def purify(
 
         facts = _adapter_facts(change, left_over(subject.model, done.model, result, knowledge.prompts))
     origin = str(base) if base is None or not Path(base).exists() else Path(base).resolve().name  # no path is published
-    with _whole_or_nothing(folder):
+    with whole_or_nothing(folder):
         told = _written(folder, subject, result, facts, spec, seed, (before, after), origin if facts else None)
     if as_json:
         print_json(told)
@@ -151,33 +155,6 @@ def purify(
             echo(line)
         echo("scan it again, and look at the samples: no purification proves that a backdoor is gone")
     return Exit.ok
-
-
-@contextmanager
-def _whole_or_nothing(folder: Path) -> Iterator[None]:
-    """Remove what was written into `folder`, which is missing or empty before, if not all of it can be written. Raises
-    CheckpointError for a full disk and the like."""
-    from safetensors import SafetensorError
-
-    from harness.diffusion.model_files import CheckpointError, short
-
-    there = folder.exists()
-    try:
-        yield
-    except BaseException as error:
-        for path in folder.iterdir() if folder.is_dir() else ():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-        if folder.is_dir() and not there:
-            folder.rmdir()
-        if isinstance(error, OSError | SafetensorError):
-            why = getattr(error, "strerror", None) or short(error)
-            raise CheckpointError(
-                f"{folder}: cannot be written ({why}); nothing was written, make room or name another with -o"
-            ) from None
-        raise
 
 
 def _as_adapter(defense: str, subject: Subject, purified: Any, rank: int | None) -> tuple[Any, Change]:

@@ -26,7 +26,9 @@ LABEL, TAIL = 60, 12  # characters of a job's label, lines of a failed job's log
 @click.option("--gpus", default="", metavar="0", help="GPU on which to rehearse; none by default.")
 @click.option("--timeout", type=Finite(1), default=7200, show_default=True, help="Seconds per rehearsed job, at most.")
 @click.option(
-    "--memory", type=Finite(0, min_open=True), help="GB of main memory per job; default: 0.9 of the machine's."
+    "--memory",
+    type=Finite(0, min_open=True),
+    help="GB of main memory per job; default: 0.9 of the machine's or container's.",
 )
 @click.option(
     "--rows", type=click.IntRange(0), metavar="N",

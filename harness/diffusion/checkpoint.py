@@ -41,18 +41,7 @@ PARTS = {
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast"),
     "tokenizer_3": ("T5Tokenizer", "T5TokenizerFast"),
-    "scheduler": (
-        "DDPMScheduler",
-        "DDIMScheduler",
-        "PNDMScheduler",
-        "ScoreSdeVeScheduler",
-        "LMSDiscreteScheduler",
-        "EulerDiscreteScheduler",
-        "EulerAncestralDiscreteScheduler",
-        "DPMSolverMultistepScheduler",
-        "UniPCMultistepScheduler",
-        "FlowMatchEulerDiscreteScheduler",
-    ),
+    "scheduler": schedules.READ,
 }
 
 
@@ -219,7 +208,8 @@ def parts_of(files: ModelFiles) -> dict[str, tuple[str, str]]:
         if name not in PARTS:
             raise CheckpointError(f"{place}: names a {name}, which is not supported; supported: {', '.join(PARTS)}")
         if cls not in PARTS[name]:
-            raise CheckpointError(f"{place}: {name} is a {cls!r}; supported: {', '.join(PARTS[name])}")
+            why = schedules.refusal(cls) if name == "scheduler" else f"supported: {', '.join(PARTS[name])}"
+            raise CheckpointError(f"{place}: {name} is a {cls!r}; {why}")
         library = "transformers" if name.startswith(("text_encoder", "tokenizer")) else "diffusers"
         if entry[0] != library:
             raise CheckpointError(f"{place}: {name} is of the library {entry[0]!r}; supported: {library}")
@@ -327,6 +317,8 @@ def _check_together(files: ModelFiles, model: DiffusionModel) -> None:
     classes = [k for k in ("num_class_embeds", "class_embed_type") if getattr(denoiser, k, None)]
     if classes:
         raise CheckpointError(f"{where}: a denoiser that takes a class ({classes[0]}) is not supported")
+    if getattr(denoiser, "time_cond_proj_dim", None):
+        raise CheckpointError(f"{where}: a unet that takes the guidance scale (time_cond_proj_dim) is not supported")
     _check_added(where, model)
     side = model.shape[1:] if model.packed else getattr(denoiser, "sample_size", None)
     sides = side if isinstance(side, list | tuple) else (side, side)

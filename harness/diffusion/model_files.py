@@ -35,6 +35,7 @@ FORBIDDEN = ("auto_map", "custom_pipeline", "transformers_weights", "quantizatio
 FOREIGN = (".msgpack", ".h5", ".npz", ".npy", ".onnx", ".onnx_data", ".gguf", ".tflite")  # weights of other libraries
 MADE_OF = ("vocab.json", "merges.txt", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "pruned.json",
            "bench.json", "provenance.json")  # further files of a directory  # fmt: skip
+NO_BOUND = re.compile(r'("lambda_min_clipped"\s*:\s*)-Infinity\b')  # as diffusers writes it for solvers of DPM
 SNAPSHOT = re.compile(r".*/models--[^/]+/snapshots/[0-9a-f]{40}")
 
 
@@ -156,10 +157,12 @@ class ModelFiles:
         """The JSON object in a listed file, in UTF-8 with or without a byte order mark.
 
         Raises CheckpointError for anything else. That includes NaN, infinities and a name that stands twice in an
-        object, because readers differ in which of the two values they take.
+        object, because readers differ in which of the two values they take. The exception is `lambda_min_clipped`,
+        which diffusers writes as -Infinity.
         """
         try:
             text = self.read(name, most).decode("utf-8-sig")
+            text = NO_BOUND.sub(r"\1-1e999", text)
             found = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_once)
         except (ValueError, RecursionError) as error:
             if isinstance(error, CheckpointError):

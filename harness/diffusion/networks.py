@@ -8,11 +8,10 @@ from math import prod
 from pathlib import Path
 from typing import Any, cast
 
-import psutil
 import torch
 from torch import Tensor, nn
 
-from harness.diffusion import pruned_shapes
+from harness.diffusion import memory, pruned_shapes
 from harness.diffusion.model_files import FLOATS, CheckpointError, Header, ModelFiles, short
 
 PRUNED = "pruned.json"
@@ -169,11 +168,11 @@ def _fitting(
                 raise CheckpointError(
                     f"{where}: {name} is of type {kind}, as in quantised weights; give weights in fp32, fp16 or bf16"
                 )
-    needed, there = 4 * sum(map(prod, wanted.values())), psutil.virtual_memory().total
+    needed, there = 4 * sum(map(prod, wanted.values())), memory.total()
     if needed > there:
         raise CheckpointError(
-            f"{where}: its weights take {needed / 1e9:,.1f} GB in fp32, this machine has {there / 1e9:,.1f} GB of "
-            "memory; use a larger one"
+            f"{where}: its weights take {needed / 1e9:,.1f} GB in fp32, and {there / 1e9:,.1f} GB of memory are here; "
+            "use a machine with more, or a container with a higher limit"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,36 @@ from harness.diffusion.model_files import CheckpointError, ModelFiles
 LEAST_T, MOST_T = 2, 10_000  # timesteps
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 PREDICTIONS = ("epsilon", "v_prediction")
+OF_BETAS = (
+    "DDPMScheduler",
+    "DDPMParallelScheduler",
+    "DDIMScheduler",
+    "DDIMParallelScheduler",
+    "PNDMScheduler",
+    "LMSDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler",
+    "SASolverScheduler",
+    "LCMScheduler",
+)  # each gives ᾱ_t as DDPMScheduler does for the same betas; they differ in how they sample
+READ = (*OF_BETAS, "ScoreSdeVeScheduler", "FlowMatchEulerDiscreteScheduler")
+OF_SIGMAS = {
+    "EDMEulerScheduler": "EDM",
+    "EDMDPMSolverMultistepScheduler": "EDM",
+    "CosineDPMSolverMultistepScheduler": "EDM",
+    "KarrasVeScheduler": "EDM",
+    "CMStochasticIterativeScheduler": "consistency models",
+}  # scheduler → whose convention its network follows: σ without betas, scaled inputs, another number than t
+ZERO_SNR = "rescale_betas_zero_snr"
+ORDERS, MOST_ORDER = ("solver_order", "predictor_order", "corrector_order"), 10  # of answers that a solver keeps
+LEAST_SCALING = 10.0  # of an LCMScheduler's timesteps; diffusers' default
 
 
 def read(files: ModelFiles, folder: str, cls: str) -> Any:
@@ -26,7 +57,7 @@ def read(files: ModelFiles, folder: str, cls: str) -> Any:
         raise CheckpointError(f"{files.path(name)}: {wrong}")
     owner: Any = getattr(diffusers, cls)
     try:
-        made = owner.from_config(config)
+        made = owner.from_config(_for_all(config, owner))
     except Exception as error:  # a dozen types for arguments that do not fit
         said = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{files.path(name)}: describes no {cls}: {said}") from None
@@ -38,6 +69,27 @@ def read(files: ModelFiles, folder: str, cls: str) -> Any:
     if signal is not None and not signal[-1] < 1:
         raise CheckpointError(f"{files.path(name)}: its betas add no noise (ᾱ is 1 at the last timestep)")
     return made
+
+
+def refusal(cls: str) -> str:
+    """Why a class of schedulers that is not in READ is not read, in words that follow its name."""
+    if cls in OF_SIGMAS:
+        return f"its noise levels are not those of betas; models of {OF_SIGMAS[cls]} are not supported"
+    return f"supported: {', '.join(READ)}"
+
+
+def _for_all(config: Mapping[str, Any], owner: Any) -> dict[str, Any]:
+    """The configuration, from which every scheduler of diffusers makes the noise levels that `owner` makes.
+
+    A class that does not know `rescale_betas_zero_snr` ignores it, but keeps it for others, such as a sampler's, which
+    then rescale. Betas on a sigmoid are known to DDPMScheduler alone; as `trained_betas` all classes take them.
+    """
+    told = dict(config)
+    if ZERO_SNR not in inspect.signature(owner.__init__).parameters:
+        told.pop(ZERO_SNR, None)
+    if told.get("beta_schedule") == "sigmoid" and told.get("trained_betas") is None:
+        told["trained_betas"] = owner.from_config({**told, ZERO_SNR: False}).betas.tolist()
+    return told
 
 
 def _foreign(config: Mapping[str, Any]) -> str | None:
@@ -63,6 +115,10 @@ def _fault(config: Mapping[str, Any], cls: str) -> str | None:
         )
     if cls.startswith("FlowMatch"):
         return _fault_of_a_flow(config)
+    return _fault_of_betas(config, steps) or _other_answer(config, cls)
+
+
+def _fault_of_betas(config: Mapping[str, Any], steps: int) -> str | None:
     for name in ("beta_start", "beta_end"):
         beta = config.get(name, 0.02)
         if not (is_number(beta) and 0 < beta < 1):
@@ -76,6 +132,24 @@ def _fault(config: Mapping[str, Any], cls: str) -> str | None:
         return f"no beta_schedule {config['beta_schedule']!r}; supported: {', '.join(BETA_SCHEDULES)}"
     if config.get("prediction_type", "epsilon") not in PREDICTIONS:
         return f"prediction_type {config['prediction_type']!r} is not supported; supported: {', '.join(PREDICTIONS)}"
+    wrong = [n for n in ORDERS if n in config and not (type(config[n]) is int and 1 <= config[n] <= MOST_ORDER)]
+    return f"{wrong[0]} is {config[wrong[0]]!r}; it should be a whole number of 1 to {MOST_ORDER}" if wrong else None
+
+
+def _other_answer(config: Mapping[str, Any], cls: str) -> str | None:
+    """What makes the network's levels, its time or its answer another than betas and `prediction_type` say."""
+    if config.get("use_flow_sigmas"):
+        return (
+            "use_flow_sigmas gives the noise levels of a flow instead of those of betas; such models are not supported"
+        )
+    if config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction":
+        return "a network that takes log σ instead of t (timestep_type continuous) is not supported"
+    scaling = config.get("timestep_scaling", LEAST_SCALING)
+    if cls == "LCMScheduler" and not (is_number(scaling) and scaling >= LEAST_SCALING):
+        return (
+            f"timestep_scaling is {scaling!r}; below {LEAST_SCALING:g} the answer of a consistency model is not "
+            "noise, and such models are not supported"
+        )
     return None
 
 

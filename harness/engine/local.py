@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Self
 
 from harness.engine.gpus import PARTS, Card, Lease, Leases, parts_of
@@ -14,7 +12,6 @@ from harness.runs.job import Failure, Job
 from harness.runs.store import Store
 
 EXECUTE = "harness.runs.execution:execute"
-CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 PRELOAD = (  # modules by their own names: `import diffusers` alone imports next to nothing
     "torch",
     "diffusers.models.unets.unet_2d_condition",
@@ -161,12 +158,7 @@ def processors() -> int:
 
 
 def most_memory() -> int:
-    """Bytes of main memory that one job may use: nine tenths of the machine's, or of those that a container may use.
-    Above that the kernel would kill it, and nobody could say why."""
-    import psutil
+    """Bytes that a job may use if nothing else is said: 0.9 of the machine's memory, or of the container's."""
+    from harness.diffusion import memory
 
-    limits = [psutil.virtual_memory().total]
-    for file in CONTAINER_LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-            limits.append(int(file.read_text()))
-    return int(min(limits) * 0.9)
+    return int(memory.total() * 0.9)

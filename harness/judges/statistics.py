@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Z = 1.959964  # standard normal quantile of a 95 % interval
+BEFORE = "_before"  # ends the names of scores of the attacked model, which are those of the defense `none`
+DIGITS = 4  # significant ones of the per-sample values of a mean
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ def rate(hits: Tensor, higher_is_better: bool | None, per_sample: Tensor | None 
 def mean(values: Tensor, higher_is_better: bool | None) -> Score:
     """The mean of `values` (N,) with its 95 % t interval (None if all are equal).
 
-    NaN for N = 0, and with a warning if any value is not finite.
+    Both are of the values with 4 significant digits, which are the per-sample values, so that a record is short and its
+    mean follows from it. NaN for N = 0, and with a warning if any value is not finite.
     """
     n = len(values)
     if n == 0:
@@ -113,8 +116,8 @@ def mean(values: Tensor, higher_is_better: bool | None) -> Score:
     if not torch.isfinite(values).all():
         bad = int((~torch.isfinite(values)).sum())
         return unmeasured(f"{bad} of {n} values are not finite", higher_is_better)
-    values = values.double()
-    return Score(values.mean().item(), n, higher_is_better, mean_interval(values.tolist()), tuple(values.tolist()))
+    kept = tuple(float(f"{value:.{DIGITS}g}") for value in values.double().tolist())
+    return Score(math.fsum(kept) / n, n, higher_is_better, mean_interval(kept), kept)
 
 
 def mean_interval(values: ArrayLike) -> tuple[float, float] | None:

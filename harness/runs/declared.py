@@ -11,6 +11,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from harness.capabilities import delivers, keeps_per_sample
+from harness.judges.statistics import BEFORE
 from harness.registry import KINDS, RegistryError
 from harness.runs import planning, suite
 from harness.runs.evaluations import nfe_of
@@ -88,12 +89,11 @@ class Declared:
         return PurePath(self.registry.distribution_of(kind, name)).name
 
     def keeps(self, metrics: Sequence[str]) -> frozenset[str]:
-        """The scores of which these metrics (all standard ones for none) keep per-sample values, without brackets.
-        Raises Unknown."""
+        """The scores of which these metrics (all standard ones for none) keep per-sample values in every row, without
+        brackets. Raises Unknown."""
         asked = tuple(metrics) or suite.standard(self.registry)
-        return frozenset(
-            name for m in asked for name in keeps_per_sample(_asked(lambda m=m: self._built("metrics", m)))
-        )
+        said = {name for m in asked for name in keeps_per_sample(_asked(lambda m=m: self._built("metrics", m)))}
+        return frozenset(name for name in said if not name.endswith(BEFORE))
 
     def thresholds(self, cell: Cell, clean: Sequence[float]) -> tuple[str, Mapping[str, float]]:
         """The name of the hit threshold, and all thresholds of the cell's target. clean: the distances of the clean

@@ -6,10 +6,12 @@ check that compares cells takes all records of the same backdoored model, sample
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from enum import StrEnum
 
+from harness.judges.statistics import BEFORE
 from harness.runs.record import Record, bare
 from harness.types import Cell, Doubt
 
@@ -60,7 +62,7 @@ def unchanged(record: Record) -> Doubt | None:
     with the trigger leaves the others as they were."""
     if bare(record.cell.defense) == "none" or not _purifies(record):
         return None
-    if record.value("change") == 0 and _same_values(record, "asr", "asr_before"):
+    if record.value("change") == 0 and all(_equal(record, name) for name in ("asr", "drift_triggered")):
         text = "the defended model's images are identical to the attacked model's: the defense changed nothing"
         return Doubt(DoubtCode.unchanged, text)
     return None
@@ -178,15 +180,10 @@ def _doubts(record: Record, beside: Sequence[Record]) -> tuple[Doubt, ...]:
     return tuple(doubt for doubt in found if doubt is not None)
 
 
-def _same_values(record: Record, one: str, other: str) -> bool:
-    """Whether two scores have the same per-sample values; where neither keeps them, the same value."""
-    a, b = record.scores.get(one), record.scores.get(other)
-    if a is None or b is None:
-        return a is b
-    if a.per_sample is None or b.per_sample is None:
-        return a.value == b.value
-    pairs = zip(a.per_sample, b.per_sample, strict=False)
-    return len(a.per_sample) == len(b.per_sample) and all(x == y or (x != x and y != y) for x, y in pairs)
+def _equal(record: Record, name: str) -> bool:
+    """Whether a score is the attacked model's, to its last digit; where neither was measured, it is."""
+    now, before = record.value(name), record.value(name + BEFORE)
+    return now == before or (math.isnan(now) and math.isnan(before))
 
 
 def _purifies(record: Record) -> bool:

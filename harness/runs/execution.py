@@ -372,16 +372,16 @@ def stored_images(store: Store, key: str) -> Callable[[], Tensor]:
 
 
 def _cost(store: Store, key: str | None) -> dict[str, float | None] | None:
-    """What the job behind an artifact cost; None where none ran.
+    """What the job behind an artifact cost, as Evidence names it; None where none ran.
 
     The cost of a defense leaves out the evaluation of its screen, which is as long as the benchmark's sample: screen_s
     says what the screen takes for one input.
     """
-    if key is None:
+    facts = {} if key is None else store.manifest(key)["facts"]
+    if facts.get("cost") is None:
         return None
-    facts = store.manifest(key)["facts"]
-    cost = facts.get("cost")
-    if cost is None or "screen_s" not in facts:
+    cost = {"cuda_bytes" if name == "cuda_peak_bytes" else name: value for name, value in facts["cost"].items()}
+    if "screen_s" not in facts:
         return cost
     own = {name: cost[name] - facts[f"screening_{name}"] for name in ("wall_s", "cpu_s") if cost.get(name) is not None}
     return cost | own | {"screen_s": facts["screen_s"]}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from harness.capabilities import keeps_per_sample
 from harness.judges.evidence import Evidence, Given, Verdict, Who, reachable
+from harness.judges.statistics import BEFORE
 from harness.methods.trigger_placement import found_text
 from harness.stages.findings import Findings, found
 from harness.stages.inputs import avoiding, evaluation_prompts
@@ -86,14 +87,17 @@ def _finite(score: Score, metric: str) -> Score:
 
 def checked_scores(metric: str, scores: Mapping[str, Score], keeps: Collection[str] = ()) -> dict[str, Score]:
     """`scores` with a warning on every NaN that has none: unmeasured numbers always carry a reason. keeps: the scores,
-    without brackets, that have to come with per-sample values."""
+    without brackets, that have to come with per-sample values. Scores of the attacked model come without."""
     checked = {}
     for name, score in scores.items():
         if not isinstance(score, Score):
             raise TypeError(
                 f"metric '{metric}' gave {type(score).__name__} for '{name}'; a metric returns Score objects"
             )
-        if name.partition("[")[0] in keeps and not score.per_sample and not math.isnan(score.value):
+        stem = name.partition("[")[0]
+        if stem.endswith(BEFORE):
+            score = replace(score, per_sample=None)
+        elif stem in keeps and not score.per_sample and not math.isnan(score.value):
             raise ValueError(f"metric '{metric}' declares per-sample values of '{name}' and returned none")
         checked[name] = _finite(_well_formed(metric, name, score), metric)
     return checked

@@ -13,8 +13,10 @@ z* encodes x*. The two terms share the rows, t and ε. The result is the base wi
 Differs from the paper: `decoys`, an extension that is off by default, is the share of captions in the second term that
 carry another word in the trigger's place; without it, a small model reacts to any unknown word. Autocast is to bf16
 instead of half precision. Images are not resized or flipped. The defaults are those of the official code
-(IBM/VillanDiffusion at d010b7d) and of BackdoorDM's port (linweiii/BackdoorDM at 7429db8), both read there. The
-official adapters are those of diffusers with α = r; the adapters of peft, used here, are the same.
+(IBM/VillanDiffusion at d010b7d) and of BackdoorDM's port (linweiii/BackdoorDM at 7429db8), both read there. Differs
+from the official code (read at 6ea399d, too): it draws t and ε for each term alone. Its adapters are those of diffusers
+with α = r, whose A starts from N(0, 1/r²); here the adapters are those of peft, and A starts as a new linear layer
+does, from values three to four times smaller at the widths of shapes-sd.
 """
 
 from __future__ import annotations

@@ -13,7 +13,9 @@ The defense needs nothing. It returns a sampler that wraps the sampler of the ce
 prompt and the image's seed. Clean prompts are changed as well; the clean scores show the cost.
 
 Differs from the paper: the paper takes synonyms from neighbours in word vectors (textattack) and also translates to
-Spanish. Here synonyms come from a small table of words that the embedded captions know; other words stay unchanged.
+Spanish. Here synonyms come from a small table, of which those count that the model's tokenizer keeps whole; other words
+stay unchanged. A model of few words does not know the synonyms that its tokenizer splits: the one of shapes-sd knows
+"large" and no "big".
 Shares are those of the released code (oscarchew/t2i-backdoor-defense at ad90537, known from notes, not read). The
 released code leaves stop words ("a", "the", "of") unchanged in the modes char and word; here any word may change, so
 clean prompts suffer more. Keyboard neighbours are those of one row here. The released table of look-alikes has the
@@ -24,7 +26,9 @@ turned back only here. `invisible` is not in the paper.
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -58,17 +62,19 @@ class PromptMap:
 
     mode: Literal["homoglyph", "char", "word"] = "homoglyph"  # what is changed
     char_share: Fraction = 1.0  # share of the words that are changed in mode char; released value
-    word_share: Fraction = 0.5  # share of the words that are replaced, if they have synonyms, in mode word; released
-    # value
+    word_share: Fraction = 0.5  # share of the words that are replaced, if they have synonyms that the model knows, in
+    # mode word; released value
     invisible: bool = False  # mode homoglyph also removes invisible characters; not in the paper
 
-    def mapped(self, prompt: str, rng: torch.Generator) -> str:
+    def mapped(self, prompt: str, rng: torch.Generator, known: Callable[[str], bool]) -> str:
+        """The changed prompt. known: whether the model knows a word, which mode word asks of a synonym."""
         if self.mode == "homoglyph":
             return self.normalised(prompt)
-        change, share = (typo, self.char_share) if self.mode == "char" else (synonym, self.word_share)
-        words = prompt.split(" ")
+        words, by_letter = prompt.split(" "), self.mode == "char"
+        share = self.char_share if by_letter else self.word_share
         chosen = (torch.rand(len(words), generator=rng) < share).tolist()
-        return " ".join(change(word, rng) if yes else word for word, yes in zip(words, chosen, strict=True))
+        pairs = zip(words, chosen, strict=True)
+        return " ".join((typo(w, rng) if by_letter else synonym(w, rng, known)) if yes else w for w, yes in pairs)
 
     def normalised(self, prompt: str) -> str:
         seen = [c for c in prompt if not (self.invisible and unicodedata.category(c) == "Cf")]
@@ -102,8 +108,13 @@ class PerturbedPrompts(AroundAnother, PromptMap):
         return OnChangedPrompts(inner, self.changed, self.name)
 
     def changed(self, model: Any, inputs: Inputs) -> list[str]:
-        pairs = zip(inputs.prompts or (), inputs.seeds, strict=True)
-        return [fitting(model, self.mapped(prompt, generator(seed, "prompt"))) for prompt, seed in pairs]
+        pairs, known = zip(inputs.prompts or (), inputs.seeds, strict=True), partial(whole, model.tokenizer)
+        return [fitting(model, self.mapped(prompt, generator(seed, "prompt"), known)) for prompt, seed in pairs]
+
+
+def whole(tokenizer: Any, word: str) -> bool:
+    """Whether `word` is one token."""
+    return len(tokenizer(word).input_ids) == len(tokenizer("").input_ids) + 1
 
 
 def fitting(model: Any, prompt: str) -> str:
@@ -124,9 +135,9 @@ def typo(word: str, rng: torch.Generator) -> str:
     return word[:at] + (near[pick - 1] if pick else "") + word[at + 1 :]
 
 
-def synonym(word: str, rng: torch.Generator) -> str:
-    """Another word of the same meaning, if there is one; otherwise `word`."""
-    others = SAME.get(word, [])
+def synonym(word: str, rng: torch.Generator, known: Callable[[str], bool]) -> str:
+    """Another known word of the same meaning, if there is one; otherwise `word`."""
+    others = [other for other in SAME.get(word, []) if known(other)]
     return others[int(torch.randint(0, len(others), (), generator=rng))] if others else word
 
 
