@@ -54,8 +54,9 @@ UNMEASURED = ("",) * 5  # cells of report.csv
 
 def terminal(records: Iterable[Record], dropped: Iterable[Dropped] = (), width: int = WIDTH) -> str:
     """The leaderboard as text at most `width` columns wide where that is possible; what does not fit is left to
-    report.md."""
+    report.md, and named."""
     parts, cells = [], pooled(list(records), list(dropped))
+    hidden: dict[str, None] = {}
     for table in by_setting(cells):
         columns, notes = _measured(table), Notes()
         body = _render(table, columns, notes, one_line, "simple")
@@ -63,6 +64,7 @@ def terminal(records: Iterable[Record], dropped: Iterable[Dropped] = (), width: 
             first = max(column.leaves for column in columns)
             columns, notes = [column for column in columns if column.leaves != first], Notes()
             body = _render(table, columns, notes, one_line, "simple")
+        hidden |= dict.fromkeys(each.heading for each in _measured(table) if each not in columns)
         states = [f"  {one_line(r.defense)} [{one_line(r.knows)}]: {one_line(r.state)}" for r in table.of("missing")]
         footnotes = [f"  {mark}: {one_line(words)}" for mark, words in notes.legend()]
         remark = [f"  {one_line(table.remark)}"] if table.remark else []
@@ -71,7 +73,8 @@ def terminal(records: Iterable[Record], dropped: Iterable[Dropped] = (), width: 
         parts.append("\n".join([title, "", body, *under]))
     detection = population.sentences(population.populations(cells), one_line)
     parts += ["\n".join(["detection over populations of models", "", *detection])] if detection else []
-    return "\n\n\n".join([*parts, textwrap.fill(LEGEND, width)]) if parts else "no records"
+    legend = LEGEND + (f" Not shown for want of room: {'; '.join(hidden)}. report.md has them." if hidden else "")
+    return "\n\n\n".join([*parts, textwrap.fill(legend, width)]) if parts else "no records"
 
 
 def write(records: Sequence[Record], dropped: Sequence[Dropped], out: Path) -> dict[str, Path]:

@@ -450,6 +450,16 @@ def test_ctrl_c_ends_serving_quietly(
     assert printed.err == "" and printed.out.startswith("http://127.0.0.1:")
 
 
+def test_a_port_that_is_taken_is_one_line_with_the_way_out(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert call(["leaderboard", "serve", str(page), "--port", str(port)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and f"--port {port}: Address already in use; name another, or 0" in printed.err
+
+
 def test_a_file_in_the_way_of_page_or_results_is_named_before_anything_is_written(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

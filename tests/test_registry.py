@@ -188,6 +188,12 @@ def test_what_the_plugin_itself_refuses_is_the_callers_error() -> None:
         make(Plugin, {"steps": 13})
 
 
+def test_where_no_plugin_is_installed_the_error_says_how_to_install_them() -> None:
+    """As by `python -m harness` in a checkout that was never installed."""
+    with pytest.raises(UnknownName, match="no plugin is installed, not even digits-ddpm; pip install"):
+        Registry().build("models", "digits-ddpm")
+
+
 def test_an_unknown_name_gets_a_suggestion_and_the_command_that_lists_the_names(tmp_path: Path) -> None:
     (tmp_path / "x.py").write_text(defense("rinse"))
     found = Registry()

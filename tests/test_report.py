@@ -321,10 +321,13 @@ def test_a_record_key_cannot_leave_the_folder() -> None:
         changed(record(), key="../../etc/x")
 
 
-def test_a_narrow_terminal_keeps_the_essential_columns() -> None:
+def test_a_narrow_terminal_keeps_the_essential_columns_and_names_the_others() -> None:
     text = report.terminal([record()], width=84)
-    assert "ASR" in text and "cost" not in text
+    table, legend = text.rsplit("\n\n\n", 1)
+    assert "ASR" in table and "cost" not in table
+    assert "cost s. report.md has them." in " ".join(legend.split())
     assert max(map(len, text.splitlines())) <= 84
+    assert "report.md" not in report.terminal([record()], width=300)
 
 
 def test_the_tracks_are_apart_and_controls_of_no_attack_come_last() -> None:

@@ -260,7 +260,11 @@ def serve(folder: Path | None, root: Path | None, port: int) -> None:
 def _serve(folder: Path, port: int) -> None:
     from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
-    with ThreadingHTTPServer(("127.0.0.1", port), partial(SimpleHTTPRequestHandler, directory=str(folder))) as server:
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", port), partial(SimpleHTTPRequestHandler, directory=str(folder)))
+    except OSError as error:
+        raise click.UsageError(f"--port {port}: {error.strerror}; name another, or 0 for any free one") from None
+    with server:
         echo(f"http://127.0.0.1:{server.server_address[1]}/index.html (Ctrl-C ends)")
         with suppress(KeyboardInterrupt):
             server.serve_forever()

@@ -63,6 +63,8 @@ class Registry:
     def find(self, kind: str, name: str) -> Any:
         """The class of that name. Raises UnknownName with the nearest known name and the command that lists all."""
         known = self.classes(kind)
+        if name not in known and not any(self._classes.values()) and not self.warnings:
+            raise UnknownName(f"no plugin is installed, not even {name}; pip install the package, or -e its checkout")
         if name not in known:
             named = [preset for of, preset in presets.shipped() if of == kind_of(kind)]
             raise unknown_name(kind_of(kind), name, [*known, *named], len(self.warnings))
