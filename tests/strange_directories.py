@@ -929,6 +929,7 @@ CASES: dict[str, Case] = {
     # other networks
     "classes": Case("noise", rebuilt(num_class_embeds=4), REFUSED, "takes a class"),
     "classes by a kind": Case("noise", rebuilt(class_embed_type="timestep"), REFUSED, "takes a class"),
+    "the guidance scale as an input": Case("text", rebuilt(time_cond_proj_dim=8), REFUSED, "time_cond_proj_dim"),
     "two channels": Case("noise", rebuilt(in_channels=2, out_channels=2), JUDGED, ""),
     "four channels": Case("noise", rebuilt(in_channels=4, out_channels=4), JUDGED, ""),
     "not square": Case("noise", edited(UNET, sample_size=[8, 16]), JUDGED, ""),

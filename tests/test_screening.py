@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
 
+from harness.diffusion import events
 from harness.diffusion.model import DiffusionModel
 from harness.diffusion.seeds import generator, image_noise, image_seeds
 from harness.judges import statistics
 from harness.judges.evidence import Verdict
 from harness.methods import inversion, prompt_screening
-from harness.types import Inputs, Knowledge
+from harness.runs.shortened import Clock
+from harness.types import Defended, Inputs, Knowledge
 from leaderboard import recompute
 from plugins.defenses import bias_scan, disdet, terd
 from plugins.defenses.bias_scan import BiasScan
@@ -198,6 +200,56 @@ def test_biases_that_are_measured_together_have_the_ratios_that_each_has_alone()
             assert scan.measured(model, eps, mus[k], gammas[k]) == pytest.approx(expected.item(), rel=1e-4)
 
 
+class Counts(nn.Module):
+    """A denoiser that notes how many rows it is given."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.config, self.rows = net, net.config, []
+
+    def forward(self, x_t: Tensor, t: Tensor, **unused: Any) -> Any:
+        self.rows.append(len(x_t))
+        return self.net(x_t, t)
+
+
+def told_by(detector: Any) -> tuple[Defended, list[int]]:
+    """What a detector says of a small random network, and the rows of each of its evaluations."""
+    counts = Counts(tiny_unet().denoiser)
+    return detector.defend(DiffusionModel(counts, scheduler()), Knowledge(), generator(0, "x")), counts.rows
+
+
+@pytest.mark.parametrize("mirrored", [True, False])
+def test_starts_that_descend_together_find_what_each_finds_alone(
+    mirrored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan = BiasScan(starts=2, shifts=1, uniform=True, iterations=2, batch=4, patch=0, mirrored=mirrored)
+    together, few = told_by(scan)
+    monkeypatch.setattr(bias_scan, "PIXELS", 1)
+    alone, many = told_by(scan)
+    assert together.suspicion == pytest.approx(alone.suspicion, rel=1e-4)
+    assert together.features == pytest.approx(alone.features, rel=1e-4)
+    torch.testing.assert_close(together.trigger, alone.trigger, atol=1e-4, rtol=1e-3)
+    assert sum(few) == sum(many) and len(few) == len(many) - (1 + 2) * 2, (
+        "one evaluation for a step of two and of three"
+    )
+
+
+def test_starts_descend_alone_where_one_has_as_many_pixels_as_a_call_may_have() -> None:
+    """64 noises of 16×16 pixels and their mirror images. Each result is measured on 128 noises and theirs."""
+    _, rows = told_by(BiasScan(starts=2, shifts=0, iterations=1, batch=64, patch=0))
+    assert sorted(rows)[:2] == [128, 128] and sum(rows) == 2 * (128 + 2 * 128) + 2 * 128
+
+
+def test_a_shortened_search_measures_two_of_the_starts_that_descend_together() -> None:
+    """Two steps of eight starts, and two results on 128 noises and their mirror images, as the last one is again."""
+    events.shorten(Clock(None, "defend").shorten)
+    try:
+        _, rows = told_by(BiasScan(starts=8, shifts=0, iterations=9, batch=4, patch=0))
+    finally:
+        events.shorten(None)
+    assert rows == [64, 64, 128, 128, 128, 128, 128, 128]
+
+
 class Saturates(TakesOut):
     """A clean denoiser that returns 80 % of any shift, except that it returns r whole, as an ODE backdoor does."""
 
@@ -226,11 +278,11 @@ def test_bias_scan_sees_a_shift_that_the_model_keeps_more_fully_than_its_mirror_
 def test_bias_scan_stops_at_the_first_start_that_is_flagged_if_asked_and_says_what_it_cannot_do() -> None:
     r = 0.8 * Box(size=7, value=1.0).delta((1, 16, 16))
     model = DiffusionModel(TakesOut(r, 0.9), scheduler())
-    seen: list[int] = []
+    seen: list[Tensor] = []  # a pattern of each start
 
     class Counted(BiasScan):
         def descend(self, *args: Any) -> Tensor:
-            seen.append(1)
+            seen.extend(args[1])
             return super().descend(*args)
 
     Counted(starts=0, patch=0, stop=True).defend(model, Knowledge(), generator(0, "x"))
@@ -314,7 +366,7 @@ def test_terd_finds_nothing_where_plain_noise_is_answered_best() -> None:
 def test_terd_estimates_the_scale_of_the_noise_where_it_is_asked_to() -> None:
     """Without the cubic error the answer is exact for γ' = γ, whatever μ."""
     model = exact_at(torch.zeros(1, 8, 8), gamma=0.6, a=0.0)
-    found, _ = TERD(scale=True, scale_lr=0.05, iterations=100).estimated(model, 0, seed=0)
+    ((found, _),) = TERD(scale=True, scale_lr=0.05, iterations=100).estimated(model, range(1), seed=0)
     torch.testing.assert_close(found.gamma, torch.full((1, 8, 8), 0.6), atol=0.02, rtol=0)
 
 
@@ -331,6 +383,21 @@ def test_the_reversed_loss_of_a_linear_denoiser_is_its_error_on_the_difference_o
         ts = torch.full((400,), t)
         value = inversion.reversed_loss(model, torch.zeros(400, 1, 16, 16), ts, zero + 0.3, one, generator(0, "x"))
         assert value.item() == pytest.approx((1 - model.sigma(ts[:1]).item() / 2) ** 2 * 256, rel=0.02)
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": True}, {"starts": 3}, {"refinement": 2, "sampling_steps": 2}])
+def test_terds_starts_that_descend_together_find_what_each_finds_alone(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = TERD(**{"iterations": 4, "batch": 4, "refinement": 0, **options})
+    together, few = told_by(spec)
+    monkeypatch.setattr(terd, "PIXELS", 1)
+    alone, many = told_by(spec)
+    assert sum(few) == sum(many) and len(few) == len(many) - 4, "one evaluation for each step of two starts"
+    assert together.suspicion == pytest.approx(alone.suspicion, rel=1e-4)
+    assert together.features == pytest.approx(alone.features, rel=1e-4)
+    assert together.notes["estimation_loss"] == pytest.approx(alone.notes["estimation_loss"], rel=1e-4)
+    torch.testing.assert_close(together.trigger, alone.trigger, atol=1e-4, rtol=1e-3)
 
 
 def test_terds_refinement_follows_the_gradient_through_the_sampler() -> None:

@@ -7,7 +7,7 @@ the space of the noise (latents in a latent model).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -65,55 +65,62 @@ def descend_reversed(
     momentum: float = 0.0,
     clip: float | None = None,
     phase: str = "estimation",
-) -> tuple[Tensor, Tensor, list[float]]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """SGD with a cosine to 0 on loss(μ, γ) - λ ‖μ‖₁, as in TERD. Returns (μ, γ, the value of every iteration).
 
-    mu, gamma: the start, (C, H, W) each. γ stays at least 0, and constant if scale_lr is 0. penalty: λ. clip: largest
-    norm of the gradient.
+    mu, gamma: the start, (C, H, W) each, or n starts (n, C, H, W) with n losses, which descend beside each other. The
+    values are (iterations,), or (iterations, n). γ stays at least 0, and constant if scale_lr is 0. penalty: λ. clip:
+    largest norm of the gradient, of all starts together.
     """
     mu, gamma = (tensor.detach().clone().requires_grad_(True) for tensor in (mu, gamma))
     learnt = [(mu, lr), (gamma, scale_lr)][: 2 if scale_lr else 1]
     tensors = [tensor for tensor, _ in learnt]
     optimizer = torch.optim.SGD([{"params": [tensor], "lr": rate} for tensor, rate in learnt], momentum=momentum)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
-    losses: list[float] = []
+    values: list[Tensor] = []
     for step in loop(phase, range(iterations)):
-        value = loss(mu, gamma) - penalty * mu.abs().sum()
-        for tensor, gradient in zip(tensors, torch.autograd.grad(value, tensors), strict=True):
+        value = loss(mu, gamma) - penalty * mu.abs().sum((-3, -2, -1))
+        for tensor, gradient in zip(tensors, torch.autograd.grad(value.sum(), tensors), strict=True):
             tensor.grad = gradient
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(tensors, clip)
         optimizer.step()
         schedule.step()
         gamma.data.clamp_(min=0)
-        losses.append(value.item())
-        progress(phase, step + 1, iterations, loss=losses[-1])
-    return mu.detach(), gamma.detach(), losses
+        values.append(value.detach().cpu())
+        progress(phase, step + 1, iterations, loss=values[-1].mean().item())
+    return mu.detach(), gamma.detach(), torch.stack(values)
 
 
 def reversed_loss(
-    model: DiffusionModel, x_0: Tensor, t: Tensor, mu: Tensor, gamma: Tensor, rng: torch.Generator, sign: float = 1.0
-) -> Tensor:
+    model: DiffusionModel, x_0: Tensor, t: Tensor, mu: Tensor, gamma: Tensor, rng: torch.Generator,
+    sign: float | Tensor = 1.0,
+) -> Tensor:  # fmt: skip
     """TERD's L(x_0, t, μ) = ½ ‖(ε₁ - ε_θ(x(ε₁), t)) - (ε₂ - ε_θ(x(ε₂), t))‖² with x(ε) = s_t x_0 + σ_t (γ ε + μ).
 
-    x_0 (B, C, H, W) in the model's space, t (B,), μ and γ (C, H, W). The sum over pixels, the mean over rows. sign: a
-    factor of both noises; -1 gives the mirror image of the loss under the same rng.
+    x_0 (B, C, H, W) in the model's space, t (B,), μ and γ (C, H, W). The sum over pixels, the mean over rows. Of n
+    triggers, μ and γ (n, C, H, W) and x_0 (n, B, C, H, W), it is (n,), on the same t and noises. sign: a factor of both
+    noises, (n, 1, 1, 1, 1) of n triggers; -1 gives the mirror image of the loss under the same rng.
     """
-    first, second = (sign * model.draw_eps(len(x_0), rng) for _ in range(2))
-    x_t = torch.cat([model.add_noise(x_0, gamma * eps + mu, t) for eps in (first, second)])
-    answers = model.eps(x_t, t.repeat(2)).chunk(2)
+    mu, gamma = mu.unsqueeze(-4), gamma.unsqueeze(-4)
+    first, second = (sign * model.draw_eps(len(t), rng) for _ in range(2))
+    x_t = torch.stack([model.add_noise(x_0, gamma * eps + mu, t) for eps in (first, second)])
+    rows = x_t.flatten(0, -4)
+    answers = model.eps(rows, t.repeat(len(rows) // len(t))).view_as(x_t)
     difference = (first - answers[0]) - (second - answers[1])
-    return difference.square().flatten(1).sum(1).mean() / 2
+    return difference.square().flatten(-3).sum(-1).mean(-1) / 2
 
 
 def mirrored_search(
-    model: DiffusionModel, sign: float, batch: int, rng: torch.Generator
+    model: DiffusionModel, signs: Sequence[float], batch: int, rng: torch.Generator
 ) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
-    """TERD's estimation on noise x_0: its start -sign · U[0, 1), (C, H, W), and L(x_0, t, μ) as a function of μ and γ.
+    """TERD's estimation on noise x_0: the starts -sign · U[0, 1), (n, C, H, W), and L(x_0, t, μ) (n,) as a function of
+    μ and γ (n, C, H, W).
 
-    Searches with sign 1 and -1 under the same rng mirror each other, noises included. batch: noises per step.
+    Searches with sign 1 and -1 mirror each other, noises included. batch: noises per step of each.
     """
-    start = -sign * torch.rand(model.shape, generator=rng).to(model.device)
+    sign = torch.tensor(signs, device=model.device).view(-1, 1, 1, 1, 1)
+    start = -sign[:, 0] * torch.rand(model.shape, generator=rng).to(model.device)
 
     def loss(mu: Tensor, gamma: Tensor) -> Tensor:
         x_0 = sign * model.draw_eps(batch, rng)

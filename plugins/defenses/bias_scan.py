@@ -35,7 +35,7 @@ finite.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, ClassVar
@@ -56,6 +56,7 @@ GRIDS = (2, 4, 8)  # numbers of random shades per side from which a shift starts
 WHITE, BLACK = 1, -1  # a start without random shades
 TRIAL = 8  # noises on which each square is tried
 TOGETHER = 8  # squares of one call of the model
+PIXELS = 2**15  # of the inputs of one call with a gradient, at most, where starts descend together
 
 Bias = tuple[Tensor, Tensor]  # μ and γ, (C, H, W) each, or (n, C, H, W) of n biases
 Sizes = Annotated[tuple[Annotated[float, Gt(0), Le(1)], ...], MinLen(1)]
@@ -117,29 +118,30 @@ class BiasScan:
         return FLAG_ABOVE if self.mirrored else FLAG_ABOVE_ALONE
 
     def measured(self, model: Any, eps: Tensor, mu: Tensor, gamma: Tensor) -> Tensor:
-        """What the searches minimise: the ratio, or R alone; of n biases n numbers."""
-        left = remaining(model, eps, mu, gamma)
-        return left / remaining(model, -eps, -mu, gamma) if self.mirrored else left
+        """What the searches minimise: the ratio, or R alone; of n biases n numbers. eps (B, C, H, W), or (n, B, C, H,
+        W) if each bias has noises of its own."""
+        if not self.mirrored:
+            return remaining(model, eps, mu, gamma)
+        eps = eps if eps.dim() > mu.dim() else eps.unsqueeze(0)
+        left, beside = remaining(model, torch.stack([eps, -eps]), torch.stack([mu, -mu]), gamma)
+        return left / beside
 
     def image(self, model: Any, rng: torch.Generator) -> Iterator[Bias]:
         """The results of the starts that bias all pixels, in scale and mean."""
         gamma = torch.full(model.shape, self.gamma, device=model.device)
         bound = 1 - self.gamma
-        for _ in loop("image", range(self.starts)):
-            start = NEAR * torch.randn(model.shape, generator=rng).to(model.device)
-            yield self.descend(model, start, gamma, STEP, lambda mu: mu.clamp(-bound, bound), rng), gamma
+        starts = [(partial(torch.randn, model.shape, generator=rng), STEP)] * self.starts
+        yield from self.search(model, "image", starts, NEAR, gamma, lambda mu, step: mu.clamp(-bound, bound), rng)
 
     def shift(self, model: Any, rng: torch.Generator) -> Iterator[Bias]:
         """The results of the starts that shift the mean alone."""
         gamma = torch.ones(model.shape, device=model.device)
-        for size, side in loop("shift", self.shift_starts):
-            if side in (WHITE, BLACK):
-                start = side * gamma
-            else:
-                coarse = torch.randn(1, model.shape[0], side, side, generator=rng)
-                start = torch.nn.functional.interpolate(coarse, model.shape[1:], mode="bilinear")[0].to(model.device)
-            kept = partial(of_size, size=size)
-            yield self.descend(model, kept(start), gamma, SHIFT_STEP * size, kept, rng), gamma
+        starts = [(partial(shades, model.shape, side, rng), SHIFT_STEP * size) for size, side in self.shift_starts]
+
+        def kept(mu: Tensor, step: Tensor) -> Tensor:
+            return of_size(mu, step / SHIFT_STEP)
+
+        yield from self.search(model, "shift", starts, 1.0, gamma, kept, rng)
 
     @property
     def shift_starts(self) -> list[tuple[float, int]]:
@@ -147,17 +149,44 @@ class BiasScan:
         sides = [GRIDS[i % len(GRIDS)] for i in range(self.shifts)] + [WHITE, BLACK] * self.uniform
         return [(size, side) for size in self.sizes for side in sides]
 
+    def search(
+        self, model: Any, name: str, starts: Sequence[tuple[Callable[[], Tensor], float]], near: float, gamma: Tensor,
+        kept: Callable[[Tensor, Tensor], Tensor], rng: torch.Generator,
+    ) -> Iterator[Bias]:  # fmt: skip
+        """The results of the starts: draws of their patterns, and the lengths of their steps. Of small images several
+        descend together, each with the draws that it would have alone. near: a factor of the patterns."""
+        together = 1 if self.stop else max(1, PIXELS // (2 * self.batch * gamma[0].numel()))
+        for first in loop(name, range(0, len(starts), together)):
+            part, mus, rngs = starts[first : first + together], [], []
+            for draw, _ in part:
+                mus.append(near * draw().to(model.device))
+                rngs.append(rng if len(part) == 1 else self.set_aside(model, rng))
+            step = torch.tensor([length for _, length in part], device=model.device).view(-1, 1, 1, 1)
+            found = self.descend(model, torch.stack(mus), gamma, step, kept, rngs)
+            yield from ((mu, gamma) for mu in loop("found", found.unbind()))
+
+    def set_aside(self, model: Any, rng: torch.Generator) -> torch.Generator:
+        """A generator of the noises of one start, which `rng` then has behind it."""
+        own = torch.Generator()
+        own.set_state(rng.get_state())
+        for _ in range(self.iterations):
+            torch.randn((self.batch, *model.shape), generator=rng)
+        return own
+
     def descend(
-        self, model: Any, mu: Tensor, gamma: Tensor, step: float, kept: Callable[[Tensor], Tensor], rng: torch.Generator
-    ) -> Tensor:
-        """μ after steps along a mean of the directions of the gradient, each projected by `kept`."""
-        velocity = torch.zeros_like(mu)
+        self, model: Any, mu: Tensor, gamma: Tensor, step: Tensor, kept: Callable[[Tensor, Tensor], Tensor],
+        rngs: Sequence[torch.Generator],
+    ) -> Tensor:  # fmt: skip
+        """μ (n, C, H, W) of n starts after steps along means of the directions of their gradients, projected by `kept`.
+        step (n, 1, 1, 1): their lengths. rngs: of the noises of each start."""
+        mu, velocity = kept(mu, step), torch.zeros_like(mu)
         for _ in loop("steps", range(self.iterations)):
             mu.requires_grad_(True)
-            (gradient,) = torch.autograd.grad(self.measured(model, model.draw_eps(self.batch, rng), mu, gamma), mu)
-            length = gradient.square().mean().sqrt().clamp_min(torch.finfo().tiny)
+            eps = torch.stack([model.draw_eps(self.batch, rng) for rng in rngs])
+            (gradient,) = torch.autograd.grad(self.measured(model, eps, mu, gamma).sum(), mu)
+            length = gradient.square().mean((-3, -2, -1), keepdim=True).sqrt().clamp_min(torch.finfo().tiny)
             velocity = MOMENTUM * velocity + (1 - MOMENTUM) * gradient / length
-            mu = kept(mu.detach() - step * velocity)
+            mu = kept(mu.detach() - step * velocity, step)
         return mu
 
     def square(self, model: Any, rng: torch.Generator) -> Iterator[Bias]:
@@ -188,18 +217,27 @@ class BiasScan:
 
 def remaining(model: Any, eps: Tensor, mu: Tensor, gamma: Tensor) -> Tensor:
     """R(μ, γ) on noise ε (B, C, H, W), a number; μ and γ (C, H, W) in the units of the starting noise. Of n biases
-    (n, C, H, W) it is (n,)."""
+    (n, C, H, W) it is (n,), on the same noise or on noise of their own (n, B, C, H, W)."""
     biased = ((gamma < 1) | (mu != 0)).to(eps).unsqueeze(-4)
-    given = gamma.unsqueeze(-4) * eps + mu.unsqueeze(-4)  # (n, B, C, H, W), or (B, C, H, W)
-    rows = given.reshape(-1, *eps.shape[1:])
+    given = gamma.unsqueeze(-4) * eps + mu.unsqueeze(-4)  # (..., B, C, H, W)
+    rows = given.reshape(-1, *eps.shape[-3:])
     t = torch.full((len(rows),), model.T - 1, device=eps.device)
-    left = (eps - model.eps(rows, t).view_as(given)).square() * biased
+    answers = torch.cat([model.eps(*part) for part in zip(rows.split(HELD_OUT), t.split(HELD_OUT), strict=True)])
+    left = (eps - answers.view_as(given)).square() * biased
     return left.sum((-4, -3, -2, -1)) / ((eps - given).square() * biased).sum((-4, -3, -2, -1))
 
 
-def of_size(mu: Tensor, size: float) -> Tensor:
-    """μ scaled to a root mean square, then clamped to [-1, 1]."""
-    return (size * mu / mu.square().mean().sqrt()).clamp(-1, 1)
+def shades(shape: tuple[int, ...], side: int, rng: torch.Generator) -> Tensor:
+    """A pattern (C, H, W) of random shades, `side` per side, or white or black."""
+    if side in (WHITE, BLACK):
+        return side * torch.ones(shape)
+    coarse = torch.randn(1, shape[0], side, side, generator=rng)
+    return torch.nn.functional.interpolate(coarse, shape[1:], mode="bilinear")[0]
+
+
+def of_size(mu: Tensor, size: Tensor) -> Tensor:
+    """μ (n, C, H, W) scaled to root mean squares (n, 1, 1, 1), then clamped to [-1, 1]."""
+    return (size * mu / mu.square().mean((-3, -2, -1), keepdim=True).sqrt()).clamp(-1, 1)
 
 
 def squares(shape: tuple[int, ...], side: int, gamma: float, device: Any) -> Iterator[Bias]:

@@ -236,11 +236,11 @@ class DiffCleanse(Pruning):
 
     def reversed_from(self, model: Any, sign: float, seed: int) -> Tensor:
         """μ of TERD's estimation from -sign · U[0, 1); the two signs mirror each other, noises included."""
-        begun, loss = inversion.mirrored_search(model, sign, TERD_BATCH, generator(seed, "start"))
+        begun, loss = inversion.mirrored_search(model, (sign,), TERD_BATCH, generator(seed, "start"))
         mu, _, _ = inversion.descend_reversed(
             begun, torch.ones_like(begun), loss, iterations=self.start_iterations, lr=TERD_LR, phase="start"
         )
-        return mu
+        return mu[0]
 
     def noise(self, model: Any, rng: torch.Generator) -> Inputs:
         seeds = image_seeds(int(torch.randint(2**62, (), generator=rng)), "inversion", self.noises)

@@ -56,6 +56,7 @@ from harness import (
 )
 
 JUDGED = 128  # noises on which the losses of the starts are compared
+PIXELS = 2**15  # of the inputs of one call of the model, at most, where two starts descend together
 FLOOR = 1e-3  # smallest γ; below it the likelihood would be that of a point
 
 
@@ -120,7 +121,9 @@ class TERD:
     def defend(self, model: Any, knowledge: Knowledge, rng: torch.Generator) -> Defended:
         if self.refinement and model.family == "ve":
             raise ValueError("terd refines through DDIM, which this model's variance forbids; use terd(refinement=0)")
-        runs = [self.estimated(model, k, rng.initial_seed()) for k in range(self.starts)]
+        together = 2 if 4 * self.batch * model.shape[1] * model.shape[2] <= PIXELS else 1
+        groups = [range(k, min(k + together, self.starts)) for k in range(0, self.starts, together)]
+        runs = [run for group in groups for run in self.estimated(model, group, rng.initial_seed())]
         objectives = [self.objective(model, found, generator(rng.initial_seed(), "judged")) for found, _ in runs]
         best = objectives.index(min(objectives))
         found, losses = runs[best]
@@ -152,13 +155,16 @@ class TERD:
             notes=notes,
         )
 
-    def estimated(self, model: Any, k: int, seed: int) -> tuple[Estimate, list[float]]:
+    def estimated(self, model: Any, starts: range, seed: int) -> list[tuple[Estimate, list[float]]]:
         """Stage 1 from the k-th start: the trigger from -U[0, 1), or for odd k the mirror image of the start before,
-        with all noises mirrored. γ starts from 0 if it is estimated.
+        with all noises mirrored. γ starts from 0 if it is estimated. starts: one k, or an even one and the next.
         """
-        mu, loss = inversion.mirrored_search(model, (-1.0) ** k, self.batch, generator(seed, "start", k // 2))
+        signs = [(-1.0) ** k for k in starts]
+        mu, loss = inversion.mirrored_search(model, signs, self.batch, generator(seed, "start", starts[0] // 2))
         gamma = torch.zeros_like(mu) if self.scale else torch.ones_like(mu)
-        return self.descend(Estimate(mu, gamma), loss, self.iterations, "estimation")
+        found, losses = self.descend(Estimate(mu, gamma), loss, self.iterations, "estimation")
+        each = zip(found.mu, found.gamma, losses.unbind(1), strict=True)
+        return [(Estimate(mu, gamma), values.tolist()) for mu, gamma, values in each]
 
     @torch.no_grad()
     def objective(self, model: Any, found: Estimate, rng: torch.Generator) -> float:
@@ -178,7 +184,8 @@ class TERD:
             t = torch.randint(0, inversion.WINDOW, (self.batch,), generator=rng).to(model.device)
             return (end + inversion.reversed_loss(model, x_0, t, torch.zeros_like(mu), gamma, rng)) / 2
 
-        return self.descend(found, loss, self.refinement, "refinement", self.momentum, self.gradient_clip)
+        found, losses = self.descend(found, loss, self.refinement, "refinement", self.momentum, self.gradient_clip)
+        return found, losses.tolist()
 
     def generated(self, model: Any, now: Estimate, rng: torch.Generator) -> Tensor:
         """x_0 (B, C, H, W) sampled from noise with the trigger, differentiable in the trigger."""
@@ -197,8 +204,8 @@ class TERD:
         phase: str,
         momentum: float = 0.0,
         clip: float | None = None,
-    ) -> tuple[Estimate, list[float]]:
-        """SGD on loss(μ, γ) - λ ‖μ‖₁ from `start`. Also returns the loss of every iteration."""
+    ) -> tuple[Estimate, Tensor]:
+        """SGD on loss(μ, γ) - λ ‖μ‖₁ from `start`. Also returns the loss of every iteration, of n starts (·, n)."""
         mu, gamma, losses = inversion.descend_reversed(
             start.mu, start.gamma, loss, iterations=iterations, lr=self.lr,
             scale_lr=self.scale_lr if self.scale else 0.0, penalty=self.penalty, momentum=momentum, clip=clip,
