@@ -106,6 +106,7 @@ class Column:
 
 ASR = Column("ASR", "asr", percent=True, better=-1, interval=True)
 AUROC = Column("AUROC", "screen_auroc", 3, better=1)
+ON_CLEAN = "_clean"  # ends the name of a screen's score on the clean model under the same trigger: another cell's
 RANKING = {each.score: each.better for each in (ASR, AUROC)} | {"removal": 1}  # what rows are compared by
 COST = Column("Cost", "defense_wall_s", 0, better=-1, minor=True)
 UTILITY: dict[Track, Column] = {
@@ -138,6 +139,7 @@ def of_view(track: Track, task: Task) -> tuple[Column, ...]:
     if task == "screening":
         return (
             AUROC,
+            Column("AUROC, clean model", AUROC.score + ON_CLEAN, 3),
             Column("TPR at 1 % FPR", "screen_tpr@1%fpr", percent=True, better=1),
             Column("TPR, own threshold", "screen_tpr", percent=True, better=1, minor=True),
             Column("FPR, own threshold", "screen_fpr", percent=True, better=-1, minor=True),

@@ -30,7 +30,7 @@ from harness.runs.jsonable import canonical
 from harness.runs.record import Dropped, Record, Track, bare, control_name
 from harness.types import Cell, Doubt, Score, TriggerGiven
 from leaderboard import paired
-from leaderboard.columns import ASR, REPORT, TASKS, TRACKS, Column, Task, of_view, possible
+from leaderboard.columns import ASR, AUROC, ON_CLEAN, REPORT, TASKS, TRACKS, Column, Task, of_view, possible
 from leaderboard.specs import arguments, inside, newest, shortener
 
 SETTING = ("model", "attack", "trigger", "target", "sampler")
@@ -94,7 +94,8 @@ class State:
 class PooledCell:
     """A cell over its seeds. specs: of the first seed; short: the same with only what differs from the defaults.
     knowledge: what the defense was given, by the names of `harness.types.Knowledge`. weights: those of the model, for
-    people; "" unless models of its name have several among the records that were pooled with it."""
+    people; "" unless models of its name have several among the records that were pooled with it. on_clean: of a screen,
+    the cell of the clean model in the same setting: what it tells there is the trigger and no backdoor."""
 
     id: str
     track: Track
@@ -107,6 +108,7 @@ class PooledCell:
     doubts: tuple[Doubt, ...] = ()
     state: State | None = None
     weights: str = ""
+    on_clean: PooledCell | None = None
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -186,6 +188,11 @@ class PooledCell:
     def _number(self, score: str) -> Number:
         if self.state is not None:
             return Number(math.nan, warning=str(self.state))
+        if score == AUROC.score + ON_CLEAN:
+            beside = self.on_clean
+            return (
+                beside.number(AUROC.score) if beside else Number(math.nan, warning="the clean model was not screened")
+            )
         number = pool([record.scores.get(record.name_of(score)) for record in self.records])
         return replace(number, interval=possible(score, number.interval))
 
@@ -326,7 +333,14 @@ def pooled(
     for identity, entry in left.items():
         track, state = tracks.get(bare(entry.cell.model), TRACKS[0]), State("n/a", entry.reason)
         made.append(PooledCell(identity, track, TASKS[:1], entry.cell, shorten(entry.cell), state=state))
+    clean = {_unattacked(cell): cell for cell in made if cell.attack == "none" and "screening" in cell.tasks}
+    made = [cell if cell.attack == "none" else replace(cell, on_clean=clean.get(_unattacked(cell))) for cell in made]
     return sorted(made, key=_order)
+
+
+def _unattacked(cell: PooledCell) -> tuple[Cell, str]:
+    """What a cell has in common with that of the same defense on the clean model."""
+    return replace(cell.specs, attack="none", seed=0, evaluation_seed=0), cell.weights
 
 
 def part(cells: Iterable[PooledCell], keys: Collection[str]) -> list[PooledCell]:

@@ -36,7 +36,7 @@ from leaderboard import (
     rows,
     site,
 )
-from leaderboard.columns import bounds, possible
+from leaderboard.columns import bounds, of_view, possible
 from leaderboard.rows import Control
 from tests.records import (
     changed,
@@ -938,6 +938,26 @@ def test_the_roc_of_a_screen_is_the_mean_over_its_seeds(monkeypatch: pytest.Monk
     points = list(zip(drawn[0].x, drawn[0].y, strict=True))
     area = sum((x - at) * (y + before) / 2e4 for (at, before), (x, y) in itertools.pairwise(points))
     assert area == pytest.approx(table.rows[0].mean["screen_auroc"]) and "mean over its seeds" in figure.caption
+
+
+def test_a_screen_stands_beside_itself_on_the_clean_model_under_the_same_trigger() -> None:
+    """A screen that sees the trigger and no backdoor has the same area there."""
+
+    def screened(area: float, attack: str, seed: int = 0, trigger: str = "box(size=5)") -> Record:
+        more = {"screen_auroc": score(area, 8, interval=(area - 0.1, area + 0.1))}
+        return record("screen()", attack=attack, seed=seed, delivers=["screen"], more=more, trigger=trigger)
+
+    attacked, clean = "baddiffusion(poison_rate=0.1)", "none(steps=0)"
+    made = [screened(0.9, attacked, seed) for seed in (0, 1)]
+    made += [screened(area, clean, seed) for seed, area in enumerate((0.5, 0.7))]
+    made += [screened(0.2, clean, trigger="box(size=3)"), screened(0.8, attacked, trigger="blend()")]
+    cells = {(cell.attack, cell.specs.trigger): cell for cell in rows.pooled(made)}
+    beside = cells["baddiffusion", "box(size=5)"]
+    assert beside.number("screen_auroc_clean").value == pytest.approx(0.6)
+    assert beside.number("screen_auroc").value == pytest.approx(0.9)
+    lacks = cells["baddiffusion", "blend()"].number("screen_auroc_clean")
+    assert math.isnan(lacks.value) and lacks.warning == "the clean model was not screened"
+    assert "AUROC, clean model" in [column.title for column in of_view("unconditional", "screening")]
 
 
 def test_every_published_value_lies_within_the_bounds_of_its_score(published: list[results.Results]) -> None:
