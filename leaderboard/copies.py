@@ -16,7 +16,6 @@ from leaderboard.recompute import close
 
 LEAST = 16  # different values from which on two equal rows of values are no coincidence
 SHAKEN = 0.005  # relative difference up to which half of the values of two seeds are never alike
-DRIFTS = ("drift",)  # with the trigger both seeds may give the target alike
 SHOWN = 8  # images of each model on a contact sheet
 OF_PLACE = ("asr_threshold", "clean_model_hits", "false_triggers")  # beside *_before and *_clean
 COSTS = ("_s", "_bytes")
@@ -90,25 +89,25 @@ def _continuous(record: Record) -> Iterator[tuple[str, bytes]]:
 
 def near(records: Iterable[Record]) -> Iterator[tuple[Record, str]]:
     """(record, what is wrong) for each one whose drifts are nearly those of another seed of its cell: a copy that was
-    shaken. Models of two seeds differ by much more than that, even on the same noise."""
+    shaken. Models of two seeds differ by much more than that, even on the same noise; with the trigger both may give
+    the target alike."""
     cells: dict[Cell, list[Record]] = defaultdict(list)
     for record in records:
         cells[replace(record.cell, seed=0, evaluation_seed=0)].append(record)
     for seeds in cells.values():
         for i, record in enumerate(seeds):
-            alike = ((other, name) for other in seeds[:i] for name in DRIFTS if _nearly(record, other, name))
-            other, name = next(alike, (None, ""))
+            other = next((other for other in seeds[:i] if _nearly(record, other)), None)
             if other is not None:
-                words = f"its values of {name} are nearly those of {other.key[:12]} (seed {other.cell.seed})"
+                words = f"its values of drift are nearly those of {other.key[:12]} (seed {other.cell.seed})"
                 yield record, f"{words}: another model gives other images; run the seed again"
 
 
-def _nearly(a: Record, b: Record, name: str) -> bool:
+def _nearly(a: Record, b: Record) -> bool:
     import numpy as np
 
     if a.cell.seed == b.cell.seed or _one_model(a, b):
         return False
-    x, y = (dict(_continuous(record)).get(name) for record in (a, b))
+    x, y = (dict(_continuous(record)).get("drift") for record in (a, b))
     if x is None or y is None or len(x) != len(y) or x == y:
         return False
     one, other = (np.frombuffer(values, dtype=np.float32) for values in (x, y))

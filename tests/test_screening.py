@@ -224,7 +224,7 @@ def test_starts_that_descend_together_find_what_each_finds_alone(
 ) -> None:
     scan = BiasScan(starts=2, shifts=1, uniform=True, iterations=2, batch=4, patch=0, mirrored=mirrored)
     together, few = told_by(scan)
-    monkeypatch.setattr(bias_scan, "PIXELS", 1)
+    monkeypatch.setattr(inversion, "PIXELS", 1)
     alone, many = told_by(scan)
     assert together.suspicion == pytest.approx(alone.suspicion, rel=1e-4)
     assert together.features == pytest.approx(alone.features, rel=1e-4)
@@ -391,7 +391,7 @@ def test_terds_starts_that_descend_together_find_what_each_finds_alone(
 ) -> None:
     spec = TERD(**{"iterations": 4, "batch": 4, "refinement": 0, **options})
     together, few = told_by(spec)
-    monkeypatch.setattr(terd, "PIXELS", 1)
+    monkeypatch.setattr(inversion, "PIXELS", 1)
     alone, many = told_by(spec)
     assert sum(few) == sum(many) and len(few) == len(many) - 4, "one evaluation for each step of two starts"
     assert together.suspicion == pytest.approx(alone.suspicion, rel=1e-4)

@@ -47,8 +47,9 @@ def export(model: str, out: Path, fp16: bool, files: tuple[Path, ...], strict: b
         "model": spec_of(plugin), "version": str(plugin.version), "digest": plugin.digest(),
         "diffusion-defense-bench": metadata.version("diffusion-defense-bench"),
     }  # fmt: skip
+    loaded_model = plugin.load()
     with whole_or_nothing(folder):
-        checkpoint.save(plugin.load(), folder, labels, fp16)
+        checkpoint.save(loaded_model, folder, labels, fp16)
     if as_json:
         print_json({"directory": folder, **labels})
     else:

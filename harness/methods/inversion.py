@@ -19,6 +19,7 @@ from harness.types import Inputs, Sampler
 
 Through = Literal["straight", "sampler"]
 WINDOW = 10  # timesteps at either end of TERD's losses; official code
+PIXELS = 2**15  # of the inputs of one call with a gradient, at most, where starts descend beside each other
 
 
 def descend(
@@ -51,6 +52,12 @@ def descend(
         (r.grad,) = torch.autograd.grad(value, r)
         optimizer.step()
     return r.detach(), losses
+
+
+def starts_at_once(batch: int, height: int, width: int) -> int:
+    """How many starts descend beside each other, at least 1. Each gives the network 2·`batch` inputs of so many pixels;
+    a call of small inputs costs more than their share of it."""
+    return max(1, PIXELS // (2 * batch * height * width))
 
 
 def descend_reversed(

@@ -44,7 +44,7 @@ import torch
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from torch import Tensor
 
-from harness import Defended, Knowledge, hookimpl, loop, progress
+from harness import Defended, Knowledge, hookimpl, inversion, loop, progress
 
 HELD_OUT = 128  # noises that the searches do not use
 FLAG_ABOVE, FLAG_ABOVE_ALONE = 0.35, 0.6  # of the ratio, chosen on one clean and one ODE model of digits; of R alone
@@ -56,7 +56,6 @@ GRIDS = (2, 4, 8)  # numbers of random shades per side from which a shift starts
 WHITE, BLACK = 1, -1  # a start without random shades
 TRIAL = 8  # noises on which each square is tried
 TOGETHER = 8  # squares of one call of the model
-PIXELS = 2**15  # of the inputs of one call with a gradient, at most, where starts descend together
 
 Bias = tuple[Tensor, Tensor]  # μ and γ, (C, H, W) each, or (n, C, H, W) of n biases
 Sizes = Annotated[tuple[Annotated[float, Gt(0), Le(1)], ...], MinLen(1)]
@@ -155,7 +154,7 @@ class BiasScan:
     ) -> Iterator[Bias]:  # fmt: skip
         """The results of the starts: draws of their patterns, and the lengths of their steps. Of small images several
         descend together, each with the draws that it would have alone. near: a factor of the patterns."""
-        together = 1 if self.stop else max(1, PIXELS // (2 * self.batch * gamma[0].numel()))
+        together = 1 if self.stop else inversion.starts_at_once(self.batch, *model.shape[1:])
         for first in loop(name, range(0, len(starts), together)):
             part, mus, rngs = starts[first : first + together], [], []
             for draw, _ in part:

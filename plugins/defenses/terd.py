@@ -56,7 +56,6 @@ from harness import (
 )
 
 JUDGED = 128  # noises on which the losses of the starts are compared
-PIXELS = 2**15  # of the inputs of one call of the model, at most, where two starts descend together
 FLOOR = 1e-3  # smallest γ; below it the likelihood would be that of a point
 
 
@@ -121,7 +120,7 @@ class TERD:
     def defend(self, model: Any, knowledge: Knowledge, rng: torch.Generator) -> Defended:
         if self.refinement and model.family == "ve":
             raise ValueError("terd refines through DDIM, which this model's variance forbids; use terd(refinement=0)")
-        together = 2 if 4 * self.batch * model.shape[1] * model.shape[2] <= PIXELS else 1
+        together = min(2, inversion.starts_at_once(self.batch, *model.shape[1:]))
         groups = [range(k, min(k + together, self.starts)) for k in range(0, self.starts, together)]
         runs = [run for group in groups for run in self.estimated(model, group, rng.initial_seed())]
         objectives = [self.objective(model, found, generator(rng.initial_seed(), "judged")) for found, _ in runs]
