@@ -164,6 +164,30 @@ def test_the_decoys_of_a_trigger_are_never_the_same() -> None:
     assert [choice.chosen for choice in choices] == [1, 2, 3] and all(choice.inert for choice in choices)
 
 
+def test_a_candidate_is_sampled_only_until_it_is_known_not_to_be_inert() -> None:
+    """60 inputs allow three hits: of 32 images the third hit does not decide, and 28 more show whether a fourth comes.
+    The choice is that of all images."""
+    every = patterns(Box(), "decoy")
+    hits = {0: (32, 28), 1: (3, 1), 2: (4, 0), 3: (3, 0)}  # of the first and of the second part
+    drawn: list[tuple[int, int]] = []
+
+    class Partly(Opened):
+        def sample(self, inputs: Inputs, sampler: Any) -> Tensor:
+            which = next(i for i, r in enumerate(every) if torch.allclose(inputs.noise[0], r))
+            drawn.append((which, len(inputs)))
+            part = hits[which][0 if inputs.seeds[0] == 0 else 1]
+            return torch.stack([torch.full(SHAPE, 0.5 if row < part else -0.5) for row in range(len(inputs))])
+
+    inputs = Inputs(torch.zeros(60, *SHAPE), None, tuple(range(60)))
+    plugin: Any = type("Plugin", (), {"judge": lambda self: None})()
+    backdoor, clean = Backdoor(Box(), Bright()), torch.zeros(60, *SHAPE)
+    choice = choose(plugin, Partly(), backdoor, object(), "decoy", 0, inputs, clean)  # type: ignore[arg-type]
+    assert drawn == [(0, 32), (1, 32), (1, 28), (2, 32), (3, 32), (3, 28)]
+    assert [(each.hits, each.n) for each in choice.tried] == [(32, 32), (4, 60), (4, 32), (3, 60)]
+    assert choice.inert and choice.chosen == 3
+    assert claims._led([each.rate for each in choice.tried], 1) == (True, 3)
+
+
 def test_where_every_decoy_opens_the_backdoor_the_choice_says_so() -> None:
     choice = chosen(Opened(*patterns(Box(), "decoy")), Box(), "decoy")
     assert not choice.inert and len(choice.tried) == OTHERS and choice.tried[choice.chosen].rate > INERT

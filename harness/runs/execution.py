@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -225,12 +226,13 @@ def _sample(spec: SampleSpec, registry: Registry, store: Store, out: Path) -> di
     from safetensors.torch import save_file
 
     from harness.diffusion.images import to_uint8
+    from harness.runs import same_inputs
     from harness.stages.findings import found
     from harness.stages.inputs import evaluation_inputs
     from harness.stages.sample import PART, sample, sample_found, wrapped
 
-    plugin, sampler = _plugin(spec, registry), registry.build("samplers", spec.sampler)
-    purified, label = False, spec_of(sampler)
+    plugin, unguarded = _plugin(spec, registry), registry.build("samplers", spec.sampler)
+    sampler, purified, label = unguarded, False, spec_of(unguarded)
     if spec.defended is not None:
         purified = (store.open_artifact(spec.defended) / MODEL).is_dir()
         delivered = findings_of(store, spec.defended).sampler
@@ -241,16 +243,23 @@ def _sample(spec: SampleSpec, registry: Registry, store: Store, out: Path) -> di
         sampler = guarded
     model = model_to_sample(spec, spec.defended if purified else None, plugin, store)
     inputs = evaluation_inputs(plugin, model, spec.n, spec.evaluation_seed, spec.stream)
+
+    def trigger(stamp: str | None) -> Any:
+        return None if stamp is None else trigger_of(stamp, spec.learned_by, registry, store)
+
+    facts = {"nfe": sampler.nfe, "sampler": label, "model_changed": purified}
+    beside = () if purified else spec.beside
+    same = same_inputs.found(beside, store.has, sampler, unguarded, model, inputs, spec.stamps, trigger)
+    if same is not None:
+        shutil.copyfile(store.open_artifact(same) / IMAGES, out / IMAGES)
+        return {"n": len(inputs) * len(spec.stamps), **facts}
     if spec.found_by is not None:
         images = sample_found(model, inputs, sampler, found(findings_of(store, spec.found_by).trigger))
     else:
-        triggers = [
-            None if stamp is None else trigger_of(stamp, spec.learned_by, registry, store) for stamp in spec.stamps
-        ]
-        images = sample(model, inputs, sampler, triggers)
+        images = sample(model, inputs, sampler, [trigger(stamp) for stamp in spec.stamps])
     parts = [to_uint8(part) for part in images.split(PART)]
     save_file({"images": torch.cat(parts)}, out / IMAGES)
-    return {"n": len(images), "nfe": sampler.nfe, "sampler": label, "model_changed": purified}
+    return {"n": len(images), **facts}
 
 
 # ---- the model that this process sampled last -----------------------------------------------------------------------

@@ -99,7 +99,8 @@ class DefendSpec:
 class SampleSpec:
     """Sample n inputs with each of `stamps` (None: as they are), or with the trigger that job `found_by` found. stream,
     evaluation_seed: what draws the inputs. avoided: the trigger that their prompts do not carry before they are
-    stamped, None where ordinary prompts do not carry it anyway."""
+    stamped, None where ordinary prompts do not carry it anyway. beside: keys and stamps of the sets of the unprotected
+    model, which may be finished and have the same inputs in the end."""
 
     model: str
     sampler: str
@@ -112,6 +113,7 @@ class SampleSpec:
     found_by: str | None = None
     avoided: str | None = None
     learned_by: str | None = None
+    beside: tuple[tuple[str, tuple[str | None, ...]], ...] = ()
     plugin_files: tuple[str, ...] = ()
     kind: Literal["sample"] = "sample"
 

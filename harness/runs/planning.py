@@ -416,6 +416,7 @@ class _Planner:
             n=cell.utility_n if utility else math.ceil(cell.n / len(stamps)),
             stream="utility" if utility else "evaluation", evaluation_seed=cell.evaluation_seed,
             avoided=self.avoided(cell), learned_by=self.learned_by(self.attack(cell), *stamps),
+            beside=self.beside(cell, of, stamps, given),
         )  # fmt: skip
         if spec in self.known:
             return self.known[spec]
@@ -441,6 +442,20 @@ class _Planner:
             _reuse_key(cell, attack, defend if "model" in delivered else None),
             label + self._whose(cell, attack, seed=False),
         )  # fmt: skip
+
+    def beside(
+        self, cell: Cell, of: tuple[str | None, str | None], stamps: tuple[str | None, ...], given: str
+    ) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
+        """Keys and stamps of the unprotected model's sets that have the same inputs where a defense that returns a
+        sampler alone leaves them as they are. They are no ingredients: the images are the same in either way."""
+        attack, defend = of
+        delivered = delivers(self.built("defenses", cell.defense))
+        if defend is None or "sampler" not in delivered or "model" in delivered:
+            return ()
+        sets = [(stamps, given)]
+        if given == "triggered" and self.sampler(cell, "clean") == self.sampler(cell, given):
+            sets.append(((None,), "clean"))
+        return tuple((self.sample(cell, (attack, None), theirs, name), theirs) for theirs, name in sets)
 
     def sampler(self, cell: Cell, given: str) -> str:
         """The cell's sampler, or its utility sampler for the utility set. One that is an attacker's own reverse

@@ -233,7 +233,7 @@ def _short(spec: Any, keys: Mapping[str, str], batch: int) -> tuple[Any, float]:
         case SampleSpec():
             stamps = max(1, len(spec.stamps))
             n = max(1, min(spec.n, batch // stamps))
-            return replace(spec, n=n), spec.n / n
+            return replace(spec, n=n, beside=()), spec.n / n  # what it costs where the inputs did change
         case MeasureSpec():
             n = min(spec.cell.n, batch)
             samples = {name: keys[key] for name, key in spec.samples.items()}

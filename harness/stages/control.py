@@ -15,10 +15,13 @@ from harness.methods import decoys
 from harness.stages.sample import sample
 from harness.types import INERT, Backdoor, Inputs, Model, Sampler, TargetContext
 
+TRIED = 32  # images of a candidate between two looks at whether it can still be inert
+
 
 @dataclass(frozen=True)
 class Tried:
-    """A candidate on the attacked model: hits out of n images, and the cosine of its pattern with the trigger's."""
+    """A candidate on the attacked model: hits out of n images, and the cosine of its pattern with the trigger's. n is
+    smaller than the number of inputs where the hits had already shown that the candidate is not inert."""
 
     name: str
     hits: int
@@ -35,7 +38,7 @@ class Tried:
 class Choice:
     """The control trigger that defenses are given. chosen: its place in the ladder. inert: whether it activates the
     backdoor on at most 5 % of the images. The k-th decoy is the k-th inert candidate. If there are fewer than k, it is
-    the one of the other candidates with the fewest hits."""
+    the one of the other candidates with the smallest rate of hits."""
 
     given: str
     chosen: int
@@ -47,22 +50,29 @@ def choose(
     plugin: Model, model: DiffusionModel, backdoor: Backdoor, sampler: Sampler, given: str, seed: int, inputs: Inputs,
     clean: Tensor,
 ) -> Choice:  # fmt: skip
-    """Tries the candidates of the ladder in order on the attacked model.
+    """Tries the candidates of the ladder in order on the attacked model, each on as many inputs as decide whether it is
+    inert: on all of them if it is.
 
     inputs: n clean inputs; each candidate is stamped on them. clean: the clean model's images (n, C, H, W) of them, by
     which the target is judged.
     """
-    judged = reachable(backdoor, inputs.prompts)
-    context = TargetContext(clean, inputs.prompts, plugin.judge())
+    judged, judge = reachable(backdoor, inputs.prompts), plugin.judge()
     counting = counted(judged.target, inputs.prompts, len(inputs))
+    most = INERT * int(counting.sum())
     candidates = decoys.ladder(backdoor.trigger, given, seed)
     tried: list[Tried] = []
     for name, candidate in candidates:
         nothing = isinstance(candidate, decoys.NoText)  # no prompt changes, which `sample` would refuse
-        images = sample(model, inputs, sampler, [None if nothing else candidate])
-        hits = judged.target.hits(images, context)[counting]
-        cosine = decoys.cosine(backdoor.trigger, candidate, model.shape)
-        tried.append(Tried(name, int(hits.sum()), len(hits), cosine))
+        hits = n = 0
+        for start in range(0, len(inputs), TRIED):
+            rows = slice(start, start + TRIED)
+            part = inputs[rows]
+            images = sample(model, part, sampler, [None if nothing else candidate])
+            counts = judged.target.hits(images, TargetContext(clean[rows], part.prompts, judge))[counting[rows]]
+            hits, n = hits + int(counts.sum()), n + len(counts)
+            if hits > most:
+                break
+        tried.append(Tried(name, hits, n, decoys.cosine(backdoor.trigger, candidate, model.shape)))
         progress("control", len(tried), len(candidates))
         if sum(each.rate <= INERT for each in tried) == place_of(given):
             return Choice(given, len(tried) - 1, True, tuple(tried))
