@@ -5,17 +5,18 @@ inputs count, per-sample values, jobs, and the rows that must be there.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from harness.capabilities import place_of
+from harness.methods.decoy_choice import led
 from harness.runs.declared import Declared, Unknown
 from harness.runs.jsonable import to_jsonable
 from harness.runs.printable import printable
 from harness.runs.record import Record, bare, control_words
 from harness.runs.suite import AXES
-from harness.types import INERT, WRONG, Cell
+from harness.types import WRONG, Cell
 from leaderboard import protocol, recompute
 from leaderboard.recompute import SHARES
 from leaderboard.results import Results
@@ -138,20 +139,11 @@ def _control(record: Record, declared: Declared) -> Iterator[str]:
         yield f"says that its defense was given {control_words(given)}, and names no control trigger"
         return
     rates = [each.hits / each.n if each.n else math.nan for each in control.tried]
-    led = {_led(rates, place_of(given)), _led(rates, 1)}  # 1: rows from before decoys had one ladder
-    if control.given != given or (control.inert, control.chosen) not in led:
+    leads = {led(rates, place_of(given)), led(rates, 1)}  # 1: rows from before decoys had one ladder
+    if control.given != given or (control.inert, control.chosen) not in leads:
         yield "its control trigger is not the one to which its candidates lead"
     if any(not 0 <= each.hits <= each.n for each in control.tried):
         yield "a candidate for its control trigger has more hits than images"
-
-
-def _led(rates: Sequence[float], k: int) -> tuple[bool, int]:
-    """Whether the candidates have a k-th inert one, and its place; else the place of the best of the others."""
-    inert = [i for i, rate in enumerate(rates) if rate <= INERT]
-    if len(inert) >= k:
-        return True, inert[k - 1]
-    others = [i for i, rate in enumerate(rates) if not rate <= INERT]
-    return False, min(others, key=lambda i: (math.isnan(rates[i]), rates[i])) if others else -1
 
 
 def _made_from(record: Record, part: str) -> bool:

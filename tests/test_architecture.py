@@ -18,7 +18,8 @@ RUNS = {"registry", "runs", "engine", "scan", "testing", "cli"}
 FACE = {"", "__main__", "_moved"}  # harness/__init__.py itself, `python -m harness`, and the import paths of before
 DATA = {"templates"}  # no code of ours
 RECORDS_ONLY = {
-    "harness.types", "harness.capabilities", "harness.judges.statistics", "harness.runs.record", "harness.runs.records",
+    "harness.types", "harness.capabilities", "harness.judges.statistics", "harness.methods.decoy_choice",
+    "harness.runs.record", "harness.runs.records",
     "harness.runs.jsonable", "harness.runs.printable", "harness.runs.doubts", "harness.runs.suite",
     "harness.runs.declared", "harness.registry.kept", "harness.registry.presets",
 }  # fmt: skip
@@ -37,6 +38,7 @@ LIGHT = (
     "",
     "judges.statistics",
     "diffusion.events",
+    "methods.decoy_choice",
     "methods.learned_triggers",
 )
 

@@ -17,15 +17,16 @@ from harness.capabilities import OTHERS, missing_control
 from harness.diffusion.samplers import DDIM
 from harness.diffusion.seeds import generator
 from harness.methods import decoys
+from harness.methods.decoy_choice import led
 from harness.runs import doubts
 from harness.runs.declared import Declared
 from harness.runs.job import ControlSpec, DefendSpec
 from harness.runs.record import Control, TriedControl
-from harness.stages.control import INERT, choose
+from harness.stages.control import choose
 from harness.stages.sample import sample, wrapped
 from harness.testing import tiny
 from harness.testing.methods import known
-from harness.types import Backdoor, Inputs, NoiseTrigger, Score, Trigger
+from harness.types import INERT, Backdoor, Inputs, NoiseTrigger, Score, Trigger
 from leaderboard import claims
 from plugins.triggers.biased import Blend
 from plugins.triggers.box import Box
@@ -185,7 +186,6 @@ def test_a_candidate_is_sampled_only_until_it_is_known_not_to_be_inert() -> None
     assert drawn == [(0, 32), (1, 32), (1, 28), (2, 32), (3, 32), (3, 28)]
     assert [(each.hits, each.n) for each in choice.tried] == [(32, 32), (4, 60), (4, 32), (3, 60)]
     assert choice.inert and choice.chosen == 3
-    assert claims._led([each.rate for each in choice.tried], 1) == (True, 3)
 
 
 def test_where_every_decoy_opens_the_backdoor_the_choice_says_so() -> None:
@@ -200,19 +200,22 @@ def test_where_too_few_decoys_are_inert_the_last_is_one_that_opens_the_backdoor(
     assert first.chosen == 4 and first.inert and second.chosen != 4 and not second.inert
 
 
-@settings(max_examples=20, deadline=None)
-@given(hits=st.lists(st.integers(0, 8), min_size=OTHERS, max_size=OTHERS), k=st.integers(1, 3))
-def test_the_check_follows_the_candidates_to_the_choice_that_a_run_makes(hits: list[int], k: int) -> None:
-    """hits: of the eight images of each candidate."""
-    every = patterns(Box(), "decoy")
-
-    class Partly(Opened):
-        def sample(self, inputs: Inputs, sampler: Any) -> Tensor:
-            which = next(i for i, r in enumerate(every) if torch.allclose(inputs.noise[0], r))
-            return torch.stack([torch.full(SHAPE, 0.5 if row < hits[which] else -0.5) for row in range(8)])
-
-    choice = chosen(Partly(), Box(), "decoy" if k == 1 else f"decoy-{k}")
-    assert claims._led([each.rate for each in choice.tried], k) == (choice.inert, choice.chosen)
+@pytest.mark.parametrize(
+    ("rates", "k", "leads"),
+    [
+        ([0.5, 0.05, 0.0], 1, (True, 1)),
+        ([0.5, 0.05, 0.0], 2, (True, 2)),
+        ([0.5, 0.05, 0.06], 2, (False, 2)),
+        ([math.nan, 0.0], 1, (True, 1)),
+        ([math.nan, 0.5, 0.2], 1, (False, 2)),
+        ([math.nan, math.nan], 1, (False, 0)),
+        ([0.0], 2, (False, -1)),
+    ],
+)
+def test_rates_of_hits_lead_to_the_kth_inert_candidate_or_to_the_best_of_the_others(
+    rates: list[float], k: int, leads: tuple[bool, int]
+) -> None:
+    assert led(rates, k) == leads
 
 
 def test_the_zero_trigger_of_a_text_is_tried_on_prompts_as_they_are() -> None:
@@ -242,7 +245,6 @@ def test_a_candidate_that_was_measured_on_no_image_is_not_inert() -> None:
     clean = torch.zeros(2, *model.shape)
     choice = choose(plugin, model, Backdoor(Text(), Nowhere()), DDIM(steps=1), "decoy", 0, inputs, clean)  # type: ignore[arg-type]
     assert {each.n for each in choice.tried} == {0} and not choice.inert
-    assert claims._led([math.nan, 0.5, 0.2], 1) == (False, 2) and claims._led([math.nan, 0.0], 1) == (True, 1)
 
 
 @pytest.mark.parametrize("name", sorted(SHORT))
@@ -311,8 +313,8 @@ def test_a_row_is_doubted_for_what_an_inert_decoy_removes_and_where_none_is_iner
 
 def test_the_check_holds_a_decoy_to_its_place_among_the_inert_candidates() -> None:
     rates = [0.02, 0.5, 0.0, 0.06]
-    assert [claims._led(rates, k) for k in (1, 2, 3)] == [(True, 0), (True, 2), (False, 3)]
-    assert claims._led([0.0], 2) == (False, -1)
+    assert [led(rates, k) for k in (1, 2, 3)] == [(True, 0), (True, 2), (False, 3)]
+    assert led([0.0], 2) == (False, -1)
 
 
 def test_the_check_reads_a_spec_from_before_a_parameter_as_the_spec_of_today(plugins: registry.Registry) -> None:

@@ -46,10 +46,8 @@ def test_only_sets_whose_prompts_a_defense_changes_are_sampled_for_it(
         if job.kind == "measure":
             continue
         before = len(sampled)
-        for at, spec in (
-            (store, job.spec),
-            (alone, replace(job.spec, **({"beside": ()} if job.kind == "sample" else {}))),
-        ):
+        without = replace(job.spec, beside=()) if isinstance(job.spec, SampleSpec) else job.spec
+        for at, spec in ((store, job.spec), (alone, without)):
             at.publish(key, lambda out, spec=spec, at=at: execution.execute(spec, at, out), {})
             if at is store:
                 made[job.label] = len(sampled) - before

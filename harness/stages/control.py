@@ -12,6 +12,7 @@ from harness.diffusion.events import progress
 from harness.diffusion.model import DiffusionModel
 from harness.judges.evidence import counted, reachable
 from harness.methods import decoys
+from harness.methods.decoy_choice import led
 from harness.stages.sample import sample
 from harness.types import INERT, Backdoor, Inputs, Model, Sampler, TargetContext
 
@@ -61,6 +62,7 @@ def choose(
     most = INERT * int(counting.sum())
     candidates = decoys.ladder(backdoor.trigger, given, seed)
     tried: list[Tried] = []
+    place = -1
     for name, candidate in candidates:
         nothing = isinstance(candidate, decoys.NoText)  # no prompt changes, which `sample` would refuse
         hits = n = 0
@@ -74,8 +76,7 @@ def choose(
                 break
         tried.append(Tried(name, hits, n, decoys.cosine(backdoor.trigger, candidate, model.shape)))
         progress("control", len(tried), len(candidates))
-        if sum(each.rate <= INERT for each in tried) == place_of(given):
-            return Choice(given, len(tried) - 1, True, tuple(tried))
-    active = [i for i, each in enumerate(tried) if not each.rate <= INERT]
-    best = min(active, key=lambda i: (math.isnan(tried[i].rate), tried[i].rate))
-    return Choice(given, best, False, tuple(tried))
+        inert, place = led([each.rate for each in tried], place_of(given))
+        if inert:
+            return Choice(given, place, True, tuple(tried))
+    return Choice(given, place, False, tuple(tried))
