@@ -7,13 +7,10 @@ unchanged, its images are those of the unprotected model, to the bit: image i de
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from harness.diffusion.samplers import OnChangedPrompts
-from harness.stages.sample import stamped
-from harness.types import Inputs, Trigger
+if TYPE_CHECKING:
+    from harness.types import Inputs, Trigger
 
 Stamps = tuple[str | None, ...]
 
@@ -34,6 +31,8 @@ def found(
     beside: keys of such sets and what was stamped on their inputs. has: whether one is finished. guarded: the sampler
     with the defense's around it. sampler: the one under which the sets of `beside` were sampled. trigger: from a stamp.
     """
+    from harness.diffusion.samplers import OnChangedPrompts
+
     finished = [(key, theirs) for key, theirs in beside if has(key)]
     if not finished or not isinstance(guarded, OnChangedPrompts) or guarded.inner is not sampler:
         return None
@@ -42,12 +41,14 @@ def found(
 
 
 def _stamped(stamps: Stamps, inputs: Inputs, trigger: Callable[[str | None], Trigger | None]) -> list[Inputs]:
+    from harness.stages.sample import stamped
+
     made = [trigger(stamp) for stamp in stamps]
     return [inputs if each is None else stamped(each, inputs) for each in made]
 
 
 def _equal(mine: Sequence[Inputs], theirs: Sequence[Inputs]) -> bool:
     return len(mine) == len(theirs) and all(
-        list(a.prompts or ()) == list(b.prompts or ()) and torch.equal(a.noise, b.noise) and a.seeds == b.seeds
+        a.prompts == b.prompts and a.seeds == b.seeds and a.noise.equal(b.noise)
         for a, b in zip(mine, theirs, strict=True)
     )
