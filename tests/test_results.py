@@ -189,7 +189,7 @@ def test_the_committed_results_are_small() -> None:
 
 
 def test_the_tracked_tree_is_small_and_holds_nothing_derived(tracked: list[str]) -> None:
-    assert sum((ROOT / name).stat().st_size for name in tracked) <= 62_000_000  # weights 36 MB, records 10 MB
+    assert sum((ROOT / name).stat().st_size for name in tracked) <= 64_000_000  # 67 MB is what travels to a GPU machine
     derived = ("leaderboard/page/", "leaderboard/LEADERBOARD.md")
     assert not [name for name in tracked if name.startswith(derived)]
     ours = [name.split("/", 3)[3] for name in tracked if name.startswith("leaderboard/results/")]
