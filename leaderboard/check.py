@@ -42,6 +42,7 @@ OWN = "diffusion-defense-bench"
 OLDER = Path(__file__).parent / "older.toml"
 SEAL_DIGITS = 16
 COMMIT_DIGITS = 12
+GIT_S = 120.0  # for an answer of git
 MOST_LINES = 4  # about what one record says against itself
 LIMIT = 25_000_000  # bytes of all results
 PER_RECORD = 50_000  # bytes of a packed record and its contact sheet, on average; those of v1 take 46,000
@@ -207,7 +208,7 @@ def _commits(every: Sequence[Results], root: Path, outcome: Outcome) -> set[str]
     unknown = [commit for commit in named if re.fullmatch(r"[0-9a-f]{40}", commit)]
     asked = ["git", "-C", str(Path(__file__).parent), "cat-file", "--batch-check"]
     try:
-        done = subprocess.run(asked, input="\n".join(unknown), capture_output=True, text=True, timeout=10)
+        done = subprocess.run(asked, input="\n".join(unknown), capture_output=True, text=True, timeout=GIT_S)
     except (OSError, subprocess.TimeoutExpired):
         return set()
     if done.returncode == 0:

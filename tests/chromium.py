@@ -17,6 +17,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
 needed = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt-get install chromium)")
 
+PATIENCE_MS = 120_000  # with the browser, on a machine that does other things, too
+
 
 class Watched:
     """A page, and whatever it said or asked for."""
@@ -33,6 +35,10 @@ class Watched:
         self.page.evaluate("document.fonts.ready")  # rows that are laid out anew under the pointer lose the click
         return self.page
 
+    def address(self) -> str:
+        """Where the page is by its own account; playwright's hears of a change a little later."""
+        return self.page.evaluate("location.href")
+
     def quiet(self) -> bool:
         """Nothing in the console, nothing asked for but files of this machine."""
         assert self.said == []
@@ -48,7 +54,7 @@ class Watched:
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as play:
         # --no-sandbox: Chromium refuses to run as root otherwise, and these pages are our own
-        made = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        made = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=PATIENCE_MS)
         yield made
         made.close()
 
@@ -59,6 +65,7 @@ def visit(browser: Any) -> Iterator[Callable[..., Watched]]:
 
     def new(width: int = 1440, **options: Any) -> Watched:
         contexts.append(browser.new_context(offline=True, viewport={"width": width, "height": 900}, **options))
+        contexts[-1].set_default_timeout(PATIENCE_MS)
         return Watched(contexts[-1].new_page())
 
     yield new

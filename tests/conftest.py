@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import os
+import sys
 import textwrap
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from leaderboard import results
 from leaderboard.results import Results
 from tests import whole_runs
+
+# Examples follow from the test alone, and a slow machine is no fault of theirs.
+hypothesis.settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What a test, and a fixture that it is the first to need, draws without a generator is the same in any order of
+    tests. Python's own `random` is left alone: libraries choose ports by it."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -95,26 +95,42 @@ def marked(mark: str) -> list[int]:
     return found
 
 
-def wait_for(condition: Callable[[], Any], within: float = 60.0) -> None:
+def is_gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def wait_for(condition: Callable[[], Any], within: float = 120.0) -> None:
+    """Wait for an event. within: seconds after which it is said not to come, far above what a loaded machine takes."""
     deadline = time.monotonic() + within
     while not condition():
         assert time.monotonic() < deadline, "it did not come"
         time.sleep(0.05)
 
 
-def assert_all_gone(mark: str, within: float = 5.0) -> None:
+def assert_left(mark: str, processes: int, within: float = 60.0) -> None:
+    """Of the processes that the test started soon as many are left, and no more."""
     deadline = time.monotonic() + within
-    while (left := marked(mark)) and time.monotonic() < deadline:
+    while len(left := marked(mark)) != processes and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert left == []
+    assert len(left) == processes, left
+
+
+def assert_all_gone(mark: str) -> None:
+    assert_left(mark, 0)
 
 
 def value(store: Store, job: Job) -> Any:
     return json.loads((store.open_artifact(job.key) / "value.json").read_text())
 
 
-def kill_when_running(engine: Any, job: Job, victim: Callable[[int], psutil.Process | None]) -> threading.Thread:
-    """Kill -9 the process `victim(pid)` as soon as `job` runs as process `pid`."""
+def kill_when_running(
+    engine: Any, job: Job, victim: Callable[[int], psutil.Process | None], go: Path
+) -> threading.Thread:
+    """Kill -9 the process `victim(pid)` when `job` runs as process `pid`. The job waits for the file `go`, which comes
+    when its process is gone."""
 
     def kill() -> None:
         pids: list[int] = []
@@ -124,6 +140,8 @@ def kill_when_running(engine: Any, job: Job, victim: Callable[[int], psutil.Proc
         process = victim(pids[0])
         assert process is not None
         process.kill()
+        wait_for(lambda: is_gone(pids[0]))
+        go.touch()
 
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
@@ -163,6 +181,13 @@ def held(folder: Path) -> list[Job]:
     """A quick job, one that is held until `folder`/go is there, and one that needs both."""
     jobs = [job("quick", value=7), job("held", do="learn", value=2, until=str(folder / "go"))]
     return [*jobs, job("last", *jobs, value=10)]
+
+
+def held_chain(folder: Path) -> list[Job]:
+    """Four jobs that are held until `folder`/go is there, and two that need two of those; `folder`/trace has each."""
+    go, trace = str(folder / "go"), str(folder / "trace")
+    heads = [job(f"held {i}", do="learn", value=i, until=go, trace=trace) for i in range(4)]
+    return [*heads, *(job(f"tail {i}", heads[i], heads[i + 2], value=100, trace=trace) for i in range(2))]
 
 
 def start_driver(store: Store, trace: Path) -> subprocess.Popen[bytes]:

@@ -52,7 +52,7 @@ def hostile(tmp_path: Path) -> dict[str, str]:
 
 def bench(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-P", "-c", "import harness.cli; harness.cli.main()", *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
 
 
 @pytest.mark.slow

@@ -339,7 +339,7 @@ def test_keys_follow_the_code_that_decides_and_no_other(copied: Path, tmp_path: 
         done = subprocess.run(
             [sys.executable, "-P", "-c", code, "plan", "quick", "--json"],
             env={**os.environ, "PYTHONPATH": str(copied), "BENCH_STORE": str(tmp_path / "store")},
-            capture_output=True, text=True, timeout=200,
+            capture_output=True, text=True, timeout=800,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
         place, _, document = done.stdout.partition("\n")

@@ -42,7 +42,7 @@ from tests.oracles import (
 from tests.records import changed, digest
 
 CHEAP = Elijah(iterations=2, noises=4, steps=2, batch=2, bf16=False, sampling_steps=2, images=9, distance="pixels")
-DATA = Data(torch.rand(8, 1, 16, 16) * 2 - 1)
+DATA = Data(torch.rand((8, 1, 16, 16), generator=generator(0, "data")) * 2 - 1)
 
 
 # ---- elijah ---------------------------------------------------------------------------------------------------------

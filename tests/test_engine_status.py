@@ -24,7 +24,7 @@ from harness.runs.job import Job
 from harness.runs.store import Store
 from harness.runs.suite import Suite
 from tests import engine_tools
-from tests.engine_tools import do, graph, job, local
+from tests.engine_tools import do, graph, job, local, wait_for
 from tests.records import changed, record, write_suite
 
 bodies, store = engine_tools.bodies, engine_tools.store
@@ -104,9 +104,9 @@ def test_status_and_logs_of_a_run_that_is_alive(store: Store, bench: Callable[..
 
     thread = threading.Thread(target=compute)
     thread.start()
-    place = store.events_path(learning.key)
-    while not place.exists() or not place.read_text().endswith("\n"):  # the file is there before its first line
-        time.sleep(0.02)
+    place, told = store.events_path(learning.key), store.run_events("tiny")
+    wait_for(lambda: place.exists() and place.read_text().endswith("\n"))  # the file is there before its first line
+    wait_for(lambda: '"remaining"' in told.read_text())
     out = bench("status").out
     assert "tiny: running" in out and "1 running" in out and re.search(r"about \d min left", out)
     assert "learning: learn " in out and ", loss " in out
@@ -213,10 +213,15 @@ def test_under_ray_cards_that_are_named_are_a_usage_error_with_the_way_out(store
 
 
 def test_the_event_file_has_one_object_a_line(store: Store, tmp_path: Path) -> None:
-    path = tmp_path / "events.jsonl"
+    path, until = tmp_path / "events.jsonl", tmp_path / "until"
     events = EventFile(path, every=0.0)
-    learning, bad = job("learning", do="learn", seconds=1.0), job("bad", do="fail")
-    do(store, learning, bad, listener=Both(events, Lines(io.StringIO())))
+    learning, bad = job("learning", do="learn", until=str(until)), job("bad", do="fail")
+
+    class Heard(Lines):
+        def progress(self, job: Job, event: Any) -> None:
+            until.touch()
+
+    do(store, learning, bad, listener=Both(events, Heard(io.StringIO())))
     events.close()
     told = [json.loads(line) for line in path.read_text().splitlines()]
     kinds = [each["event"] for each in told]

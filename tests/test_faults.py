@@ -36,6 +36,7 @@ from tests.engine_tools import (
     jumping_clock,
     local,
     undisturbed,
+    wait_for,
 )
 
 bodies, mark, orphans, store = engine_tools.bodies, engine_tools.mark, engine_tools.orphans, engine_tools.store
@@ -178,7 +179,7 @@ SINKS = {  # what a shell makes of stdout and stderr, and whether a disk was ful
 def into(sink: str, command: list[str]) -> subprocess.CompletedProcess[str]:
     """`command` with its output where `sink` of SINKS says; its own exit code, what it could say on stderr."""
     line = f"{shlex.join(command)} {SINKS[sink][0]}; exit ${{PIPESTATUS[0]}}"
-    return subprocess.run(["bash", "-c", line], stderr=subprocess.PIPE, text=True, timeout=280, check=False)
+    return subprocess.run(["bash", "-c", line], stderr=subprocess.PIPE, text=True, timeout=800, check=False)
 
 
 PRINTS = """
@@ -220,7 +221,7 @@ def test_output_that_cannot_be_written_ends_no_work_and_hides_no_outcome(
 def test_a_descriptor_that_is_closed_is_taken_by_no_file_of_ours(tmp_path: Path) -> None:
     code = "from harness.cli import streams; streams.install(); f = open('kept', 'w'); import os; os.write(1, b'x')"
     line = f"cd {tmp_path}; {shlex.join([sys.executable, '-c', code])} <&- >&- 2>&-"
-    assert subprocess.run(["bash", "-c", line], timeout=60, check=False).returncode == 0
+    assert subprocess.run(["bash", "-c", line], timeout=800, check=False).returncode == 0
     assert (tmp_path / "kept").read_text() == ""
 
 
@@ -265,7 +266,7 @@ def test_a_scan_whose_verdict_nobody_reads_still_writes_its_page(tmp_path: Path)
     short = "bias-scan(starts=1, shifts=1, iterations=2, batch=4)"
     scan = ["scan", str(tmp_path / "m"), "--detector", short, "--device", "cpu", "-o", str(tmp_path / "x.html")]
     main = [sys.executable, "-P", "-c", "import harness.cli; harness.cli.main()"]
-    plain = subprocess.run([*main, *scan, "--json"], capture_output=True, timeout=280, check=False)
+    plain = subprocess.run([*main, *scan, "--json"], capture_output=True, timeout=800, check=False)
     (tmp_path / "x.html").unlink()
     done = into("both to a reader that left", [*main, *scan, "--json"])
     assert done.returncode == plain.returncode and (tmp_path / "x.html").is_file()
@@ -281,7 +282,7 @@ def test_clocks_that_jump_end_no_job(store: Store, tmp_path: Path, monkeypatch: 
     after = job("after", ticking, value=2)
     with monkeypatch.context() as patch:
         patch.setattr(time, "time", jumping_clock())
-        results = do(store, ticking, after, limits=Limits(stall_s=1.5))
+        results = do(store, ticking, after, limits=Limits(stall_s=60))
     assert [result.error for result in results.values()] == [None, None]
     flag.unlink()
     assert digests(store, [ticking, after]) == undisturbed(tmp_path, [ticking, after])
@@ -298,12 +299,16 @@ def test_when_the_time_is_over_running_jobs_are_ended_and_the_next_run_goes_on(s
     assert do(store, quick, later)["later"].ok
 
 
-def test_a_job_known_to_take_longer_than_what_is_left_is_not_started(store: Store) -> None:
-    first, second = (job(f"work, seed {seed}", method="work", seconds=0.5) for seed in (0, 1))
+def test_a_job_known_to_take_longer_than_what_is_left_is_not_started(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learn = pace.Pace.learn
+    monkeypatch.setattr(pace.Pace, "learn", lambda self, job, seconds: learn(self, job, 2000.0))
+    first, second = (job(f"work, seed {seed}", method="work") for seed in (0, 1))
     with local(store) as engine:
         run(graph(first), store, engine)
         with pytest.raises(Interrupted, match="nothing more can be done") as caught:
-            run(graph(first, second), store, engine, max_seconds=0.4)
+            run(graph(first, second), store, engine, max_seconds=1000.0)
     assert caught.value.results[first.key].ok
     assert caught.value.results[second.key].failure is Failure.interrupted
     assert store.attempts(second.key) == []
@@ -326,13 +331,18 @@ def test_pace_learns_from_the_like_and_packs_the_rest_into_slots() -> None:
 
 
 def test_a_job_that_fails_in_one_of_two_drivers_is_not_tried_by_the_other(store: Store) -> None:
-    slow = job("slow", do="fail_late", seconds=1.0)
+    slow = fails_late(store)
+
+    class Waiting(Silent):
+        def note(self, text: str) -> None:
+            if "another run is working on it" in text:
+                Path(slow.spec["until"]).touch()
+
     code = "import sys; from tests.test_faults import other_driver; other_driver(sys.argv[1])"
     with subprocess.Popen([sys.executable, "-c", code, str(store.root)]) as other:
-        while not store.attempts(slow.key):
-            time.sleep(0.02)
-        result = do(store, slow)["slow"]
-        assert other.wait(20) == 0
+        wait_for(lambda: store.attempts(slow.key))
+        result = do(store, slow, listener=Waiting())["slow"]
+        assert other.wait(120) == 0
     assert result.failure is Failure.plugin and len(result.attempts) == 1
 
 
@@ -340,6 +350,15 @@ def test_a_job_that_fails_in_one_of_two_drivers_is_not_tried_by_the_other(store:
 def test_another_run_is_said_to_work_on_a_job_once_and_only_if_it_does(store: Store, works: bool) -> None:
     """A driver that looks for room holds the lock of a job for a moment, too."""
     quick, said, held = job("quick", value=7), list[str](), threading.Event()
+    looks = threading.Semaphore(0)
+
+    class Counting(Store):
+        """The driver reads the attempts each time that it finds the lock taken."""
+
+        def attempts(self, key: str) -> list[dict[str, Any]]:
+            looks.release()
+            return super().attempts(key)
+
     if works:
         store.write_attempts(quick.key, [{"attempt": 1, "status": "running", "started": 0.0}])
 
@@ -348,22 +367,27 @@ def test_another_run_is_said_to_work_on_a_job_once_and_only_if_it_does(store: St
             said.append(text)
 
     def hold() -> None:
-        for _ in range(3):
-            with store.lock(quick.key):
-                held.set()
-                time.sleep(0.3)
+        with store.lock(quick.key):
+            held.set()
+            assert all(looks.acquire(timeout=60) for _ in range(3))
 
     holder = threading.Thread(target=hold)
     holder.start()
-    assert held.wait(20)
-    assert do(store, quick, listener=Noting())["quick"].ok
+    assert held.wait(60)
+    assert do(Counting(store.root), quick, listener=Noting())["quick"].ok
     holder.join()
     assert said == ["quick: another run is working on it; waiting for it"] * works
 
 
+def fails_late(store: Store) -> Any:
+    """A job that fails when the file of its `until` is there."""
+    return job("slow", do="fail_late", until=str(store.root.parent / "go"))
+
+
 def other_driver(root: str) -> None:
     sys.path.insert(0, engine_tools.TESTS)
-    do(Store(Path(root)), job("slow", do="fail_late", seconds=1.0))
+    store = Store(Path(root))
+    do(store, fails_late(store))
 
 
 # ---- GPUs, without one

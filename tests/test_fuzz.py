@@ -19,7 +19,8 @@ from harness.runs.record import Record
 from leaderboard import results
 from leaderboard.results import ResultsError
 
-QUICK = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+IGNORED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+QUICK = settings(max_examples=300, deadline=None, suppress_health_check=IGNORED)
 DEEP = 3000
 NESTED = [
     "[" * DEEP,
@@ -137,7 +138,7 @@ def test_an_option_that_means_nothing_is_a_usage_error(words: tuple[str, ...], c
 def alone(*words: str, stdout: Any = subprocess.PIPE, stderr: Any = subprocess.PIPE, **environment: str) -> Any:
     kept = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME", "BENCH_STORE")}
     command = [sys.executable, "-P", "-c", "import harness.cli; harness.cli.main()", *words]
-    return subprocess.run(command, env=kept | environment, stdout=stdout, stderr=stderr, timeout=120)
+    return subprocess.run(command, env=kept | environment, stdout=stdout, stderr=stderr, timeout=800)
 
 
 def test_letters_that_a_terminal_does_not_know_are_escaped() -> None:

@@ -341,7 +341,7 @@ def test_a_suite_is_rehearsed_resumed_and_used_by_the_plan(place: Path, capsys: 
     assert all(group["error"] is None and group["fits"] for group in found["groups"])
     tuned, own = groups["defend finetune(steps=300, batch=4)"], groups["defend own-loop"]
     assert (tuned["phase"], tuned["passes"]) == ("finetune", 300) and (own["phase"], own["passes"]) == ("mine", 100000)
-    assert tuned["seconds"][1] == pytest.approx(tuned["pass_s"] * 300, rel=0.9) and tuned["rehearsed_s"] < 60
+    assert tuned["seconds"][1] == pytest.approx(tuned["pass_s"] * 300, rel=0.9) and tuned["rehearsed_s"] < 300
     assert own["seconds"][1] > 1000 * own["pass_s"] > 0
     assert sum(group["jobs"] for group in found["groups"]) == len(before["jobs"])
     again, err = told(capsys, place, "rehearse", "good")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import time
 import tomllib
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -321,6 +320,22 @@ def test_a_crash_is_told_with_its_command_and_never_exits_as_a_verdict(
 # ---- what is said before any work ------------------------------------------------------------------------------------
 
 
+class Ticks:
+    """The clock of these tests: only what sleeps by it takes time."""
+
+    now = 0.0
+
+    @classmethod
+    def sleep(cls, seconds: float) -> None:
+        cls.now += seconds
+
+
+@pytest.fixture
+def ticks(monkeypatch: pytest.MonkeyPatch) -> type[Ticks]:
+    monkeypatch.setattr(ahead, "time", SimpleNamespace(monotonic=lambda: Ticks.now))
+    return Ticks
+
+
 @dataclass(frozen=True)
 class Slow:
     """Takes 10 ms for each pass, and 20 ms for itself. Its suspicion is 0."""
@@ -335,19 +350,19 @@ class Slow:
     def defend(self, model: Any, knowledge: Knowledge, rng: torch.Generator) -> Any:
         if self.broken:
             raise ValueError("no")
-        time.sleep(0.02 + 0.01 * (self.passes + self.more))
+        Ticks.sleep(0.02 + 0.01 * (self.passes + self.more))
         events.progress("slow", 1, 1)
         return Defended(suspicion=0.0, flag_above=self.flag_above)
 
 
-def test_the_time_of_a_detector_follows_from_a_few_passes_of_its_loops() -> None:
+def test_the_time_of_a_detector_follows_from_a_few_passes_of_its_loops(ticks: type[Ticks]) -> None:
     heard: list[Any] = []
     events.listen(heard.append)
     try:
         seconds = ahead.expected_seconds(Slow(), tiny_unet(), Knowledge(), 0)
     finally:
         events.listen(None)
-    assert seconds is not None and 0.7 < seconds < 3 and not heard
+    assert seconds == pytest.approx(0.02 + 100 * 0.01) and not heard
     assert ahead.expected_seconds(Slow(broken=True), tiny_unet(), Knowledge(), 0) is None
     assert ahead.expected_seconds(object(), tiny_unet(), Knowledge(), 0) is None
 
@@ -361,15 +376,15 @@ class SlowInside(Slow):
     def defend(self, model: Any, knowledge: Knowledge, rng: torch.Generator) -> Any:
         for _ in range(self.passes):
             for _ in events.loop("inside", range(100)):
-                time.sleep(0.01)
+                Ticks.sleep(0.01)
         return Defended(suspicion=0.0, flag_above=self.flag_above)
 
 
-def test_loops_that_no_field_names_are_cut_short_and_count_in_full() -> None:
-    began = time.monotonic()
+def test_loops_that_no_field_names_are_cut_short_and_count_in_full(ticks: type[Ticks]) -> None:
+    began = ticks.now
     seconds = ahead.expected_seconds(SlowInside(), tiny_unet(), Knowledge(), 0)
-    assert time.monotonic() - began < 1.5
-    assert seconds is not None and 2 < seconds < 6
+    assert ticks.now - began == pytest.approx((1 + 1 + 3) * 2 * 0.01), "two passes in each of one, one and three"
+    assert seconds == pytest.approx(3 * 100 * 0.01)
     assert list(events.loop("later", range(5))) == list(range(5))
 
 

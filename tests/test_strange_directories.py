@@ -21,7 +21,7 @@ from harness.scan import verdict
 from tests import strange_directories as strange
 from tests.strange_directories import CASES, JUDGED, REFUSED, UNDECIDED, USAGE, Case
 
-SECONDS, MEGABYTES = 2.0, 300  # of a processor and of memory, for a model that is refused
+SECONDS, MEGABYTES = 10.0, 300  # of a processor, of which it takes less than one, and of memory, to refuse a model
 
 PLUGINS = '''
 """A detector, a defense and models that take no time."""

@@ -476,7 +476,8 @@ def test_sau_edits_what_has_the_trigger_by_what_the_prompt_without_it_gives(sd: 
         alone = around.run(sd, mixed[2:3])
     assert torch.equal(out[1::2], poi[1::2]) and not torch.allclose(out[::2], poi[::2])
     assert torch.allclose(out[::2], unlearned(SAU(), poi[::2], clean[::2]), atol=1e-5)
-    assert torch.allclose(alone, out[2:3], atol=1e-5) and around.nfe == 6
+    assert (alone - out[2:3]).abs().max() < 1e-4 * out.abs().max(), "up to the rounding of another batch"
+    assert around.nfe == 6
 
 
 def test_sau_after_the_last_step_is_sau_at_the_final_latent(sd: DiffusionModel) -> None:

@@ -31,7 +31,7 @@ def bench(store: Path, *words: str) -> list[str]:
 def run(store: Path, *words: str, expect: int = 0, env: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The report that `bench run --json` prints."""
     command = bench(store, "run", *words, "--json")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=800, env=env)
     assert done.returncode == expect, (done.stderr + done.stdout)[-2000:]
     return json.loads(done.stdout)
 

@@ -24,6 +24,8 @@ from harness.runs.store import Store
 if TYPE_CHECKING:
     from harness.engine.driver import JobResult
 
+GIT_S = 120.0  # for an answer of git, which reads a whole checkout beside jobs that use every processor
+
 
 def collect(plan: Plan, results: Mapping[str, JobResult], store: Store) -> list[Record]:
     """One record per cell, written to the store: its scores, or why there are none."""
@@ -177,11 +179,12 @@ def _processor() -> str:
 
 def _commit(folder: Path, *paths: str) -> dict[str, Any]:
     """Commit of the checkout that a folder lies in, and whether what lies at `paths` has changes; None for a folder in
-    none."""
+    none. The checkout is only read: git writes no index, so that a commit beside it finds no lock."""
+    command = ["git", "--no-optional-locks", "-C", str(folder)]
 
     def git(*words: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
+            done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=GIT_S)
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
