@@ -25,11 +25,13 @@ def add(run: Path, folder: Path, current: Callable[[str], str] = as_written) -> 
     with it. current: a spec as it is written today, so that a row from before a plugin gained a parameter is known
     again. One under the same key stays, unless it failed: it has the same numbers, and if every contributor replaced
     the controls by those of their own run, their branches would conflict. Raises ResultsError, also where a folder has
-    two records of a cell.
+    two records of a cell, and where the run has none.
     """
     new, old = read_suite(run), read_suite(folder)
     distinct([new])
     distinct([old])
+    if not new.records:
+        raise ResultsError(f"{run}: holds no records; give the folder that bench run SUITE -o DIR wrote")
     there = {record.key for record in old.records if not record.error}
     rows = [record for record in new.records if record.key not in there]
     pictures = [_readable(new, record) for record in rows]

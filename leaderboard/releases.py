@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import importlib.metadata
 import io
+import os
 import re
 import shutil
 import tarfile
@@ -39,8 +40,9 @@ def address() -> str:
 
 
 def archive(root: Path, out: Path) -> None:
-    """Write the results below `root` into a .tar.gz; the same results give the same bytes. Raises ResultsError."""
-    results.read(root)
+    """Write the results below `root` into a .tar.gz; the same results give the same bytes. Raises ResultsError, also
+    for what `pull` would refuse."""
+    _verified(root)
     files = {
         f"results/{folder.resolve().name}/{name}": folder / name
         for folder in results.folders(root)
@@ -79,7 +81,12 @@ def pull(source: str | None, into: Path) -> int:
                     _unpack(file, source, Path(scratch))
             except OSError as error:
                 raise ResultsError(f"{source}: {error.strerror or error}") from None
-        records = _verified(fresh, source)
+        if not fresh.is_dir():
+            raise ResultsError(f"{source}: no results in it")
+        try:
+            records = _verified(fresh)
+        except ResultsError as error:
+            raise ResultsError(f"{source}: {str(error).replace(f'{fresh}{os.sep}', '')}") from None
         if into.exists():
             into.rename(Path(scratch) / "replaced")
         fresh.rename(into)
@@ -93,17 +100,16 @@ def _ours(into: Path) -> None:
             raise ResultsError(f"{into}: holds files that are no results; name another folder with BENCH_RESULTS")
 
 
-def _verified(fresh: Path, source: str) -> int:
-    """The number of records below `fresh`, each as it was sealed and each picture as its name says."""
-    if not fresh.is_dir():
-        raise ResultsError(f"{source}: no results in it")
+def _verified(root: Path) -> int:
+    """The number of records below `root`, each as it was sealed and each picture as its name says. Raises
+    ResultsError."""
     records = 0
-    for suite in results.read(fresh):
+    for suite in results.read(root):
         records += len(suite.records)
         for name in results.contents(suite.folder):
             path = suite.folder / name
             if name.startswith("sheets/") and results.sheet_name(path.read_bytes()) != name:
-                raise ResultsError(f"{source}: {suite.suite}/{name} is not what its name was made from")
+                raise ResultsError(f"{path}: is not what its name was made from; {results.ANEW}")
     return records
 
 

@@ -274,7 +274,7 @@ def comma_separated(records: Sequence[Record], tables: Iterable[Table], dropped:
     for record in records:
         state = f"failed: {record.error}" if record.error else "done"
         codes = " ".join(doubt.code for doubt in doubted[record.key])
-        told = [record.provenance.nfe, " ".join(record.knowledge), control_of(record.cell), letters[record.key]]
+        told = [record.provenance.nfe, " ".join(record.given), control_of(record.cell), letters[record.key]]
         about = [safe(x) for x in (record.key, *_specs(record.cell), *told, state, codes)]
         writer.writerow([*about, *(x for name in names for x in _csv_score(name, record.scores.get(name)))])
     for left in dropped:

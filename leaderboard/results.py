@@ -37,6 +37,7 @@ from harness.runs.record import Dropped, Record
 from leaderboard.attestation import Attestation
 
 LARGEST = 64_000_000  # bytes of a packed file, unpacked
+LARGEST_REPORT = 1_000_000_000  # bytes of report.json, which has all records of a run
 SHEET_LIMIT = 30_000  # bytes of a contact sheet
 WIDEST = 1600  # its pixels, at most
 PARTS = ("records", "sheets", "dropped", "reproduced")
@@ -47,7 +48,9 @@ STORED = re.compile(
 BESIDE = re.compile(r"report\.(md|json|csv)|run\.json|events\.jsonl")
 SHIPPED = Path(__file__).parent / "results"
 SEAL = "digest"
-IRREGULAR = "a link, a pipe or a device; results are regular files, put the file itself here"
+IRREGULAR = "a link, a pipe, a device or a folder; results are regular files, put the file itself here"
+ANEW = "fetch it again, or compute it again with bench run SUITE -o DIR"
+AGAIN = "fetch it again, or remove it and run bench reproduce --keep"
 T = TypeVar("T")
 
 
@@ -120,9 +123,10 @@ def _holds_results(root: Path) -> bool:
 
 
 def folders(root: Path) -> list[Path]:
-    """`root` itself if it holds records, else its subfolders that do. Raises ResultsError if there are none."""
+    """`root` itself if it has a folder of records, else its subfolders that do. Raises ResultsError if no record is
+    there."""
     found = [root] if (root / "records").is_dir() else sorted(p.parent for p in root.glob("*/records") if _is_own(p))
-    if not found:
+    if not any(any((folder / "records").iterdir()) for folder in found):
         raise ResultsError(f"{root}: no results here; a run writes them with bench run SUITE -o DIR")
     return found
 
@@ -133,12 +137,18 @@ def _is_own(records: Path) -> bool:
 
 
 def irregular(root: Path) -> list[Path]:
-    """What lies below `root` and is neither a regular file nor a folder: links, pipes, devices."""
+    """What lies below `root` and is neither a regular file nor a folder: links, pipes, devices; and folders that have
+    the name of a file of results."""
     found = []
     for place, folders_, files in os.walk(root):
         paths = [Path(place) / name for name in (*folders_, *files)]
         found += [path for path in paths if path.is_symlink() or not (path.is_dir() or path.is_file())]
-    return sorted(found)
+        found += [path for path in (Path(place) / name for name in folders_) if _as_stored(path)]
+    return sorted(set(found))
+
+
+def _as_stored(path: Path) -> bool:
+    return STORED.fullmatch(f"{path.parent.name}/{path.name}") is not None
 
 
 def read(root: Path | None = None) -> list[Results]:
@@ -171,8 +181,42 @@ def read_suite(folder: Path, records: Iterable[Record] | None = None) -> Results
         records = [record for record, _ in sealed]
     found = tuple(sorted(records, key=in_order))
     dropped = tuple(sorted((_dropped(path) for path in _files(folder, "dropped")), key=in_order))
-    reproduced = {path.stem: parsed(Attestation, load(path), path) for path in _files(folder, "reproduced")}
+    attested = _files(folder, "reproduced")
+    reproduced = {path.stem: parsed(Attestation, load(path, AGAIN), path, AGAIN) for path in attested}
     return Results(folder.resolve().name, folder, found, dropped, reproduced, seals)
+
+
+@dataclass(frozen=True)
+class _Named:
+    key: str
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What report.json says of which files lie beside it."""
+
+    records: tuple[_Named, ...]
+    dropped: tuple[Dropped, ...]
+
+
+def of_one_run(found: Results) -> None:
+    """Raise ResultsError unless the report.json of a run's folder, where it has one, can be read and names the records
+    and dropped cells that are there, no more and no fewer."""
+    path = found.folder / "report.json"
+    if not path.is_file():
+        return
+    said = parsed(_Report, load(path, largest=LARGEST_REPORT), path)
+    pairs = (
+        ({f"records/{each.key}.json" for each in said.records}, {f"records/{each.key}.json" for each in found.records}),
+        ({f"dropped/{_dropped_name(each)}" for each in said.dropped},
+         {f"dropped/{_dropped_name(each)}" for each in found.dropped}),
+    )  # fmt: skip
+    gone = sorted(name for named, there in pairs for name in named - there)
+    left = sorted(name for named, there in pairs for name in there - named)
+    if gone:
+        raise _broken(path, f"names {gone[0]}, which is not there ({len(gone)} such files)")
+    if left:
+        raise _broken(path, f"does not name {left[0]}, which is there ({len(left)} such files)")
 
 
 def in_order(entry: Record | Dropped) -> tuple[Any, ...]:
@@ -203,9 +247,9 @@ def read_sealed(path: Path) -> tuple[Record, str]:
     document = load(path)
     sealed = document.pop(SEAL, None)
     if document.get("key") != path.name.partition(".")[0]:
-        raise ResultsError(f"{path}: a record is a file named for its key, which is hex digits")
+        raise _broken(path, "a record is a file named for its key, which is hex digits")
     if sealed != digest(document):
-        raise ResultsError(f"{path}: changed after it was sealed: its digest is not the sha256 of its content")
+        raise _broken(path, "changed after it was sealed: its digest is not the sha256 of its content")
     record = parsed(Record, document, path)
     if record.sheet is not None and not SHEET.fullmatch(record.sheet):
         raise ResultsError(f"{path}: its contact sheet should be sheets/<hash>.webp, not {record.sheet}")
@@ -250,14 +294,18 @@ def _dropped(path: Path) -> Dropped:
     return entry
 
 
-def parsed(form: type[T], document: Any, path: Path) -> T:
-    """`document` as `form`. Raises ResultsError that names the file and the first place that is wrong."""
+def _broken(path: Path, words: str, way: str = ANEW) -> ResultsError:
+    return ResultsError(f"{path}: {words}; {way}")
+
+
+def parsed(form: type[T], document: Any, path: Path, way: str = ANEW) -> T:
+    """`document` as `form`. Raises ResultsError that names the file, the first place that is wrong and the way out."""
     try:
         return _adapter(form).validate_python(document)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise ResultsError(f"{path}: {place or 'file'}: {first['msg']}") from None
+        raise _broken(path, f"{place or 'file'}: {first['msg']}", way) from None
 
 
 @cache
@@ -265,23 +313,24 @@ def _adapter(form: type[T]) -> TypeAdapter[T]:
     return TypeAdapter(form)
 
 
-def load(path: Path) -> dict[str, Any]:
-    """A JSON object, NaN refused; of a .gz, unpacked. Raises ResultsError."""
+def load(path: Path, way: str = ANEW, largest: int = LARGEST) -> dict[str, Any]:
+    """A JSON object, NaN refused; of a .gz, unpacked. way: out of an error. largest: bytes that are read. Raises
+    ResultsError."""
     try:
-        found = json.loads(_content(path), parse_constant=_no_constant, object_pairs_hook=_distinct_names)
+        found = json.loads(_content(path, largest), parse_constant=_no_constant, object_pairs_hook=_distinct_names)
     except OSError as error:
         raise ResultsError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise ResultsError(f"{path}: not JSON ({error})") from None
+        raise _broken(path, f"not JSON ({error})", way) from None
     if not isinstance(found, dict):
-        raise ResultsError(f"{path}: a JSON {type(found).__name__}, not an object")
+        raise _broken(path, f"a JSON {type(found).__name__}, not an object", way)
     return found
 
 
-def _content(path: Path) -> bytes:
+def _content(path: Path, largest: int = LARGEST) -> bytes:
     """Raises OSError, ValueError."""
-    if path.stat().st_size > LARGEST:
-        raise ValueError(f"more than {LARGEST / 1e6:.0f} MB")
+    if path.stat().st_size > largest:
+        raise ValueError(f"more than {largest / 1e6:.0f} MB")
     found = path.read_bytes()
     if path.suffix != ".gz":
         return found

@@ -442,7 +442,7 @@ def _cell(
         tasks=_tasks(group),
         specs=first.cell,
         short=shorten(first.cell),
-        knowledge=first.knowledge,
+        knowledge=first.given,
         control=control_of(first.cell),
         records=tuple(group),
         doubts=tuple(dict.fromkeys(doubt for record in group for doubt in doubted[record.key])),

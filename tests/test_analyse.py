@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.cli import call
+from harness.cli import Exit, call
 from harness.diffusion.model import DiffusionModel
 from harness.diffusion.samplers import usual
 from harness.stages import analyse as stage
@@ -220,6 +220,14 @@ def test_a_cell_of_a_run_is_analysed_from_the_store(
     empty = ["--store", str(tmp_path / "empty"), "--results", str(tmp_path)]
     assert call(["analyse", by["villa", "none"], "-o", str(tmp_path / "none"), *empty]) == 2
     assert "no results here" in capsys.readouterr().err
+
+
+def test_a_record_of_the_store_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "records" / f"{'a' * 64}.json"
+    path.parent.mkdir()
+    path.write_text('{"key": ')
+    assert call(["analyse", "aaaa", "-o", str(tmp_path / "out"), "--store", str(tmp_path)]) == Exit.missing
+    assert f"bench: {path}: no record that can be read; remove it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("make", [oracles.tiny_mmdit, oracles.tiny_sdxl], ids=["mmdit", "sdxl"])

@@ -291,7 +291,8 @@ def test_what_cannot_be_written_is_said_before_anything_is_computed(
     store = Store(tmp_path / "store")
     settings = vars(run.Settings("local", None, "", 1.0, 1, 1.0, 1.0, None, 1))
     told = {"suite": "quick", "only": [], "sets": [], "files": []}
-    store.write_run("quick", {"driver": {}, "told": told, "settings": settings, "jobs": []})
+    driver = {"host": "elsewhere", "pid": 1, "started": 0.0}
+    store.write_run("quick", {"driver": driver, "told": told, "settings": settings, "jobs": []})
     afile, here = tmp_path / "afile", ("--store", str(store.root))
     afile.write_text("")
     (tmp_path / "out").mkdir()

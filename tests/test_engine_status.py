@@ -171,6 +171,48 @@ def test_report_finds_the_last_run_wherever_its_report_went(
     assert "no report.json; compute it with bench run" in bench("report", "tiny").err
 
 
+SPOILED = {
+    "empty": lambda content: b"",
+    "cut": lambda content: content[: len(content) // 2],
+    "no JSON": lambda content: b"\xff\xfe{",
+    "a list": lambda content: b"[1]",
+    "other names": lambda content: b'{"a": 1}',
+    "other types": lambda content: content.replace(b'"driver": {', b'"driver": 3, "former": {'),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
+def test_a_run_that_cannot_be_read_is_named_by_every_command_that_needs_it(
+    store: Store, bench: Callable[..., Any], spoil: Callable[[bytes], bytes]
+) -> None:
+    remember(store, job("a"))
+    path = store.root / "runs" / "tiny" / "run.json"
+    path.write_bytes(spoil(path.read_bytes()))
+    gc = ("store", "gc", "--older-than", "1")  # else it might remove what a run that goes on needs
+    for words in (("status",), ("report", "tiny"), ("retry", "tiny"), ("store", "explain", "abcd"), gc):
+        found = bench(*words)
+        assert (found.code, found.out, len(found.err.splitlines())) == (Exit.missing, "", 1)
+        assert found.err.startswith(f"bench: {path}: no run that can be read (")
+        assert found.err.endswith("; remove it, and run the suite again\n")
+
+
+def test_attempts_that_cannot_be_read_are_none(store: Store, bench: Callable[..., Any]) -> None:
+    failed = job("bad", do="fail")
+    do(store, failed)
+    remember(store, failed, pid=4194305)
+    (store.job_dir(failed.key) / "attempts.json").write_text("[1]")
+    found = bench("status")
+    assert found.code == Exit.ok and "1 jobs: 1 waiting" in found.out
+
+
+def test_a_run_of_another_version_is_not_tried_again_with_its_options(store: Store, bench: Callable[..., Any]) -> None:
+    remember(store, job("a"))
+    run = store.run("tiny") or {}
+    store.write_run("tiny", run | {"settings": {"threads": 1, "retries": 2}})
+    found = bench("retry", "tiny")
+    assert found.code == Exit.usage and "tiny was run by another version" in found.err
+
+
 def test_retry_runs_again_what_failed_as_it_was_run(
     store: Store, bench: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -358,7 +358,8 @@ def test_files_that_are_no_part_of_the_results_fail(root: Path) -> None:
     (root / "small" / "notes.txt").unlink()
     extra = root / "small" / "records" / f"{digest('extra')}.json"
     shutil.copy(a_record(root), extra)
-    assert problems(root) == [f"{extra}: a record is a file named for its key, which is hex digits"]
+    words = f"a record is a file named for its key, which is hex digits; {results.ANEW}"
+    assert problems(root) == [f"{extra}: {words}"]
     extra.unlink()
     orphan = root / "small" / results.sheet_name(picture(8, 8))
     orphan.write_bytes(picture(8, 8))

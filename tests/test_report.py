@@ -274,6 +274,14 @@ def test_the_text_that_a_defense_names_as_the_trigger_is_shown_by_its_characters
     assert "triggers found" not in report.markdown([record("cc")])
 
 
+@pytest.mark.parametrize(("track", "knows"), [("unconditional", "none (blind)"), ("text-to-image", "prompts")])
+def test_a_defense_is_listed_with_what_its_model_has_of_what_it_needs(track: str, knows: str) -> None:
+    row = record(defense="tnc()", knowledge=["prompts"], provenance={"track": track})
+    assert [each.knows for each in rows.pooled([row])] == [knows]
+    (line,) = csv.DictReader(io.StringIO(comma_separated([row])))
+    assert line["knowledge"] == ("" if track == "unconditional" else "prompts")
+
+
 def test_text_of_plugins_is_data_and_never_markup() -> None:
     evil = "<script>alert(1)</script>|`x`\n# big\x1b[31m\u200b"
     records = [record(), record("bb", error=evil, defense="a|b<i>()")]

@@ -268,6 +268,90 @@ def test_without_results_one_line_names_the_command_that_fetches_them(
     assert "bench leaderboard pull" in one_line(capsys)
 
 
+SPOILED = {
+    "empty": lambda content: b"",
+    "cut": lambda content: content[: len(content) // 2],
+    "no JSON": lambda content: b"\xff\xfe{",
+    "a list": lambda content: b"[1]",
+    "other names": lambda content: b'{"a": 1}',
+}
+
+
+@pytest.mark.parametrize("file", ["report.json", "records"])
+@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
+def test_a_file_of_a_run_that_cannot_be_read_is_one_line_with_the_way_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[bytes], bytes], file: str
+) -> None:
+    run = write_suite(tmp_path / "run", small()[:3])
+    path = run / file if file == "report.json" else min((run / file).iterdir())
+    path.write_bytes(spoil(path.read_bytes()))
+    readers = [["report", str(run)], ["report", str(run), "--json"]]
+    if file == "records":
+        readers += [[*words, "--results", str(run)] for words in (["compare", "skd", "none"], ["reproduce", "abcd"])]
+        readers += [["leaderboard", "build", "-o", str(tmp_path / "page"), "--results", str(run)]]
+        readers += [["leaderboard", "add", str(run), "--to", str(tmp_path / "to")]]
+        readers += [["leaderboard", "archive", "-o", str(tmp_path / "all.tar.gz"), "--results", str(run)]]
+    for words in readers:
+        assert call(words) == Exit.usage
+        said = one_line(capsys)
+        assert said.startswith(f"bench: {path}: ") and said.endswith(f"; {results.ANEW}\n")
+
+
+@pytest.mark.parametrize("part", ["records", "dropped"])
+def test_a_report_that_names_other_files_than_lie_beside_it_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str
+) -> None:
+    rows = small()
+    run = write_suite(tmp_path / "run", rows[:3], [Dropped(rows[3].cell, "it meets no such trigger")])
+    assert call(["report", str(run)]) == 0
+    capsys.readouterr()
+    path = min((run / part).iterdir())
+    gone = path.rename(tmp_path / path.name)
+    assert call(["report", str(run)]) == Exit.usage
+    assert f"{run / 'report.json'}: names {part}/{path.name}, which is not there (1 such files)" in one_line(capsys)
+    gone.rename(path)
+    if part == "records":
+        results.write_record(run, rows[4])
+    else:
+        results.write_dropped(run, Dropped(rows[4].cell, "nor such a target"))
+    assert call(["report", str(run)]) == Exit.usage
+    assert f"{run / 'report.json'}: does not name {part}/" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "words", [["compare", "skd", "none"], ["leaderboard", "build", "-o"], ["leaderboard", "check"]]
+)
+def test_a_folder_without_a_record_holds_no_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    (tmp_path / "run" / "records").mkdir(parents=True)
+    words = [*words, str(tmp_path / "page")] if words[-1] == "-o" else words
+    assert call([*words, "--results", str(tmp_path / "run")]) == Exit.usage
+    assert f"{tmp_path / 'run'}: no results here; a run writes them" in one_line(capsys)
+
+
+def test_a_run_without_a_record_is_not_added(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_suite(tmp_path / "run", small()[:1])
+    shutil.rmtree(run / "records")
+    assert call(["leaderboard", "add", str(run), "--to", str(tmp_path / "to")]) == Exit.usage
+    assert f"{run}: holds no records; give the folder that bench run SUITE -o DIR wrote" in one_line(capsys)
+
+
+def test_a_folder_with_the_name_of_a_record_is_no_record_that_is_passed_over(folder: Path) -> None:
+    path = min((folder / "records").iterdir())
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(results.ResultsError, match=f"{path}: .* or a folder; results are regular files"):
+        results.read(folder)
+
+
+def test_an_archive_is_not_written_of_what_could_not_be_pulled(folder: Path, tmp_path: Path) -> None:
+    sheet = min((folder / "sheets").iterdir())
+    sheet.write_bytes(sheet.read_bytes()[:-1])
+    with pytest.raises(results.ResultsError, match=f"{sheet}: is not what its name was made from"):
+        releases.archive(folder.parent, tmp_path / "all.tar.gz")
+
+
 @pytest.mark.parametrize("kind", ["folder", "archive"])
 def test_pulled_results_are_found_and_are_what_was_published(
     home: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
@@ -415,8 +499,11 @@ def test_what_is_not_as_it_was_sealed_is_not_taken(
     folder: Path, tmp_path: Path, spoil: Callable[[Path], None], says: str
 ) -> None:
     spoil(folder)
-    with pytest.raises(results.ResultsError, match=says):
+    with pytest.raises(results.ResultsError, match=says) as caught:
         releases.pull(str(folder.parent), tmp_path / "home" / "results")
+    assert str(caught.value).startswith(f"{folder.parent}: small/"), (
+        "it names what was pulled, not where it was unpacked"
+    )
     assert not (tmp_path / "home" / "results").exists()
 
 

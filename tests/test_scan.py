@@ -615,6 +615,20 @@ def test_a_model_of_images_that_are_not_square_is_purified_with_data_of_its_shap
     assert json.loads(found.out)["stock"] and checkpoint.load(out).shape == (1, 16, 24)
 
 
+def test_a_purified_model_keeps_the_pipeline_and_the_schedule_that_it_had(bench: Run, tmp_path: Path) -> None:
+    directory, out = saved(tmp_path / "m"), tmp_path / "out"
+    index = json.loads((directory / "model_index.json").read_text())
+    index |= {"_class_name": "DDIMPipeline", "scheduler": ["diffusers", "PNDMScheduler"]}
+    (directory / "model_index.json").write_text(json.dumps(index))
+    schedule = {"_class_name": "PNDMScheduler", "num_train_timesteps": 1000, "beta_end": 0.02}
+    (directory / "scheduler/scheduler_config.json").write_text(json.dumps(schedule))
+    found = bench("purify", directory, "--defense", "pruner", "-o", out, "--json")
+    assert found.code == 0, found.err
+    assert json.loads((out / "model_index.json").read_text())["_class_name"] == "DDIMPipeline"
+    written = json.loads((out / "scheduler/scheduler_config.json").read_text())
+    assert {name: value for name, value in written.items() if name != "_diffusers_version"} == schedule
+
+
 def test_a_pruned_denoiser_is_not_said_to_load_with_stock_diffusers_and_can_be_scanned(
     bench: Run, tmp_path: Path
 ) -> None:

@@ -27,6 +27,7 @@ from harness.judges.statistics import mean
 from harness.runs import execution
 from harness.runs.job import Job
 from harness.runs.jsonable import to_jsonable
+from harness.runs.record import Record
 from harness.runs.store import Store
 from harness.scan import verdict
 from harness.stages import defend, knowledge
@@ -61,6 +62,19 @@ def test_a_defense_sees_only_what_it_declares(plugins: registry.Registry) -> Non
     for needs in (("data",), ("trigger",), ()):
         known = knowledge.draw(needs, DigitsDDPM(), 0, given)
         assert {name for name in KNOWLEDGE if getattr(known, name) is not None} == set(needs)
+
+
+@pytest.mark.parametrize("name", ["digits-ddpm", "shapes-sd"])
+def test_a_record_says_what_there_was_of_the_knowledge_that_a_defense_needs(
+    plugins: registry.Registry, name: str
+) -> None:
+    model = plugins.build("models", name)
+    track = "text-to-image" if model.conditional else "unconditional"
+    wanted = [need for need in KNOWLEDGE if need != "trigger"]  # which is the cell's
+    drawn = knowledge.draw(wanted, model, 0)
+    there = tuple(need for need in wanted if getattr(drawn, need) not in (None, ()))
+    said = {"key": "0" * 64, "cell": cell(plugins), "knowledge": wanted, "provenance": {"track": track}}
+    assert Record.model_validate(said).given == there
 
 
 FIELD_USES = {

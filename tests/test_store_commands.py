@@ -396,7 +396,8 @@ def remember(store: Store, suite: str, jobs: list[dict[str, Any]], **more: Any) 
     """A run in the store whose driver is dead, unless `driver` says otherwise."""
     dead = {"host": socket.gethostname(), "pid": 4194305, "started": time.time()}
     told = {"suite": suite, "only": [], "sets": [], "files": [], **more.pop("told", {})}
-    store.write_run(suite, {"driver": dead, "settings": {"threads": 1}, "jobs": jobs, **more, "told": told})
+    planned = [{"label": "a job", "estimate": 1.0, **each} for each in jobs]
+    store.write_run(suite, {"driver": dead, "settings": {"threads": 1}, "jobs": planned, **more, "told": told})
 
 
 def test_kinds_are_listed(bench: Callable[..., SimpleNamespace], store: Store) -> None:

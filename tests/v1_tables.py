@@ -87,7 +87,7 @@ def _purifiers(head: str, attacked: Sequence[Record], clean: Sequence[Record]) -
         rows.append(
             [
                 f"`{name}`",
-                ", ".join(sorted(mine[0].knowledge, key=lambda word: word != "trigger")).replace("_", " ") or "–",
+                ", ".join(sorted(mine[0].given, key=lambda word: word != "trigger")).replace("_", " ") or "–",
                 _cleaned(mine),
                 _over(mine, "asr", 100, 1),
                 _over(decoys[name], "asr", 100, 1) if name in decoys else "",
@@ -118,7 +118,7 @@ def _screens(head: str, attacked: Sequence[Record], clean: Sequence[Record]) -> 
     rows = [[head, "knowledge", *(f"{title}{of}" for title, *_ in SCREENS for of in ("", ", clean model"))]]
     for name in sorted({_name(r, "defense") for r in attacked}):
         pair = [[r for r in each if _name(r, "defense") == name] for each in (attacked, clean)]
-        knows = ", ".join(pair[0][0].knowledge).replace("_", " ") or "–"
+        knows = ", ".join(pair[0][0].given).replace("_", " ") or "–"
         rows.append([f"`{name}`", knows, *(_over(each, *column[1:]) for column in SCREENS for each in pair)])
     return markdown(rows[0], rows[1:])
 

@@ -68,11 +68,14 @@ def analyse(
 
 
 def _record(store: Store, root: Path | None, key: str) -> Record:
-    """The record, of the store's own or of the published ones."""
+    """The record, of the store's own or of the published ones. Raises StoreError for one that cannot be read."""
+    from harness.runs.store import StoreError
     from leaderboard import results
 
     own = results.Results("store", store.root, tuple(store.records()))
     held = any(record.key.startswith(key) for record in own.records)
+    if broken := [] if held else store.broken_records(key):
+        raise StoreError(f"{broken[0]}: no record that can be read; remove it, or compute it again with bench run")
     return results.find([own] if held else read_results(root), key)[1]
 
 

@@ -47,9 +47,11 @@ def _last(suite: str, store: Store) -> Results:
 
 def read_run(folder: Path) -> Results:
     """What a run left in its folder. Raises RegistryError where there is no report, ResultsError for one of another
-    form."""
-    from leaderboard.results import read_suite
+    form, and for one whose records are not those that lie beside it."""
+    from leaderboard.results import of_one_run, read_suite
 
     if not (folder / "report.json").is_file():
         raise RegistryError(f"{folder}: no report.json; compute it with bench run")
-    return read_suite(folder)
+    found = read_suite(folder)
+    of_one_run(found)
+    return found

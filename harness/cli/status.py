@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +61,7 @@ def status(suite: str | None, follow: bool, whole: bool, store: Path | None, as_
 def run_of(store: Store, suite: str | None) -> tuple[str, dict[str, Any]]:
     """Name and stored state of the last run of a suite (its name or its file), by default of the newest run.
 
-    Raises click.UsageError if there is none.
+    Raises click.UsageError if there is none, StoreError if it cannot be read.
     """
     runs = store.runs()
     name = Path(suite).name.removesuffix(".toml") if suite else runs[-1] if runs else None
@@ -201,10 +202,12 @@ def retry(
     With KEYS (or their beginnings), run only these jobs, what they need and what needs them.
     """
     root = opened(store)
-    _, run = run_of(root, suite)
+    name, run = run_of(root, suite)
     given = {
         name: value for name, value in where.items() if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
     }
+    if run["settings"].keys() != {field.name for field in fields(Settings)}:
+        raise click.UsageError(f"{name} was run by another version, with other options; run it again with bench run")
     settings = Settings(**{**run["settings"], **given})
     told = run["told"]
     remembered = Path(told["out"]) if told.get("out") else None

@@ -25,6 +25,7 @@ from pydantic import (
 from harness.types import PUBLIC_ENCODERS, Cell, Score
 
 Track = Literal["unconditional", "text-to-image"]
+OF_TEXT = ("prompts", "words")  # knowledge that there is none of where a model takes no prompts
 
 
 ORDINALS = ("", "first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth")
@@ -144,8 +145,8 @@ class Provenance(_Frozen):
 
 
 class Record(_Frozen):
-    """The outcome of one cell. key: of its measure job. error: why there are no scores. knowledge: what the defense was
-    given, by the names of `Knowledge`. sheet: the contact sheet's path, relative to the folder of results."""
+    """The outcome of one cell. key: of its measure job. error: why there are no scores. knowledge: what the defense
+    needs, by the names of `Knowledge`. sheet: the contact sheet's path, relative to the folder of results."""
 
     key: str = Field(pattern=r"^[0-9a-f]{64}$")
     cell: Cell
@@ -164,6 +165,12 @@ class Record(_Frozen):
         if not isinstance(value, Mapping):
             return value
         return {name: _with_nan(score) if isinstance(score, Mapping) else score for name, score in value.items()}
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """What the defense was given, by the names of `Knowledge`: what it needs and its model has."""
+        absent = OF_TEXT if self.provenance.track == "unconditional" else ()
+        return tuple(name for name in self.knowledge if name not in absent)
 
     @property
     def attack_jobs(self) -> set[str]:

@@ -23,6 +23,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -242,6 +243,11 @@ class Store:
             if record is not None:
                 yield record
 
+    def broken_records(self, beginning: str) -> list[Path]:
+        """The files of records whose keys begin so, and that `records` passes over."""
+        paths = sorted(self.root.glob("records/*.json"))
+        return [path for path in paths if path.stem.startswith(beginning) and _read_record(path) is None]
+
     def run_dir(self, suite: str) -> Path:
         """The folder of a suite's reports, made if need be. ValueError for a name that is not a plain file name."""
         if not re.fullmatch(r"[\w][\w.+-]*", suite):
@@ -253,8 +259,14 @@ class Store:
         return self._write_json(self.run_dir(suite) / "run.json", run)
 
     def run(self, suite: str) -> dict[str, Any] | None:
-        """What `write_run` wrote last; None if there was no run."""
-        return _read_json(self.root / "runs" / suite / "run.json")
+        """What `write_run` wrote last; None if there was no run. Raises StoreError for a file that is none of these."""
+        path = self.root / "runs" / suite / "run.json"
+        if not path.exists():
+            return None
+        wrong = _fault_of_run(path)
+        if wrong:
+            raise StoreError(f"{path}: no run that can be read ({wrong}); remove it, and run the suite again")
+        return _read_json(path)
 
     def runs(self) -> list[str]:
         """Suites that were run, the newest run last."""
@@ -327,7 +339,7 @@ class Store:
     def attempts(self, key: str) -> list[dict[str, Any]]:
         """Every attempt at this job so far, oldest first."""
         found = _read_json(self.root / "jobs" / _checked(key)[:2] / key / "attempts.json")
-        return found if isinstance(found, list) else []
+        return found if isinstance(found, list) and all(isinstance(attempt, dict) for attempt in found) else []
 
     def write_attempts(self, key: str, attempts: list[dict[str, Any]]) -> None:
         """Note them, all or nothing; after a loss of power they may be gone, which costs no result."""
@@ -454,6 +466,57 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
+
+
+@dataclass(frozen=True)
+class _Driver:
+    host: str
+    pid: int
+    started: float
+
+
+@dataclass(frozen=True)
+class _Planned:
+    key: str
+    label: str
+    needs: list[str]
+    estimate: float
+
+
+@dataclass(frozen=True)
+class _Told:
+    suite: str
+    only: list[str]
+    sets: list[str]
+    files: list[str]
+    out: str | None = None
+
+
+@dataclass(frozen=True)
+class _Settings:
+    threads: int
+
+
+@dataclass(frozen=True)
+class _Run:
+    driver: _Driver
+    told: _Told
+    settings: _Settings
+    jobs: list[_Planned]
+
+
+def _fault_of_run(path: Path) -> str | None:
+    """The first place where a file is not what `Store.write_run` is given, in words."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        TypeAdapter(_Run).validate_json(path.read_bytes(), strict=True)
+    except OSError as error:
+        return error.strerror
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        return f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}"
+    return None
 
 
 def _read_record(path: Path) -> Record | None:

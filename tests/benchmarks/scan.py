@@ -20,18 +20,17 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from harness.scan.verdict import LEAST
+from harness.scan.verdict import LEAST, read_population, write_population
+from tests.benchmarks.scanning import bench, document
 
 LABEL = "bench.json"
 RELEASED = "as released"
@@ -47,11 +46,6 @@ class Case:
     folder: Path
 
 
-def bench(*words: object) -> subprocess.CompletedProcess[str]:
-    program = Path(sys.executable).with_name("bench")
-    return subprocess.run([program, *map(str, words)], capture_output=True, text=True)
-
-
 def trained(suite: str, only: Sequence[str], store: Path | None, out: Path) -> dict[str, Case]:
     """The suite's models that lie in the store, by the keys of their jobs."""
     from harness.cli import run as cli
@@ -60,7 +54,7 @@ def trained(suite: str, only: Sequence[str], store: Path | None, out: Path) -> d
     found = {}
     ready = cli.prepare(suite, list(only), [], 1, store, False, ())
     for planned in ready.plan.cells:
-        key = next((k for k in planned.behind if ready.plan.jobs[k].kind == "attack"), None)
+        key = next((k for k in planned.upstream if ready.plan.jobs[k].kind == "attack"), None)
         if key is None or key in found or not ready.store.has(key):
             continue
         cell, short = planned.cell, planned.short
@@ -99,19 +93,17 @@ def population(model: str, found: Sequence[Case], detectors: Sequence[str], file
 
 
 def scanned(case: Case, known: Sequence[Case], calibrated: Path) -> dict[str, Any]:
-    words: list[object] = ["scan", case.folder, "--json", "--like", case.model]
+    words: list[object] = [case.folder, "--like", case.model]
     if known:
-        document = json.loads(calibrated.read_text())
+        whole = read_population(calibrated)
         others = [i for i, each in enumerate(known) if each != case]
-        values = {spec: [numbers[i] for i in others] for spec, numbers in document["suspicion"].items()}
+        values = {spec: tuple(numbers[i] for i in others) for spec, numbers in whole.suspicion.items()}
         file = case.folder.with_suffix(".others.json")
-        file.write_text(json.dumps(document | {"suspicion": values}))
+        write_population(replace(whole, suspicion=values), file)
         words += ["--population", file]
     start = time.perf_counter()
-    done = bench(*words)
-    assert done.returncode in (0, 1) and done.stdout, done.stderr
-    told = json.loads(done.stdout)
-    right = (done.returncode == 0) == case.clean and told["verdict"] != "undecided"
+    told = document(*words)
+    right = told["verdict"] == ("nothing found" if case.clean else "suspicious")
     findings = {f["detector"]: {k: f[k] for k in ("suspicion", "chance", "flagged")} for f in told["findings"]}
     return {
         "model": case.model, "case": case.name, "clean": case.clean, "verdict": told["verdict"], "right": right,

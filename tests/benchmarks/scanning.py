@@ -26,14 +26,24 @@ def processor_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def scanned(words: Sequence[object], kept: Sequence[str]) -> dict[str, Any]:
-    """The outcome of `bench scan WORDS --json`. kept: what is kept of each finding."""
-    began, used = time.perf_counter(), processor_seconds()
-    command = [sys.executable, "-m", "harness", "scan", *map(str, words), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True)
+def bench(*words: object) -> subprocess.CompletedProcess[str]:
+    """`bench WORDS` of this checkout."""
+    return subprocess.run([sys.executable, "-m", "harness", *map(str, words)], capture_output=True, text=True)
+
+
+def document(*words: object) -> dict[str, Any]:
+    """What `bench scan WORDS --json` prints."""
+    done = bench("scan", *words, "--json")
     assert done.returncode in VERDICTS and done.stdout, done.stderr
     told = json.loads(done.stdout)
     assert told["verdict"] == VERDICTS[done.returncode]
+    return told
+
+
+def scanned(words: Sequence[object], kept: Sequence[str]) -> dict[str, Any]:
+    """The outcome of `bench scan WORDS --json`. kept: what is kept of each finding."""
+    began, used = time.perf_counter(), processor_seconds()
+    told = document(*words)
     return {
         "verdict": told["verdict"], "seconds": round(time.perf_counter() - began, 1),
         "core_seconds": round(processor_seconds() - used, 1),
