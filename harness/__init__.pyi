@@ -205,6 +205,7 @@ from harness.methods.trojan import (
 )
 from harness.models import (
     captioned_shapes as captioned_shapes,
+    provenance as provenance,
     real_data as real_data,
     training_recipes as training_recipes,
 )

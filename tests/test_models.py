@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,11 @@ import pytest
 import torch
 
 from harness.diffusion import checkpoint
+from harness.diffusion.model_files import CheckpointError
 from harness.diffusion.samplers import DDIM, PredictorCorrector
 from harness.diffusion.seeds import generator, image_noise, image_seeds
 from harness.judges import shapes
+from harness.models.provenance import facts as facts_of
 from harness.types import Inputs
 from plugins.models import shapes_mmdit, shapes_sd
 from plugins.models.digits_ddpm import DigitsDDPM
@@ -25,7 +26,16 @@ from plugins.models.shapes_sd import ShapesSD, attention_facts
 
 
 def provenance(model) -> dict:
-    return json.loads((checkpoint.embedded(model, model.name) / "provenance.json").read_text())["facts"]
+    return facts_of(checkpoint.embedded(model, model.name))
+
+
+@pytest.mark.parametrize("text", [None, "", "[1]", "{}", '{"facts": 3}', '{"facts": '])
+def test_a_folder_without_provenance_is_named_whoever_reads_it(text: str | None, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "provenance.json").write_text(text)
+    for read in (facts_of, shapes_sd.kept_facts):
+        with pytest.raises(CheckpointError, match=r"provenance\.json: "):
+            read(tmp_path)
 
 
 @pytest.mark.parametrize("model", [DigitsDDPM(), DigitsNCSN()], ids=lambda model: model.name)

@@ -30,7 +30,6 @@ from harness.registry import InvalidSpec, spec_of
 from harness.runs.jsonable import to_jsonable
 
 LIBRARIES = ("torch", "diffusers", "transformers", "diffusion-defense-bench")
-PROVENANCE = "provenance.json"
 
 
 @click.command(short_help="Train an embedded model from its recipe.")
@@ -75,12 +74,14 @@ def build(
 
 def _place(plugin: Any, out: Path | None) -> Path:
     """The directory to write. Raises click.UsageError rather than replace what is no model of ours."""
+    from harness.models import provenance
+
     if out is None and offers(plugin, PublishedArchitecture):
         raise click.UsageError(f"{plugin.name} has no place in the package; name a directory with -o")
     if out is None:
         return Path(str(sys.modules[type(plugin).__module__].__file__)).absolute().parent / "weights" / plugin.name
     folder = out.expanduser().absolute()
-    if folder.exists() and not (folder / PROVENANCE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not (folder / provenance.FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise click.UsageError(f"{folder} exists and was not made by bench build; name another directory")
     return folder
 
@@ -95,6 +96,7 @@ def built(plugin: Any, folder: Path, **choices: Any) -> dict[str, Any]:
     check_device(options.get("device"))
     from harness.diffusion import events
     from harness.diffusion.interrupted import UNFINISHED
+    from harness.models.provenance import FILE
 
     draft = folder.with_name(f".{folder.name}.building")
     _emptied(draft)
@@ -114,7 +116,7 @@ def built(plugin: Any, folder: Path, **choices: Any) -> dict[str, Any]:
         "seconds": took,
         "device": options.get("device", "cpu"),
     }
-    (draft / PROVENANCE).write_text(json.dumps(to_jsonable(provenance), indent=1, sort_keys=True) + "\n")
+    (draft / FILE).write_text(json.dumps(to_jsonable(provenance), indent=1, sort_keys=True) + "\n")
     shutil.rmtree(draft / UNFINISHED, ignore_errors=True)
     if folder.exists():
         shutil.rmtree(folder)

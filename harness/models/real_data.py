@@ -31,6 +31,7 @@ from harness.diffusion.training import Examples, denoising_loss, minimize
 from harness.judges import classifiers, fidelity, image_folders, public_encoders
 from harness.judges.hub import Source
 from harness.judges.image_folders import DataError
+from harness.models import provenance
 from harness.models.embedded_models import Embedded
 from harness.types import Data, Inputs
 
@@ -106,13 +107,13 @@ class RealData(Embedded):
 
     def _trained_on(self) -> Mapping[str, str]:
         """Digests of the splits on which the weights were trained and measured, from their provenance."""
-        place = self.folder / "provenance.json"
         try:
-            known: Any = json.loads(place.read_text(encoding="utf-8"))["facts"]["data"]
+            known = provenance.facts(self.folder)["data"]
             return {split: str(known[split]) for split in ("train", "test")}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (checkpoint.CheckpointError, KeyError, TypeError) as error:
             raise checkpoint.CheckpointError(
-                f"{place}: does not say on which data the weights were trained; `bench build {self.name}` makes it anew"
+                f"{self.folder / provenance.FILE}: does not say on which data the weights were trained; `bench build "
+                f"{self.name}` makes it anew"
             ) from error
 
 
@@ -138,11 +139,7 @@ class Recipe:
     def earlier(self, start: Path) -> tuple[DiffusionModel, dict[str, Any]]:
         """The model in the folder `start`, which `bench build` wrote, and where it comes from; the recipe takes its
         judge over. Raises CheckpointError."""
-        place = start / "provenance.json"
-        try:
-            facts: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))["facts"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise checkpoint.CheckpointError(f"{place}: is no provenance; name a folder of bench build") from error
+        facts = provenance.facts(start)
         model = checkpoint.load(start / "model")
         model.denoiser.requires_grad_(True)
         self.judge = classifiers.load_judge(start / "judge")

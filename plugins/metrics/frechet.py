@@ -142,7 +142,7 @@ class Frechet:
         n = len(found)
         subset = min(self.subset, n, len(reference))
         value = fidelity.frechet(found, reference)
-        distance, _ = fidelity.kernel(found, reference, subset)
+        distance = fidelity.kernel(found, reference, subset)
         half = Z * fidelity.kernel_error(found, reference) if n > 2 else None
         near = None if half is None else (distance - half, distance + half)
         few = _few(n, max(FLOOR, found.shape[1]))

@@ -39,6 +39,7 @@ from harness import (
     image_noise,
     image_seeds,
     minimize,
+    provenance,
     shapes,
     shapes_clip,
     training_recipes,
@@ -102,7 +103,7 @@ class ShapesSD(CaptionedShapes):
         shutil.copytree(start / "clip", out / "clip")
         judge, model = classifiers.load_judge(start / "judge"), checkpoint.load(start / "model").to(device)
         classifiers.save_judge(judge, out / "judge")
-        facts = {"continued_from": checkpoint.digest(start), "before": earlier_facts(start), **kept_facts(start)}
+        facts = {"continued_from": checkpoint.digest(start), "before": provenance.facts(start), **kept_facts(start)}
         facts |= train_denoiser(model, data, captioned_shapes.neutral_words(out), steps, lr=4e-4)
         checkpoint.save(model.to("cpu"), out / "model", fp16=True)
         return facts | quality(model, judge, captioned_shapes.neutral_words(out))
@@ -110,14 +111,7 @@ class ShapesSD(CaptionedShapes):
 
 def kept_facts(folder: Path) -> dict[str, Any]:
     """The facts about judge and VAE, which are taken over from the model in `folder`."""
-    return {k: v for k, v in earlier_facts(folder).items() if k.startswith(("judge_", "vae_", "scaling_"))}
-
-
-def earlier_facts(folder: Path) -> dict[str, Any]:
-    """The facts of the training that made the model in `folder`."""
-    import json
-
-    return json.loads((folder / "provenance.json").read_text())["facts"]
+    return {k: v for k, v in provenance.facts(folder).items() if k.startswith(("judge_", "vae_", "scaling_"))}
 
 
 def taken_over(model: DiffusionModel, start: Path) -> dict[str, Any]:
