@@ -41,7 +41,7 @@ def export(model: str, out: Path, fp16: bool, files: tuple[Path, ...], strict: b
     writable(out)
     plugin = loaded(files, strict).build("models", model)
     hush_libraries()
-    from harness.runs import model_folders
+    from harness.diffusion import checkpoint
 
     labels = {
         "model": spec_of(plugin), "version": str(plugin.version), "digest": plugin.digest(),
@@ -49,7 +49,7 @@ def export(model: str, out: Path, fp16: bool, files: tuple[Path, ...], strict: b
     }  # fmt: skip
     loaded_model = plugin.load()
     with whole_or_nothing(folder):
-        model_folders.save(loaded_model, folder, labels, fp16)
+        checkpoint.save(loaded_model, folder, labels, fp16)
     if as_json:
         print_json({"directory": folder, **labels})
     else:

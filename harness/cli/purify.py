@@ -209,9 +209,8 @@ def _written(
 ) -> dict[str, Any]:  # fmt: skip
     """Write the purified model or adapter, its label, its card and the samples; the facts. adapter: facts about the
     adapter, empty for a whole model. base: of an adapter, what it is for."""
-    from harness.diffusion import adapters
+    from harness.diffusion import adapters, checkpoint
     from harness.diffusion.images import grid, save_png, to_unit
-    from harness.runs import model_folders
     from harness.scan import model_card
 
     before, after = samples
@@ -232,7 +231,7 @@ def _written(
             else "an adapter that bench scan --base reads, and stock diffusers does not"
         )
     else:
-        model_folders.save(model.to("cpu"), folder, labels, like=subject.directory)
+        checkpoint.save(model.to("cpu"), folder, labels, like=subject.directory)
         stock = _stock_loads(folder)
         loads = (
             "loads with stock diffusers"

@@ -7,6 +7,7 @@ differ are in `pruned.json` beside them, and only where that file is do we let t
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
-from harness.diffusion import adapters, networks, pruned_shapes, schedules, tokenizer_files
+from harness.diffusion import adapters, as_read, networks, pruned_shapes, schedules, tokenizer_files
 from harness.diffusion.model import DiffusionModel
 from harness.diffusion.model_files import PICKLES, CheckpointError, ModelFiles
 from harness.diffusion.networks import PRUNED
@@ -45,11 +46,17 @@ PARTS = {
 }
 
 
-def save(model: DiffusionModel, directory: Path, labels: dict[str, str] | None = None, fp16: bool = False) -> None:
+def save(
+    model: DiffusionModel, directory: Path, labels: dict[str, str] | None = None, fp16: bool = False,
+    like: Path | None = None,
+) -> None:  # fmt: skip
     """Write `model` as a diffusers pipeline directory, safetensors only; stock diffusers loads it unless it is pruned.
 
-    A model whose weights are those of its base and its adapter becomes the base, with the adapter in a folder of it.
-    labels: written to `bench.json` beside it (a backdoored model says so there). fp16: halve the weights on disk.
+    The schedule has the settings that were read, and no defaults of its class beside them. A model whose weights are
+    those of its base and its adapter becomes the base, with the adapter in a folder of it. labels: written to
+    `bench.json` beside it (a backdoored model says so there). fp16: halve the weights on disk. like: the directory that
+    the model was read from, whose class of pipeline is kept if it has the same parts; its defaults, such as the number
+    of steps, are those of the class.
     """
     import diffusers
 
@@ -58,14 +65,15 @@ def save(model: DiffusionModel, directory: Path, labels: dict[str, str] | None =
         model = adapters.base_of(model)
 
     library: Any = diffusers
+    scheduler = copy.deepcopy(model.scheduler)  # the pipeline changes it
     if model.packed:
         pipeline: Any = library.FluxPipeline(
-            scheduler=schedules.as_saved(model.scheduler, model.dynamic_shift), vae=model.vae,
+            scheduler=schedules.as_saved(scheduler, model.dynamic_shift), vae=model.vae,
             text_encoder=model.text_encoder, tokenizer=model.tokenizer, text_encoder_2=model.text_encoder_2,
             tokenizer_2=model.tokenizer_2, transformer=model.denoiser,
         )  # fmt: skip
     elif model.joint:
-        parts = {"transformer": model.denoiser, "scheduler": model.scheduler, "vae": model.vae}
+        parts = {"transformer": model.denoiser, "scheduler": scheduler, "vae": model.vae}
         texts = {"text_encoder": model.text_encoder, "text_encoder_2": model.text_encoder_2}
         tokens = {"tokenizer": model.tokenizer, "tokenizer_2": model.tokenizer_2}
         third = {"text_encoder_3": model.text_encoder_3, "tokenizer_3": model.tokenizer_3}
@@ -73,7 +81,7 @@ def save(model: DiffusionModel, directory: Path, labels: dict[str, str] | None =
     elif model.text_encoder_2 is not None:
         pipeline = library.StableDiffusionXLPipeline(
             vae=model.vae, text_encoder=model.text_encoder, text_encoder_2=model.text_encoder_2,
-            tokenizer=model.tokenizer, tokenizer_2=model.tokenizer_2, unet=model.denoiser, scheduler=model.scheduler,
+            tokenizer=model.tokenizer, tokenizer_2=model.tokenizer_2, unet=model.denoiser, scheduler=scheduler,
             force_zeros_for_empty_prompt=model.empty_is_zero, add_watermarker=False,
         )  # fmt: skip
     elif model.conditional:
@@ -82,14 +90,14 @@ def save(model: DiffusionModel, directory: Path, labels: dict[str, str] | None =
             text_encoder=model.text_encoder,
             tokenizer=model.tokenizer,
             unet=model.denoiser,
-            scheduler=model.scheduler,
+            scheduler=scheduler,
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
         )
     else:
         cls = library.ScoreSdeVePipeline if model.family == "ve" else library.DDPMPipeline
-        parts = {"unet": model.denoiser, "scheduler": model.scheduler}
+        parts = {"unet": model.denoiser, "scheduler": scheduler}
         pipeline = cls(**parts) if model.vae is None else library.LDMPipeline(vqvae=model.vae, **parts)
     if fp16:
         clone = model.clone()
@@ -100,6 +108,9 @@ def save(model: DiffusionModel, directory: Path, labels: dict[str, str] | None =
         facts = json.loads(config.read_text())
         if facts.pop("_name_or_path", None) is not None:
             config.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
+    as_read.keep_schedule(directory, model.scheduler.config)
+    if like is not None:
+        as_read.keep_class(directory, like, IGNORED)
     shapes = pruned_shapes.reshaped(model.denoiser)
     pruned = directory / ("transformer" if model.joint else "unet") / PRUNED
     pruned.unlink(missing_ok=True)

@@ -103,8 +103,8 @@ class _Remembering:
 
 
 def _attack(spec: AttackSpec, registry: Registry, out: Path) -> dict[str, Any]:
+    from harness.diffusion import checkpoint
     from harness.methods import learned_triggers
-    from harness.runs import model_folders
     from harness.stages.attack import attack
 
     backdoor = Backdoor(registry.build("triggers", spec.trigger), registry.build("targets", spec.target))
@@ -114,7 +114,7 @@ def _attack(spec: AttackSpec, registry: Registry, out: Path) -> dict[str, Any]:
     if pattern is not None:
         learned_triggers.save(pattern, out / TRIGGER)
     parts = {part: str(getattr(spec, part)) for part in ("model", "attack", "trigger", "target", "seed")}
-    model_folders.save(model, out / MODEL, {"backdoored": str(method.name != "none").lower(), **parts})
+    checkpoint.save(model, out / MODEL, {"backdoored": str(method.name != "none").lower(), **parts})
     return {}
 
 
@@ -164,7 +164,7 @@ def given_trigger(spec: DefendSpec, registry: Registry, store: Store) -> Any:
 
 
 def _defend(spec: DefendSpec, registry: Registry, store: Store, out: Path) -> dict[str, Any]:
-    from harness.runs import model_folders
+    from harness.diffusion import checkpoint
     from harness.stages import knowledge
     from harness.stages.defend import Screening, defend
 
@@ -184,7 +184,7 @@ def _defend(spec: DefendSpec, registry: Registry, store: Store, out: Path) -> di
         labels = {"purified_by": spec.defense, "seed": str(spec.seed)}
         if spec.attacked is not None:
             labels["backdoored"] = "was; the purification may have failed"
-        model_folders.save(purified, out / MODEL, labels)
+        checkpoint.save(purified, out / MODEL, labels)
     (out / FINDINGS).write_text(json.dumps(to_jsonable(findings), sort_keys=True))
     return facts
 

@@ -14,7 +14,6 @@ from harness.diffusion import checkpoint, schedules
 from harness.diffusion.model import DiffusionModel
 from harness.diffusion.samplers import DDIM, DEIS, DPMSolverPP, UniPC
 from harness.diffusion.seeds import image_noise, image_seeds
-from harness.runs import model_folders
 from harness.testing import tiny
 from harness.types import Inputs
 from tests.oracles import tiny_sd
@@ -93,7 +92,7 @@ def test_a_schedule_is_written_as_it_was_read_and_gives_the_same_samples(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of settings that the class does not know
         model = checkpoint.load(tmp_path / "a")
-        model_folders.save(model, tmp_path / "b")
+        checkpoint.save(model, tmp_path / "b")
         again = checkpoint.load(tmp_path / "b")
         for before, after in zip(ours(model), ours(again), strict=True):
             assert_same(before, after)
@@ -112,7 +111,7 @@ def test_what_the_pipeline_of_stable_diffusion_changes_in_its_schedule_is_not_wr
     before = ours(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        model_folders.save(model, tmp_path / "b")
+        checkpoint.save(model, tmp_path / "b")
         assert_same(*(theirs(tmp_path / name, prompt="a red box", guidance_scale=2.0) for name in "ab"))
     assert model.scheduler.config.steps_offset == 0, "the model in memory stays as it is"
     for one, other in zip(before, ours(checkpoint.load(tmp_path / "b")), strict=True):
@@ -126,9 +125,9 @@ def test_the_pipelines_class_is_kept_if_its_parts_are_the_same(tmp_path: Path) -
     library: Any = diffusers
     net, scheduler = tiny.model("noise").denoiser, library.DDIMScheduler(**BETAS)
     library.DDIMPipeline(unet=net, scheduler=scheduler).save_pretrained(tmp_path / "a")
-    model_folders.save(checkpoint.load(tmp_path / "a"), tmp_path / "b", like=tmp_path / "a")
+    checkpoint.save(checkpoint.load(tmp_path / "a"), tmp_path / "b", like=tmp_path / "a")
     again = library.DiffusionPipeline.from_pretrained(tmp_path / "b", local_files_only=True)
     assert type(again) is library.DDIMPipeline
     checkpoint.save(tiny_sd(tmp_path / "tokens"), tmp_path / "text")
-    model_folders.save(checkpoint.load(tmp_path / "a"), tmp_path / "c", like=tmp_path / "text")
+    checkpoint.save(checkpoint.load(tmp_path / "a"), tmp_path / "c", like=tmp_path / "text")
     assert json.loads((tmp_path / "c/model_index.json").read_text())["_class_name"] == "DDPMPipeline"
