@@ -47,9 +47,12 @@ class Case:
 
 
 def bases(root: Path) -> dict[str, Path]:
-    """A tiny unconditional and a tiny text-to-image pipeline below `root`."""
+    """A tiny unconditional and a tiny text-to-image pipeline below `root`, with all settings as diffusers writes them,
+    defaults too."""
     for kind in ("noise", "text"):
-        checkpoint.save(tiny.model(kind), root / kind)
+        model = tiny.model(kind)
+        checkpoint.save(model, root / kind)
+        model.scheduler.save_pretrained(root / kind / "scheduler")
     return {kind: root / kind for kind in ("noise", "text")}
 
 
@@ -80,7 +83,13 @@ def edited(place: str, *without: str, **changes: Any) -> Change:
 
 
 def text_of(place: str, change: Callable[[str], str]) -> Change:
-    return lambda folder: (folder / place).write_text(change((folder / place).read_text()))
+    def apply(folder: Path) -> None:
+        before = (folder / place).read_text()
+        after = change(before)
+        assert after != before, f"nothing to change in {place}"
+        (folder / place).write_text(after)
+
+    return apply
 
 
 def bytes_of(place: str, change: Callable[[bytes], bytes]) -> Change:

@@ -19,6 +19,7 @@ from harness.diffusion import checkpoint
 from harness.diffusion.model_files import MOST_ENTRIES, CheckpointError, ModelFiles
 from harness.judges import hub
 from harness.testing import tiny
+from tests import strange_directories
 
 SECONDS = 2.0  # of a processor, to refuse anything
 Change = Callable[[Path], Any]
@@ -27,10 +28,7 @@ Change = Callable[[Path], Any]
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny unconditional and a tiny text-to-image pipeline on disk."""
-    root = tmp_path_factory.mktemp("models")
-    for kind in ("noise", "text"):
-        checkpoint.save(tiny.model(kind), root / kind)
-    return {kind: root / kind for kind in ("noise", "text")}
+    return strange_directories.bases(tmp_path_factory.mktemp("models"))
 
 
 def weights(folder: Path, part: str = "unet") -> Path:
@@ -219,7 +217,7 @@ REFUSED: dict[str, tuple[str, Change, str]] = {
     "betas above one": ("noise", edited(SCHEDULE, beta_end=1.5), "beta_end is 1.5"),
     "betas that are no numbers": (
         "noise",
-        lambda f: (f / SCHEDULE).write_text((f / SCHEDULE).read_text().replace("0.02", "NaN")),
+        strange_directories.text_of(SCHEDULE, lambda text: text.replace("0.02", "NaN")),
         "NaN is no",
     ),
     "trained betas of another number": ("noise", edited(SCHEDULE, trained_betas=[0.1] * 7), "trained_betas should be"),
