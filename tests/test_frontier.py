@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from harness.engine import driver, pace
 from harness.engine.driver import JobResult
 from harness.engine.frontier import Frontier, Ranked
 from harness.engine.supervise import Handle, Outcome
-from harness.runs.job import Failure, Job
+from harness.runs.job import Failure, Job, SampleSpec
 from harness.runs.store import Store
 from tests.benchmarks.driver import Within, chains
 from tests.engine_tools import graph, job
@@ -201,6 +202,22 @@ def test_a_job_that_is_tried_again_is_skipped_if_what_it_needs_has_failed_meanwh
     run._wait(user.key)
     run._skip()
     assert run.results[user.key].reason == "need failed: no"
+
+
+def test_a_set_that_may_become_a_copy_waits_for_the_set_that_it_would_copy(tmp_path: Path) -> None:
+    """However long it takes by its estimate; once the other is there it has its usual place, and it never waits for one
+    that is not part of the run."""
+    other, usual = job("other", estimate=10.0), job("usual", estimate=20.0)
+    spec = SampleSpec(model="m", sampler="s", n=1, beside=((other.key, (None,)), ("f" * 64, (None,))))
+    maybe = replace(job("maybe", estimate=99.0), spec=spec)
+    run = driver._Run(graph(maybe, usual, other), Store(tmp_path), Within(Store(tmp_path)), driver.Silent(), None)
+
+    def order() -> list[str]:
+        return [run.jobs[key].label for key in sorted(run.jobs, key=run._rank)]
+
+    assert order() == ["usual", "other", "maybe"]
+    run._settle(other.key, JobResult(other.key, "done"))
+    assert order() == ["maybe", "usual", "other"]
 
 
 def test_the_drivers_work_for_the_order_grows_with_the_jobs_and_not_with_their_square(

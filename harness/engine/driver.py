@@ -265,9 +265,14 @@ class _Run:
     def _rank(self, key: str) -> tuple[Any, ...]:
         """Those for a whole card first, then those of the first row, then those with the longest work behind them. Of
         jobs with as much work behind them those that read the same artifacts come one after another, while their model
-        is still in the machine's file cache."""
+        is still in the machine's file cache. Last come those that another job may make a matter of copying."""
         whole, early = self.retries[key, Failure.oom] > 0, key in self.early
-        return not whole, not early, -self.chain[key], sorted(self.jobs[key].needs), key
+        return not whole, not early, self._spared_later(key), -self.chain[key], sorted(self.jobs[key].needs), key
+
+    def _spared_later(self, key: str) -> bool:
+        """Whether an image set that may have the inputs of this one is still to come."""
+        beside = getattr(self.jobs[key].spec, "beside", ())
+        return any(other in self.jobs and other not in self.results for other, _ in beside)
 
     def _first_row(self) -> set[str]:
         """The jobs of the row that takes the least work, so that a run shows a row early; none where the store has a
