@@ -21,6 +21,7 @@ from harness.runs.declared import Declared
 from harness.runs.doubts import CONTROLS, DoubtCode
 from harness.runs.printable import printable
 from harness.runs.record import Record, Source, bare
+from harness.runs.records import GIT_S
 from harness.types import Doubt
 from leaderboard import (
     attestation,
@@ -42,7 +43,6 @@ OWN = "diffusion-defense-bench"
 OLDER = Path(__file__).parent / "older.toml"
 SEAL_DIGITS = 16
 COMMIT_DIGITS = 12
-GIT_S = 120.0  # for an answer of git
 MOST_LINES = 4  # about what one record says against itself
 LIMIT = 25_000_000  # bytes of all results
 PER_RECORD = 50_000  # bytes of a packed record and its contact sheet, on average; those of v1 take 46,000

@@ -23,6 +23,13 @@ from leaderboard.specs import PARTS
 TAU = 0.01
 SOURCE = {"distribution": "diffusion-defense-bench", "version": "0.1.0", "code": "0123456789abcdef"}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+SPOILED = {  # what may become of a JSON file's bytes, by what is wrong with it then
+    "empty": lambda content: b"",
+    "cut": lambda content: content[: len(content) // 2],
+    "no JSON": lambda content: b"\xff\xfe{",
+    "a list": lambda content: b"[1]",
+    "other names": lambda content: b'{"a": 1}',
+}
 
 
 def digest(*parts: object) -> str:

@@ -25,7 +25,7 @@ from harness.runs.store import Store
 from harness.runs.suite import Suite
 from tests import engine_tools
 from tests.engine_tools import do, graph, job, local, wait_for
-from tests.records import changed, record, write_suite
+from tests.records import SPOILED, changed, record, write_suite
 
 bodies, store = engine_tools.bodies, engine_tools.store
 pytestmark = pytest.mark.usefixtures("bodies")
@@ -171,17 +171,12 @@ def test_report_finds_the_last_run_wherever_its_report_went(
     assert "no report.json; compute it with bench run" in bench("report", "tiny").err
 
 
-SPOILED = {
-    "empty": lambda content: b"",
-    "cut": lambda content: content[: len(content) // 2],
-    "no JSON": lambda content: b"\xff\xfe{",
-    "a list": lambda content: b"[1]",
-    "other names": lambda content: b'{"a": 1}',
+SPOILED_RUN = SPOILED | {
     "other types": lambda content: content.replace(b'"driver": {', b'"driver": 3, "former": {'),
 }
 
 
-@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
+@pytest.mark.parametrize("spoil", SPOILED_RUN.values(), ids=SPOILED_RUN)
 def test_a_run_that_cannot_be_read_is_named_by_every_command_that_needs_it(
     store: Store, bench: Callable[..., Any], spoil: Callable[[bytes], bytes]
 ) -> None:
